@@ -1,0 +1,242 @@
+"""Keeps a small sample of each layer's activations and output gradients.
+
+A forward hook copies ``X[index]`` and puts a hook on the *output tensor*, which brings
+``Y[index]`` when its gradient arrives (a module's backward hook would break on in-place
+activations). Until then the copied sample lives in that tensor hook alone: if no backward
+comes, it dies with the graph.
+"""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .layers import LayerAdapter, LinearMap, MatrixMap, pool_samples
+from .sampling import counter_key, draw
+
+SAMPLINGS = {"examples": 32, "positions": 256}
+"""Ways to sample, each with its default size."""
+
+
+@dataclass
+class _Call:
+    """Samples of one forward-backward pass through one module."""
+
+    module: nn.Module
+    x: Tensor
+    y: Tensor
+
+    def thin(self, index: Tensor) -> None:
+        self.x, self.y = self.x[index], self.y[index]
+
+
+@dataclass
+class _Pool:
+    """What a layer has collected since the last step."""
+
+    seen: int = 0
+    forwards: int = 0
+    calls: list[_Call] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return sum(call.x.shape[0] for call in self.calls)
+
+
+class SampleCapture:
+    """Samples of all layers between two steps.
+
+    Args:
+        sample_size: examples or positions kept for a layer, over all its calls.
+        sampling: ``"examples"`` or ``"positions"``.
+        seed: enters every draw.
+    """
+
+    def __init__(self, sample_size: int, sampling: str, seed: int) -> None:
+        self.sample_size = sample_size
+        self.sampling = sampling
+        self.seed = seed
+        self.fired: set[str] = set()
+        self._pools: dict[str, _Pool] = {}
+        self._steps: dict[str, Callable[[], int]] = {}
+        self._handles: dict[str, list[RemovableHandle]] = {}
+
+    def watch(
+        self,
+        name: str,
+        modules: Iterable[nn.Module],
+        adapter: LayerAdapter,
+        step: Callable[[], int],
+    ) -> None:
+        """Put hooks on the modules that share a layer's weight.
+
+        Args:
+            name: of the layer; enters every draw.
+            modules: usually one.
+            adapter: of the layer's kind.
+            step: the layer's step counter, read at each forward.
+        """
+        self._pools[name] = _Pool()
+        self._steps[name] = step
+        self._handles[name] = [
+            module.register_forward_hook(
+                _ForwardHook(self, name, module, adapter), with_kwargs=True
+            )
+            for module in modules
+        ]
+
+    def unwatch(self, name: str) -> None:
+        """Remove a layer's hooks and samples."""
+        for handle in self._handles.pop(name):
+            handle.remove()
+        del self._pools[name], self._steps[name]
+        self.fired.discard(name)
+
+    def close(self) -> None:
+        """Remove all hooks and samples."""
+        for name in list(self._handles):
+            self.unwatch(name)
+
+    def clear(self) -> None:
+        """Drop all samples."""
+        for name in self._pools:
+            self._pools[name] = _Pool()
+
+    def samples(
+        self, name: str, adapter: LayerAdapter, bias: bool, dtype: torch.dtype
+    ) -> tuple[LinearMap, Tensor] | None:
+        """The layer's samples as a map and gradients ``(n, R, P)``, or None."""
+        calls = self._pools[name].calls
+        if not calls:
+            return None
+        if self.sampling == "positions":
+            groups = adapter.geometry(calls[0].module).groups
+            maps: list[LinearMap] = [
+                MatrixMap(c.x.to(dtype), groups, bias) for c in calls
+            ]
+            ys = [c.y.unsqueeze(-1) for c in calls]
+        else:
+            maps = [adapter.linear_map(c.module, c.x.to(dtype), bias) for c in calls]
+            ys = [adapter.canonical(c.y) for c in calls]
+        return pool_samples(maps, ys)
+
+    def record(
+        self,
+        name: str,
+        module: nn.Module,
+        adapter: LayerAdapter,
+        x: Tensor,
+        output: Tensor,
+    ) -> None:
+        """Copy a sample of ``x`` now, and of the output's gradient when it comes."""
+        pool = self._pools[name]
+        x = adapter.batched(module, x.detach())
+        y_shape = adapter.batched(module, output).shape
+        by_position = self.sampling == "positions"
+        per_example = (
+            adapter.positions(output.new_empty(()).expand(y_shape))
+            if by_position
+            else 1
+        )
+        total = y_shape[0] * per_example
+        key = counter_key(
+            self.seed, zlib.crc32(name.encode()), self._steps[name](), pool.forwards
+        )
+        pool.forwards += 1
+        index = draw(total, self.sample_size, key, x.device)
+        if by_position:
+            sample = adapter.take_input_positions(module, x, y_shape, index)
+        else:
+            sample = x.index_select(0, index)
+
+        def on_grad(grad: Tensor) -> None:
+            y = adapter.batched(module, grad.detach())
+            y = (
+                adapter.take_output_positions(y, index)
+                if by_position
+                else y.index_select(0, index)
+            )
+            self._add(name, _Call(module, sample, y), total, key)
+
+        output.register_hook(on_grad)
+
+    def _add(self, name: str, call: _Call, total: int, key: int) -> None:
+        """Pool a call so that every candidate seen so far is equally likely in it."""
+        pool = self._pools.get(name)
+        if pool is None:  # the layer was let go between forward and backward
+            return
+        size, new = pool.size, call.x.shape[0]
+        pool.seen += total
+        if size + new > self.sample_size:
+            share = round(self.sample_size * total / pool.seen)
+            kept_new = min(new, max(share, self.sample_size - size))
+            call.thin(draw(new, kept_new, counter_key(key, 2), call.x.device))
+            self._thin(pool, self.sample_size - kept_new, counter_key(key, 3))
+        pool.calls.append(call)
+
+    def _thin(self, pool: _Pool, size: int, key: int) -> None:
+        if size >= pool.size:
+            return
+        kept = draw(pool.size, size, key).sort().values
+        start = 0
+        for call in pool.calls:
+            end = start + call.x.shape[0]
+            index = kept[(kept >= start) & (kept < end)] - start
+            call.thin(index.to(call.x.device))
+            start = end
+        pool.calls = [call for call in pool.calls if call.x.shape[0]]
+
+
+class _ForwardHook:
+    """Holds weak references, so that neither module nor optimizer is kept alive.
+
+    A copied or unpickled model gets an inert hook: no optimizer comes along with it.
+    """
+
+    def __init__(
+        self,
+        capture: SampleCapture,
+        name: str,
+        module: nn.Module,
+        adapter: LayerAdapter,
+    ) -> None:
+        self._capture = weakref.ref(capture)
+        self._module = weakref.ref(module)
+        self._name = name
+        self._adapter = adapter
+
+    def __call__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        capture = self._capture()
+        if capture is None or module is not self._module():
+            return
+        capture.fired.add(self._name)
+        if not (
+            module.training
+            and torch.is_grad_enabled()
+            and isinstance(output, Tensor)
+            and output.requires_grad
+        ):
+            return
+        x = args[0] if args else kwargs["input"]
+        capture.record(self._name, module, self._adapter, x, output)
+
+    def __reduce__(self) -> tuple[type[_InertHook], tuple[()]]:
+        return _InertHook, ()
+
+
+class _InertHook:
+    def __call__(self, *args: Any) -> None:
+        pass

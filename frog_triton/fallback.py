@@ -1,0 +1,120 @@
+"""The optimizer of everything FROG does not precondition, in torch's implementation.
+
+Weight decay is decoupled and left off biases and norms (parameters of fewer than two
+dimensions), so both kinds are torch's functions called without a decay of their own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+
+class Fallback(ABC):
+    """One of torch's optimizers behind two calls."""
+
+    defaults: dict[str, Any]
+
+    @abstractmethod
+    def init_state(self, param: nn.Parameter) -> dict[str, Tensor]:
+        """Fresh state of one parameter."""
+
+    @abstractmethod
+    def update(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        group: dict[str, Any],
+    ) -> None:
+        """Step without weight decay."""
+
+    def step(
+        self,
+        params: list[nn.Parameter],
+        states: Sequence[dict[str, Tensor]],
+        group: dict[str, Any],
+    ) -> None:
+        """Decay, then step, the parameters that have a gradient."""
+        if not params:
+            return
+        decayed: list[Tensor] = [p for p in params if p.ndim >= 2]
+        if decayed and group["weight_decay"] != 0:
+            torch._foreach_mul_(decayed, 1 - group["lr"] * group["weight_decay"])
+        grads = [p.grad for p in params if p.grad is not None]
+        self.update(list(params), grads, states, group)
+
+
+class SGD(Fallback):
+    """SGD with momentum, and Nesterov's where the group says so."""
+
+    defaults: dict[str, Any] = {}  # noqa: RUF012
+
+    def init_state(self, param: nn.Parameter) -> dict[str, Tensor]:  # noqa: D102
+        return {"momentum_buffer": torch.zeros_like(param)}
+
+    def update(  # noqa: D102
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        group: dict[str, Any],
+    ) -> None:
+        sgd(
+            params,
+            grads,
+            [state["momentum_buffer"] for state in states],
+            weight_decay=0.0,
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0.0,
+            nesterov=group["nesterov"],
+            maximize=False,
+            foreach=None,
+        )
+
+
+class AdamW(Fallback):
+    """AdamW with torch's defaults."""
+
+    defaults: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}  # noqa: RUF012
+
+    def init_state(self, param: nn.Parameter) -> dict[str, Tensor]:  # noqa: D102
+        return {
+            "step": torch.zeros((), dtype=torch.float32),
+            "exp_avg": torch.zeros_like(param),
+            "exp_avg_sq": torch.zeros_like(param),
+        }
+
+    def update(  # noqa: D102
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        group: dict[str, Any],
+    ) -> None:
+        beta1, beta2 = group["betas"]
+        adamw(
+            params,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=0.0,
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+FALLBACKS: dict[str, Fallback] = {"sgd": SGD(), "adamw": AdamW()}

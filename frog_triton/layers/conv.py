@@ -1,0 +1,235 @@
+"""Convolutions in one, two and three dimensions.
+
+``X V`` is the convolution and ``X^T T`` its weight gradient, so the patch matrix is
+never written. Where padding is uneven or not with zeros the *samples* are padded,
+once, and everything after sees an unpadded convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Geometry, LayerAdapter, LinearMap, MatrixMap, Rows
+
+_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+# torch's names for padding modes, as F.pad spells them.
+_PAD_MODES = {"reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """The numbers of a convolution, one entry a spatial dimension."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+class ConvMap(LinearMap):
+    """``X`` of whole images, implicit.
+
+    Args:
+        x: ``(n, C_in, *spatial)``, already padded where `spec` says padding 0.
+        spec: the convolution.
+        bias: whether the homogeneous coordinate takes part.
+    """
+
+    def __init__(self, x: Tensor, spec: ConvSpec, bias: bool) -> None:
+        self.x = x
+        self.spec = spec
+        self.bias = bias
+        self.samples = x.shape[0]
+        self.groups = spec.groups
+        self.dim = x.shape[1] // spec.groups * torch.Size(spec.kernel).numel()
+        self.output_shape = tuple(
+            (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+            for size, pad, dilation, kernel, stride in zip(
+                x.shape[2:],
+                spec.padding,
+                spec.dilation,
+                spec.kernel,
+                spec.stride,
+                strict=True,
+            )
+        )
+        self.positions = torch.Size(self.output_shape).numel()
+
+    def apply(self, v: Rows) -> Tensor:  # noqa: D102
+        weight = v.weight.view(self._weight_shape(v.weight.shape[0]))
+        return self._convolve(self.x, weight, self.groups, v.bias).flatten(2)
+
+    def apply_adjoint(self, t: Tensor) -> Rows:  # noqa: D102
+        rows = t.shape[1]
+        _, weight, _ = torch.ops.aten.convolution_backward(
+            t.view(self.samples, rows, *self.output_shape),
+            self.x,
+            self.x.new_empty(()).expand(self._weight_shape(rows)),
+            None,
+            self.spec.stride,
+            self.spec.padding,
+            self.spec.dilation,
+            False,
+            [0] * len(self.spec.kernel),
+            self.groups,
+            (False, True, False),
+        )
+        weight = weight.reshape(rows, self.dim)
+        return Rows(weight, t.sum((0, 2)) if self.bias else None)
+
+    def row_norms(self) -> Tensor:  # noqa: D102
+        # |x|^2 of a window is a convolution of the summed squares with ones.
+        squares = self.x.square().unflatten(1, (self.groups, -1)).sum(2)
+        ones = squares.new_ones(self.groups, 1, *self.spec.kernel)
+        norms = self._convolve(squares, ones, self.groups).flatten(2)
+        return norms + 1 if self.bias else norms
+
+    def matrix(self) -> MatrixMap:  # noqa: D102
+        spec = self.spec
+        pads = [pad for pad in reversed(spec.padding) for _ in range(2)]
+        windows = F.pad(self.x, pads)
+        for axis, (kernel, stride, dilation) in enumerate(
+            zip(spec.kernel, spec.stride, spec.dilation, strict=True)
+        ):
+            extent = dilation * (kernel - 1) + 1
+            windows = windows.unfold(2 + axis, extent, stride)[..., ::dilation]
+        # (n, C, *output, *kernel) -> (n, *output, C, *kernel)
+        windows = windows.movedim(1, 1 + len(spec.kernel))
+        return MatrixMap(
+            windows.reshape(self.samples * self.positions, -1), self.groups, self.bias
+        )
+
+    @property
+    def key(self) -> Hashable:  # noqa: D102
+        return (self.spec, self.x.shape[1:])
+
+    def concat(self, others: Sequence[ConvMap]) -> ConvMap:  # noqa: D102
+        joined = torch.cat([self.x, *(o.x for o in others)])
+        return ConvMap(joined, self.spec, self.bias)
+
+    def _weight_shape(self, rows: int) -> tuple[int, ...]:
+        return (rows, self.x.shape[1] // self.groups, *self.spec.kernel)
+
+    def _convolve(
+        self, x: Tensor, weight: Tensor, groups: int, bias: Tensor | None = None
+    ) -> Tensor:
+        spec = self.spec
+        return torch.convolution(
+            x,
+            weight,
+            bias,
+            spec.stride,
+            spec.padding,
+            spec.dilation,
+            False,
+            [0] * len(spec.kernel),
+            groups,
+        )
+
+
+class ConvAdapter(LayerAdapter):
+    """`torch.nn.Conv1d`, `Conv2d` and `Conv3d` with all their options."""
+
+    def geometry(self, module: nn.Module) -> Geometry:  # noqa: D102
+        conv = cast(_Conv, module)
+        rows = conv.weight.shape[0]
+        dim = conv.weight.shape[1:].numel()
+        return Geometry(rows, dim, conv.groups, bias=conv.bias is not None)
+
+    def batched(self, module: nn.Module, x: Tensor) -> Tensor:  # noqa: D102
+        spatial = len(cast(_Conv, module).kernel_size)
+        return x.unsqueeze(0) if x.ndim == spatial + 1 else x
+
+    def positions(self, y: Tensor) -> int:  # noqa: D102
+        return y.shape[2:].numel()
+
+    def take_input_positions(  # noqa: D102
+        self, module: nn.Module, x: Tensor, y_shape: torch.Size, index: Tensor
+    ) -> Tensor:
+        conv = cast(_Conv, module)
+        sample, *output = _unravel(y_shape, index)
+        count, spatial = index.numel(), len(output)
+        at: list[Tensor] = []
+        inside = torch.ones((), dtype=torch.bool, device=x.device)
+        for axis, where in enumerate(output):
+            taps = torch.arange(conv.kernel_size[axis], device=x.device)
+            coordinate = (
+                where[:, None] * conv.stride[axis]
+                + taps * conv.dilation[axis]
+                - _pads(conv)[axis][0]
+            )
+            size = x.shape[2 + axis]
+            coordinate, valid = _wrap(coordinate, size, conv.padding_mode)
+            shape = [count] + [1] * spatial
+            shape[1 + axis] = -1
+            at.append(coordinate.view(shape))
+            inside = inside & valid.view(shape)
+        # The channel slice between index tensors puts the indexed shape in front.
+        patches = x[(sample.view([-1] + [1] * spatial), slice(None), *at)]
+        patches = torch.where(inside.unsqueeze(-1), patches, 0)
+        return patches.movedim(-1, 1).reshape(count, -1)
+
+    def take_output_positions(self, y: Tensor, index: Tensor) -> Tensor:  # noqa: D102
+        sample, *output = _unravel(y.shape, index)
+        return y[(sample, slice(None), *output)]
+
+    def linear_map(  # noqa: D102
+        self, module: nn.Module, x: Tensor, bias: bool
+    ) -> ConvMap:
+        conv = cast(_Conv, module)
+        pads = _pads(conv)
+        padding = tuple(before for before, _ in pads)
+        if conv.padding_mode != "zeros" or any(a != b for a, b in pads):
+            flat = [p for pair in reversed(pads) for p in pair]
+            x = F.pad(x, flat, mode=_PAD_MODES.get(conv.padding_mode, "constant"))
+            padding = (0,) * len(pads)
+        spec = ConvSpec(
+            tuple(conv.kernel_size),
+            tuple(conv.stride),
+            padding,
+            tuple(conv.dilation),
+            conv.groups,
+        )
+        return ConvMap(x, spec, bias)
+
+    def canonical(self, y: Tensor) -> Tensor:  # noqa: D102
+        return y.flatten(2)
+
+
+def _pads(conv: _Conv) -> list[tuple[int, int]]:
+    """Padding before and after, per spatial dimension, ``'same'`` resolved."""
+    if conv.padding == "valid":
+        return [(0, 0)] * len(conv.kernel_size)
+    if conv.padding == "same":
+        total = [
+            d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+        ]
+        return [(t // 2, t - t // 2) for t in total]
+    return [(int(p), int(p)) for p in conv.padding]
+
+
+def _unravel(y_shape: torch.Size, index: Tensor) -> tuple[Tensor, ...]:
+    """Flat positions to (example, *output position)."""
+    return torch.unravel_index(index, (y_shape[0], *y_shape[2:]))
+
+
+def _wrap(coordinate: Tensor, size: int, mode: str) -> tuple[Tensor, Tensor]:
+    """Bring padded coordinates into the map; second: which of them are data."""
+    inside = (coordinate >= 0) & (coordinate < size)
+    if mode == "circular":
+        return coordinate % size, torch.ones_like(inside)
+    if mode == "reflect":
+        mirrored = coordinate.abs()
+        mirrored = torch.where(
+            mirrored < size, mirrored, 2 * (size - 1) - mirrored
+        )
+        return mirrored, torch.ones_like(inside)
+    clamped = coordinate.clamp(0, size - 1)
+    return clamped, torch.ones_like(inside) if mode == "replicate" else inside

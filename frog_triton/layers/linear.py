@@ -1,0 +1,44 @@
+"""Linear layers with any number of leading dimensions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .base import Geometry, LayerAdapter, MatrixMap
+
+
+class LinearAdapter(LayerAdapter):
+    """`torch.nn.Linear`: every leading index but the first is a position."""
+
+    def geometry(self, module: nn.Module) -> Geometry:  # noqa: D102
+        assert isinstance(module, nn.Linear)
+        rows, dim = module.weight.shape
+        return Geometry(rows, dim, groups=1, bias=module.bias is not None)
+
+    def batched(self, module: nn.Module, x: Tensor) -> Tensor:  # noqa: D102
+        return x.unsqueeze(0) if x.ndim == 1 else x
+
+    def positions(self, y: Tensor) -> int:  # noqa: D102
+        return y.shape[1:-1].numel()
+
+    def take_input_positions(  # noqa: D102
+        self, module: nn.Module, x: Tensor, y_shape: torch.Size, index: Tensor
+    ) -> Tensor:
+        return _at(x, index)
+
+    def take_output_positions(self, y: Tensor, index: Tensor) -> Tensor:  # noqa: D102
+        return _at(y, index)
+
+    def linear_map(  # noqa: D102
+        self, module: nn.Module, x: Tensor, bias: bool
+    ) -> MatrixMap:
+        return MatrixMap(x.reshape(-1, x.shape[-1]), bias=bias)
+
+    def canonical(self, y: Tensor) -> Tensor:  # noqa: D102
+        return y.reshape(-1, y.shape[-1], 1)
+
+
+def _at(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of ``x`` at flat leading positions, without flattening (a copy) first."""
+    return x[torch.unravel_index(index, x.shape[:-1])]

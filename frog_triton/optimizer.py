@@ -1,0 +1,545 @@
+"""The torch optimizer: groups, state, step."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import ops
+from .capture import SAMPLINGS, SampleCapture
+from .fallback import FALLBACKS
+from .layers import LinearMap, MatrixMap, Rows
+from .preconditioner import check_solver_options, solve
+from .routing import Exclusion, Layer, Plan, Route, RoutingTable, route
+
+STATE_VERSION = 1
+
+
+class FROG(Optimizer):
+    """Fisher row-wise preconditioning, Algorithm 1, for the layers of a model.
+
+    For each output row j of a Linear or Conv layer: ``M <- momentum M + G``, then
+    `cg_iters` conjugate-gradient iterations on ``(X^T Lambda_j X + damping I) z_j = m_j``
+    from a small sample of activations X and output gradients, then
+    ``theta <- (1 - weight_decay lr) theta - lr z_j / sqrt(<z_j, m_j>)``. A layer's bias is
+    the last entry of its rows. All other parameters (norms, embeddings, the output
+    layer) are updated by `fallback`.
+
+    There are two parameter groups: ``param_groups[0]`` holds what is preconditioned,
+    ``param_groups[1]`` the rest, each with its own lr and weight decay, so that any
+    learning-rate scheduler works. `params` may bring groups of its own; each is then
+    split in two, in that order.
+
+    Samples are taken in forward passes in training mode with gradients enabled, and
+    dropped by `step` and `zero_grad`. Several passes before a step are pooled.
+
+    Args:
+        model: whose layers are preconditioned. Hooks are put on them.
+        lr: eta, the length of a step in the Fisher norm. The paper advises two to four
+            times a good SGD learning rate.
+        momentum: beta, applied before preconditioning.
+        nesterov: precondition ``G + beta M`` instead of ``M``.
+        weight_decay: rho, decoupled. The paper advises 1e-5 to 5e-5. Applies to whole
+            preconditioned rows; of the rest, not to biases and norms.
+        damping: tau, added to the normalised Fisher, whose mean diagonal is 1. The paper
+            advises 1e-6 to 1e-2, growing late in training: a group entry, to be changed
+            at any time.
+        cg_iters: k; the paper advises 3 to 5.
+        sample_size: examples or positions to sample for a layer and step. None: 32
+            examples (the paper: 16 to 64) or 256 positions.
+        sampling: ``"examples"``, the paper's: examples of the batch with all their
+            positions; or ``"positions"``, drawn over batch and space or sequence.
+        params: what to optimize: tensors, or torch-style groups whose entries override
+            the defaults. None: all parameters.
+        exclude: module or parameter names, shell patterns of them, or module types that
+            go to the fallback.
+        exclude_output_layer: send the last supported layer to the fallback, as the paper
+            advises. The last in the order of ``model.modules()``.
+        fallback: ``"sgd"`` (with `momentum` and `nesterov`) or ``"adamw"``.
+        fallback_lr: its learning rate. None: `lr` for SGD, 1e-3 for AdamW, torch's
+            default.
+        seed: of the sampling, which never touches the global random state.
+        formulation: ``"primal"``, ``"gram"``, or ``"auto"``, whichever counts cheaper.
+        backend: ``"torch"``, ``"triton"`` or ``"auto"``.
+
+    Raises:
+        ValueError: an option out of range, an exclusion that matches nothing, a float64
+            model with the Triton backend, a parameter that is not the model's.
+        TypeError: `model` is not a module.
+
+    Example:
+        >>> opt = FROG(model, lr=2e-2)
+        >>> loss_fn(model(x), y).backward()
+        >>> opt.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor = 2e-2,
+        *,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 1e-5,
+        damping: float = 1e-4,
+        cg_iters: int = 4,
+        sample_size: int | None = None,
+        sampling: str = "examples",
+        params: Iterable[Any] | None = None,
+        exclude: Sequence[Exclusion] = (),
+        exclude_output_layer: bool = True,
+        fallback: str = "sgd",
+        fallback_lr: float | Tensor | None = None,
+        seed: int = 0,
+        formulation: str = "auto",
+        backend: str = "auto",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                "FROG takes the model itself, not its parameters: FROG(model); got "
+                f"{type(model).__name__}"
+            )
+        if sampling not in SAMPLINGS:
+            raise ValueError(
+                f"sampling must be one of {tuple(SAMPLINGS)}, got {sampling!r}"
+            )
+        size = SAMPLINGS[sampling] if sample_size is None else sample_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"sample_size must be a positive integer, got {size!r}")
+        if fallback not in FALLBACKS:
+            raise ValueError(
+                f"fallback must be one of {tuple(FALLBACKS)}, got {fallback!r}"
+            )
+        if fallback_lr is None:
+            fallback_lr = lr if fallback == "sgd" else 1e-3
+        if isinstance(exclude, str | type):
+            exclude = (exclude,)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "damping": damping,
+            "cg_iters": cg_iters,
+        }
+        check_solver_options(damping, cg_iters, formulation, backend)
+        self.formulation = formulation
+        self.backend = backend
+        self._model = model
+        self._exclude = tuple(exclude)
+        self._exclude_output_layer = exclude_output_layer
+        self._fallback = fallback
+        self._fallback_lr = fallback_lr
+        self._plan = Plan()
+        self._layer_of: dict[nn.Parameter, Layer] = {}
+        self._anomalies: dict[str, Tensor] = {}
+        self._stepped = False
+        self.capture = SampleCapture(size, sampling, seed)
+        groups = self._split(_user_groups(model, params), defaults)
+        super().__init__(groups, defaults)
+        self._watch(self._plan.layers.values())
+        weakref.finalize(self, self.capture.close)
+        if not self._plan.layers:
+            warnings.warn(
+                "FROG preconditions no parameter of this model; describe() says why",
+                stacklevel=2,
+            )
+
+    # -- construction ---------------------------------------------------------------
+
+    def _split(
+        self, user_groups: list[dict[str, Any]], defaults: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Check the user's groups, route their parameters and split each in two."""
+        names = {p: name for name, p in self._model.named_parameters()}
+        group_of: dict[nn.Parameter, int] = {}
+        for i, group in enumerate(user_groups):
+            _check_group({**defaults, **group})
+            for param in group["params"]:
+                if param not in names:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(param.shape)} in params does not "
+                        "belong to the model that FROG was given"
+                    )
+                if param in group_of or param in self._plan.names and (
+                    self._plan.reasons.get(param) != "not in params"
+                ):
+                    raise ValueError(f"{names[param]} appears in more than one group")
+                group_of[param] = i
+        plan = route(
+            self._model, group_of, self._exclude, self._exclude_output_layer
+        )
+        for layer in plan.layers.values():
+            ops.resolve(self.backend, layer.weight.device, layer.weight.dtype)
+        self._adopt(plan, group_of)
+        preconditioned = plan.preconditioned()
+        fallback = FALLBACKS[self._fallback]
+        split = []
+        for group in user_groups:
+            rows = [p for p in group["params"] if p in preconditioned]
+            rest = [p for p in group["params"] if p not in preconditioned]
+            split.append({**group, "params": rows, "updated_by": "frog"})
+            rest_group = {"lr": self._fallback_lr, **fallback.defaults, **group}
+            rest_group |= {"params": rest, "updated_by": self._fallback}
+            split.append(rest_group)
+        return split
+
+    def _adopt(self, plan: Plan, group_of: dict[nn.Parameter, int]) -> None:
+        """Take over a plan; parameters routed before keep their routes."""
+        old = self._plan
+        reasons = {
+            p: old.reasons[p] if p in old.reasons and p not in group_of else reason
+            for p, reason in plan.reasons.items()
+        }
+        self._plan = Plan({**old.layers, **plan.layers}, plan.names, reasons)
+        self._layer_of |= {p: lay for lay in plan.layers.values() for p in lay.params}
+
+    def _watch(self, layers: Iterable[Layer]) -> None:
+        """Create state, and start to capture samples."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param not in self.state:
+                    self.state[param] = self._fresh_state(param, group)
+        this = weakref.ref(self)
+        for layer in layers:
+            self.capture.watch(
+                layer.name, layer.modules, layer.adapter, _step_reader(this, layer)
+            )
+
+    def _fresh_state(
+        self, param: nn.Parameter, group: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        if group["updated_by"] != "frog":
+            return FALLBACKS[group["updated_by"]].init_state(param)
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        buffer = torch.zeros(param.shape, dtype=dtype, device=param.device)
+        state = {"momentum_buffer": buffer}
+        if self._layer_of[param].weight is param:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        return state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the model, for instance of a layer put in later.
+
+        Args:
+            param_group: a torch-style group; it is split in two like the first.
+        """
+        if "updated_by" in param_group:  # one of ours, already split
+            super().add_param_group(param_group)
+            return
+        known = set(self._plan.layers)
+        group = {**param_group, "params": _param_list(param_group["params"])}
+        for half in self._split([group], self.defaults):
+            super().add_param_group(half)
+        self._watch(
+            layer for name, layer in self._plan.layers.items() if name not in known
+        )
+
+    # -- the step -------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Perform one step of Algorithm 1.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The closure's value, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or there has been no backward pass yet.
+                Nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_grads()
+        if not self._stepped:
+            self._let_go_of_unhooked()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            self._move_state(params)
+            if group["updated_by"] == "frog":
+                layers = {self._layer_of[p].name: self._layer_of[p] for p in params}
+                for layer in layers.values():
+                    self._step_layer(layer, group)
+            else:
+                states = [self.state[p] for p in params]
+                FALLBACKS[group["updated_by"]].step(params, states, group)
+        self.capture.clear()
+        self._stepped = True
+        return loss
+
+    def _step_layer(self, layer: Layer, group: dict[str, Any]) -> None:
+        weight, bias = layer.weight, layer.bias
+        if bias is not None and bias.grad is None:
+            bias = None
+        state = self.state[weight]
+        rows = layer.geometry.rows
+        momentum = Rows(
+            state["momentum_buffer"].view(rows, -1),
+            None if bias is None else self.state[bias]["momentum_buffer"],
+        )
+        grads = Rows(
+            momentum.weight if weight.grad is None else weight.grad.reshape(rows, -1),
+            None if bias is None else cast(Tensor, bias.grad),
+        )
+        x, y = self._samples(layer, bias is not None)
+        params = Rows(weight, bias)
+        if weight.grad is None:  # frozen: the bias is the whole row
+            momentum, grads = _bias_only(momentum), _bias_only(grads)
+            params = _bias_only(Rows(weight.view(rows, -1), bias))
+            x = MatrixMap(y.new_empty(y.shape[0] * y.shape[2], 0), bias=True)
+            y = y.transpose(1, 2).reshape(-1, rows, 1)
+        backend = ops.resolve(self.backend, weight.device, momentum.weight.dtype)
+        effective, finite = backend.momentum_(
+            [momentum], [grads], group["momentum"], group["nesterov"]
+        )
+        solution = solve(
+            backend,
+            [x],
+            [y],
+            effective,
+            damping=group["damping"],
+            cg_iters=group["cg_iters"],
+            formulation=self.formulation,
+        )
+        solution.update_([params], finite, group["lr"], group["weight_decay"])
+        state["step"] += 1
+        self._count(layer.name, solution.status == backend.NON_FINITE, ~finite)
+
+    def _samples(self, layer: Layer, bias: bool) -> tuple[LinearMap, Tensor]:
+        """The layer's samples; one of zeros, hence the identity Fisher, if none."""
+        dtype = self.state[layer.weight]["momentum_buffer"].dtype
+        found = self.capture.samples(layer.name, layer.adapter, bias, dtype)
+        if found is not None:
+            return found
+        geometry = layer.geometry
+        x = layer.weight.new_zeros(1, geometry.groups * geometry.dim, dtype=dtype)
+        y = layer.weight.new_zeros(1, geometry.rows, 1, dtype=dtype)
+        return MatrixMap(x, geometry.groups, bias), y
+
+    def _check_grads(self) -> None:
+        grads = False
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                grads = True
+                if param.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"{self._plan.names[param]} has a sparse gradient, which FROG "
+                        "does not support; build its layer with sparse=False"
+                    )
+        if not grads and not self._stepped:
+            raise RuntimeError(
+                "step() before any backward: no parameter has a gradient; call "
+                "loss.backward() first"
+            )
+
+    def _let_go_of_unhooked(self) -> None:
+        """Give layers that are used without their module to the fallback."""
+        missed = [
+            name
+            for name, layer in self._plan.layers.items()
+            if layer.weight.grad is not None and name not in self.capture.fired
+        ]
+        if missed:
+            self._reroute(missed)
+            warnings.warn(
+                f"{', '.join(missed)}: weight used without calling the module, so FROG "
+                f"sees no activations; {self._fallback} updates it from now on",
+                stacklevel=4,
+            )
+
+    def _reroute(self, names: Iterable[str]) -> None:
+        """Move layers from their group to its other half."""
+        for name in names:
+            layer = self._plan.layers.pop(name)
+            self.capture.unwatch(name)
+            for param in layer.params:
+                del self._layer_of[param]
+                self._plan.reasons[param] = "used without calling its module"
+                for group, rest in zip(
+                    self.param_groups, self.param_groups[1:], strict=False
+                ):
+                    kept = [p for p in group["params"] if p is not param]
+                    if len(kept) < len(group["params"]):
+                        group["params"] = kept
+                        rest["params"].append(param)
+                        self.state[param] = self._fresh_state(param, rest)
+                        break
+
+    def _move_state(self, params: list[nn.Parameter]) -> None:
+        """Follow parameters that were moved to another device."""
+        for param in params:
+            state = self.state[param]
+            for key, value in state.items():
+                if key != "step" and value.device != param.device:
+                    state[key] = value.to(param.device)
+
+    # -- state ----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of all parameters, group entries, and which layers were let go."""
+        unhooked = [
+            self._plan.names[p]
+            for group in self.param_groups
+            for p in group["params"]
+            if self._plan.reasons[p] == "used without calling its module"
+        ]
+        return super().state_dict() | {"version": STATE_VERSION, "unhooked": unhooked}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, with its dtypes.
+
+        Args:
+            state_dict: of a FROG with the same model and groups.
+
+        Raises:
+            ValueError: written by a later version, or groups that do not match.
+        """
+        version = state_dict.get("version", STATE_VERSION)
+        if version > STATE_VERSION:
+            raise ValueError(
+                f"this state_dict has version {version}, but this frog_triton reads up "
+                f"to {STATE_VERSION}: upgrade frog_triton"
+            )
+        unhooked = set(state_dict.get("unhooked", ()))
+        self._reroute(
+            [
+                name
+                for name, layer in self._plan.layers.items()
+                if self._plan.names[layer.weight] in unhooked
+            ]
+        )
+        super().load_state_dict(state_dict)
+        # torch casts state to the parameter's dtype; a momentum in float32 stays one.
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, param in zip(saved, params, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if key != "step" and isinstance(value, Tensor):
+                    self.state[param][key] = value.to(param.device, copy=True)
+        self._stepped = any(
+            bool(state["step"] > 0) for state in self.state.values() if "step" in state
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse: hooks tie this object to one model.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "FROG is tied to its model by hooks and can be neither copied nor pickled; "
+            "use state_dict() and build a new FROG on the other model"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Refuse, as `__getstate__` does."""
+        self.__getstate__()
+        raise AssertionError
+
+    # -- for the user's eyes ---------------------------------------------------------
+
+    def describe(self, file: Any = None) -> RoutingTable:
+        """Print, and return, who updates each parameter and why.
+
+        Args:
+            file: where to print; standard output by default.
+        """
+        updated_by = {
+            p: group["updated_by"] for group in self.param_groups for p in group["params"]
+        }
+        table = RoutingTable(
+            Route(name, tuple(p.shape), updated_by.get(p, "-"), self._plan.reasons[p])
+            for p, name in self._plan.names.items()
+        )
+        print(table, file=file)
+        return table
+
+    def anomalies(self) -> dict[str, dict[str, int]]:
+        """Rows met so far that were not finite; reading them waits for the device.
+
+        Returns:
+            For each layer that had any: ``nonfinite_samples``, rows that took the
+            identity Fisher because of samples that were not finite, and
+            ``nonfinite_gradients``, rows left as they were because of their gradient.
+        """
+        counts = {name: value.tolist() for name, value in self._anomalies.items()}
+        return {
+            name: {"nonfinite_samples": samples, "nonfinite_gradients": gradients}
+            for name, (samples, gradients) in counts.items()
+            if samples or gradients
+        }
+
+    def _count(self, name: str, samples: Tensor, gradients: Tensor) -> None:
+        counts = torch.stack([samples.sum(), gradients.sum()])
+        previous = self._anomalies.get(name)
+        self._anomalies[name] = counts if previous is None else previous + counts
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop gradients, and the samples that belong to them."""
+        super().zero_grad(set_to_none)
+        self.capture.clear()
+
+    def close(self) -> None:
+        """Remove the hooks from the model. The optimizer takes no more samples."""
+        self.capture.close()
+
+    def __enter__(self) -> Self:
+        """Nothing to do; `close` is called at the end of the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove the hooks."""
+        self.close()
+
+
+def _step_reader(this: weakref.ref[FROG], layer: Layer) -> Callable[[], int]:
+    def step() -> int:
+        optimizer = this()
+        return 0 if optimizer is None else int(optimizer.state[layer.weight]["step"])
+
+    return step
+
+
+def _bias_only(rows: Rows) -> Rows:
+    return Rows(rows.weight[:, :0], rows.bias)
+
+
+def _param_list(params: Any) -> list[nn.Parameter]:
+    if isinstance(params, Tensor):
+        params = [params]
+    return [p[1] if isinstance(p, tuple) else p for p in params]
+
+
+def _user_groups(
+    model: nn.Module, params: Iterable[Any] | None
+) -> list[dict[str, Any]]:
+    """`params` in any of torch's forms, as a list of groups."""
+    entries = list(model.parameters() if params is None else params)
+    if entries and isinstance(entries[0], dict):
+        return [{**copy.copy(g), "params": _param_list(g["params"])} for g in entries]
+    return [{"params": _param_list(entries)}]
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for name in ("lr", "momentum", "weight_decay"):
+        if not 0 <= group[name]:
+            raise ValueError(f"{name} must not be negative, got {group[name]}")
+    if group["nesterov"] and group["momentum"] == 0:
+        raise ValueError("nesterov needs a momentum above 0")
+    check_solver_options(group["damping"], group["cg_iters"], "auto", "auto")
+

@@ -1,0 +1,160 @@
+"""From samples and momentum of a layer to its normalised direction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .cost import choose_formulation
+from .layers import LinearMap, Rows, adapter_for
+from .solvers import FORMULATIONS, Batch, Solution
+
+FORMULATION_CHOICES = ("auto", *FORMULATIONS)
+
+
+def check_solver_options(
+    damping: float | Tensor, cg_iters: int, formulation: str, backend: str
+) -> None:
+    """Raise ValueError for an option that no solve can use."""
+    if not damping > 0:
+        raise ValueError(f"damping must be positive, got {damping}")
+    if isinstance(cg_iters, bool) or not isinstance(cg_iters, int) or cg_iters < 1:
+        raise ValueError(f"cg_iters must be a positive integer, got {cg_iters!r}")
+    if formulation not in FORMULATION_CHOICES:
+        raise ValueError(
+            f"formulation must be one of {FORMULATION_CHOICES}, got {formulation!r}"
+        )
+    if backend not in ops.BACKENDS:
+        raise ValueError(f"backend must be one of {ops.BACKENDS}, got {backend!r}")
+
+
+def solve(
+    backend: ModuleType,
+    xs: Sequence[LinearMap],
+    ys: Sequence[Tensor],
+    ms: Sequence[Rows],
+    *,
+    damping: float | Tensor,
+    cg_iters: int,
+    formulation: str = "auto",
+) -> Solution:
+    """Solve the row systems of layers of one geometry.
+
+    Args:
+        backend: a module of `frog_triton.ops`.
+        xs: sampled activations of each layer.
+        ys: their output gradients ``(n, R, P)``.
+        ms: momentum of each layer.
+        damping: tau.
+        cg_iters: k.
+        formulation: ``"primal"``, ``"gram"`` or ``"auto"``.
+    """
+    batch = Batch(xs, ys, ms)
+    if formulation == "auto":
+        x = xs[0]
+        formulation = choose_formulation(
+            x.samples * x.positions,
+            batch.row_length,
+            ms[0].weight.shape[0],
+            x.groups,
+            cg_iters,
+        )
+    return FORMULATIONS[formulation](backend, batch, damping, cg_iters)
+
+
+@torch.no_grad()
+def precondition(
+    module: nn.Module,
+    inputs: Tensor,
+    output_grads: Tensor,
+    momentum: Tensor,
+    momentum_bias: Tensor | None = None,
+    *,
+    damping: float = 1e-4,
+    cg_iters: int = 4,
+    formulation: str = "auto",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Direction of one layer from given samples: ``z_j / sqrt(<z_j, m_j>)``, equation (2).
+
+    ``z_j`` is the result of `cg_iters` conjugate-gradient iterations, from zero, on
+    ``(X^T Lambda_j X + damping I) z_j = m_j`` with the normalised Fisher weights of
+    equation (4). For authors of other optimizers: ``theta -= lr * direction`` is FROG.
+
+    Args:
+        module: a layer of a supported kind; only its geometry is used.
+        inputs: the layer's input for the sampled examples.
+        output_grads: the loss gradient at the layer's output for the same examples.
+            Any common factor cancels.
+        momentum: what to precondition, in the shape of ``module.weight``.
+        momentum_bias: the same for the bias. None solves for the weight alone.
+        damping: tau, added to the normalised Fisher (its mean diagonal is 1). The
+            paper advises 1e-6 to 1e-2.
+        cg_iters: k; the paper advises 3 to 5.
+        formulation: ``"primal"``, ``"gram"``, or ``"auto"``: whichever counts cheaper.
+        backend: ``"torch"``, ``"triton"`` or ``"auto"``.
+
+    Returns:
+        The direction shaped like ``module.weight`` and the one shaped like
+        ``module.bias``, None without `momentum_bias`. float32, or float64 where
+        `momentum` is float64. Rows without sampled gradient, or touched by samples
+        that are not finite, get ``m_j / |m_j|``; rows with zero momentum get zeros.
+
+    Raises:
+        TypeError: no adapter serves the module.
+        ValueError: an option, or a shape, that does not fit.
+    """
+    check_solver_options(damping, cg_iters, formulation, backend)
+    adapter = adapter_for(module)
+    kind = type(module).__name__
+    if adapter is None:
+        raise TypeError(
+            f"{kind} has no adapter; register one with frog_triton.layers.register"
+        )
+    weight = _parameter(module, "weight")
+    _check_shape(kind, "momentum", momentum, weight.shape)
+    if momentum_bias is not None:
+        if getattr(module, "bias", None) is None:
+            raise ValueError(f"{kind} has no bias: leave momentum_bias out")
+        _check_shape(kind, "momentum_bias", momentum_bias, weight.shape[:1])
+    inputs = adapter.batched(module, inputs)
+    output_grads = adapter.batched(module, output_grads)
+    dtype = torch.promote_types(momentum.dtype, torch.float32)
+    x = adapter.linear_map(module, inputs.to(dtype), momentum_bias is not None)
+    y = adapter.canonical(output_grads)
+    expected = (x.samples, weight.shape[0], x.positions)
+    if tuple(y.shape) != expected:
+        raise ValueError(
+            f"{kind}: output_grads of shape {tuple(output_grads.shape)} do not belong "
+            f"to inputs of shape {tuple(inputs.shape)}; pass the gradient of the loss "
+            "at this layer's output for the same examples"
+        )
+    m = Rows(
+        momentum.to(dtype).reshape(weight.shape[0], -1),
+        None if momentum_bias is None else momentum_bias.to(dtype),
+    )
+    chosen = ops.resolve(backend, momentum.device, dtype)
+    solution = solve(
+        chosen, [x], [y], [m],
+        damping=damping, cg_iters=cg_iters, formulation=formulation,
+    )
+    z = solution.rows()
+    return z.weight[0].view(weight.shape), None if z.bias is None else z.bias[0]
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    value = getattr(module, name)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _check_shape(kind: str, name: str, value: Tensor, shape: torch.Size) -> None:
+    if value.shape != shape:
+        raise ValueError(
+            f"{kind}: {name} has shape {tuple(value.shape)}, expected {tuple(shape)} "
+            "like the parameter it belongs to"
+        )

@@ -1,0 +1,66 @@
+"""Conjugate gradients in Gram space: the same iterates in other coordinates.
+
+With N samples well below D the solve costs ``2 N^2 D + 4 N D R + 2 k N^2 R`` operations
+instead of ``(4 k - 2) N D R``, and reads the rows twice instead of ``2 k - 1`` times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import Tensor
+
+from ..layers import Rows, written_out
+from .base import Batch
+
+
+@dataclass(frozen=True)
+class GramSolution:
+    """Directions in the coordinates ``z = s m + X^T u``.
+
+    Attributes:
+        ops: the backend.
+        batch: the systems, the rows of X written out.
+        s: ``(L, R)``.
+        u: ``(L, groups, N, R / groups)``.
+        status: how each row was solved ``(L, R)``; see `torch_ops.FISHER`.
+    """
+
+    ops: ModuleType
+    batch: Batch
+    s: Tensor
+    u: Tensor
+    status: Tensor
+
+    def rows(self) -> Rows:
+        """The directions, ``(L, R, D)``."""
+        return self.ops.combine(self.batch.xs, self.batch.ms, self.s, self.u)
+
+    def update_(
+        self,
+        params: Sequence[Rows],
+        finite: Tensor,
+        lr: float | Tensor,
+        weight_decay: float | Tensor,
+    ) -> None:
+        """Equation (5) on the rows that are finite."""
+        self.ops.update_(params, self.rows(), finite, lr, weight_decay)
+
+
+def solve(
+    ops: ModuleType, batch: Batch, damping: float | Tensor, iters: int
+) -> GramSolution:
+    """Coordinates of ``z / sqrt(<z, m>)`` after `iters` iterations from zero."""
+    batch = Batch(
+        [x.matrix() for x in batch.xs], [written_out(y) for y in batch.ys], batch.ms
+    )
+    k = ops.gram(batch.xs)
+    # The diagonal of K is the |x|^2 of the trace, equation (3).
+    norms = k.diagonal(dim1=-2, dim2=-1).mT.unsqueeze(-1)
+    weights, status = ops.fisher_weights(batch.ys, list(norms), batch.row_length)
+    c, m_squared = ops.project(batch.xs, batch.ms)
+    weights = weights.view(*weights.shape[:2], c.shape[1], -1).transpose(1, 2)
+    s, u = ops.gram_cg(k, c, weights, m_squared, status, damping, iters)
+    return GramSolution(ops, batch, s, u, status)
