@@ -1,0 +1,1 @@
+"""Benchmarks of FROG; installed as ``frog_triton.benchmarks``."""
