@@ -2,8 +2,8 @@
 
 A forward hook copies ``X[index]`` and puts a hook on the *output tensor*, which brings
 ``Y[index]`` when its gradient arrives (a module's backward hook would break on in-place
-activations). Until then the copied sample lives in that tensor hook alone: if no backward
-comes, it dies with the graph.
+activations). Until then the copied sample lives in that tensor hook alone: if no
+backward comes, it dies with the graph.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m frog_triton", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="train a small network beside SGD and AdamW")
+    demo = commands.add_parser("demo", help="train beside SGD and AdamW")
     missing = [
         package
         for module, package in _DEMO_NEEDS.items()

@@ -26,7 +26,7 @@ OPERATIONS_PER_ELEMENT = 32
 
 
 def primal_work(n: int, d: int, r: int, iters: int) -> Work:
-    """k forward and k - 1 adjoint products; T and the vectors p, r, z each time."""
+    """Count k forward and k - 1 adjoint products, with T and the vectors p, r, z."""
     return Work(
         operations=(4 * iters - 2) * n * d * r,
         elements=(2 * iters - 1) * (n * d + 2 * n * r) + 7 * iters * d * r,
@@ -34,7 +34,7 @@ def primal_work(n: int, d: int, r: int, iters: int) -> Work:
 
 
 def gram_work(n: int, d: int, r: int, groups: int, iters: int) -> Work:
-    """K and C once, k products with K, and the last combination ``X^T u``.
+    """Count K and C once, k products with K, and the last combination ``X^T u``.
 
     Args:
         n: samples.

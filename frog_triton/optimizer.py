@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 from . import ops
 from .capture import SAMPLINGS, SampleCapture
 from .fallback import FALLBACKS
+from .groups import check_group, param_list, user_groups
 from .layers import LinearMap, MatrixMap, Rows
 from .preconditioner import check_solver_options, solve
 from .routing import Exclusion, Layer, Plan, Route, RoutingTable, route
@@ -26,10 +26,11 @@ class FROG(Optimizer):
     """Fisher row-wise preconditioning, Algorithm 1, for the layers of a model.
 
     For each output row j of a Linear or Conv layer: ``M <- momentum M + G``, then
-    `cg_iters` conjugate-gradient iterations on ``(X^T Lambda_j X + damping I) z_j = m_j``
-    from a small sample of activations X and output gradients, then
-    ``theta <- (1 - weight_decay lr) theta - lr z_j / sqrt(<z_j, m_j>)``. A layer's bias is
-    the last entry of its rows. All other parameters (norms, embeddings, the output
+    `cg_iters` conjugate-gradient iterations on
+    ``(X^T Lambda_j X + damping I) z_j = m_j`` from a small sample of activations X and
+    output gradients, then
+    ``theta <- (1 - weight_decay lr) theta - lr z_j / sqrt(<z_j, m_j>)``. A layer's bias
+    is the last entry of its rows. All other parameters (norms, embeddings, the output
     layer) are updated by `fallback`.
 
     There are two parameter groups: ``param_groups[0]`` holds what is preconditioned,
@@ -48,9 +49,9 @@ class FROG(Optimizer):
         nesterov: precondition ``G + beta M`` instead of ``M``.
         weight_decay: rho, decoupled. The paper advises 1e-5 to 5e-5. Applies to whole
             preconditioned rows; of the rest, not to biases and norms.
-        damping: tau, added to the normalised Fisher, whose mean diagonal is 1. The paper
-            advises 1e-6 to 1e-2, growing late in training: a group entry, to be changed
-            at any time.
+        damping: tau, added to the normalised Fisher, whose mean diagonal is 1. The
+            paper advises 1e-6 to 1e-2, growing late in training: a group entry, to be
+            changed at any time.
         cg_iters: k; the paper advises 3 to 5.
         sample_size: examples or positions to sample for a layer and step. None: 32
             examples (the paper: 16 to 64) or 256 positions.
@@ -58,10 +59,10 @@ class FROG(Optimizer):
             positions; or ``"positions"``, drawn over batch and space or sequence.
         params: what to optimize: tensors, or torch-style groups whose entries override
             the defaults. None: all parameters.
-        exclude: module or parameter names, shell patterns of them, or module types that
-            go to the fallback.
-        exclude_output_layer: send the last supported layer to the fallback, as the paper
-            advises. The last in the order of ``model.modules()``.
+        exclude: module or parameter names, shell patterns of them, or module types
+            that go to the fallback.
+        exclude_output_layer: send the last supported layer to the fallback, as the
+            paper advises. The last in the order of ``model.modules()``.
         fallback: ``"sgd"`` (with `momentum` and `nesterov`) or ``"adamw"``.
         fallback_lr: its learning rate. None: `lr` for SGD, 1e-3 for AdamW, torch's
             default.
@@ -140,9 +141,10 @@ class FROG(Optimizer):
         self._plan = Plan()
         self._layer_of: dict[nn.Parameter, Layer] = {}
         self._anomalies: dict[str, Tensor] = {}
+        self._warned: set[str] = set()
         self._stepped = False
         self.capture = SampleCapture(size, sampling, seed)
-        groups = self._split(_user_groups(model, params), defaults)
+        groups = self._split(user_groups(model, params), defaults)
         super().__init__(groups, defaults)
         self._watch(self._plan.layers.values())
         weakref.finalize(self, self.capture.close)
@@ -155,34 +157,31 @@ class FROG(Optimizer):
     # -- construction ---------------------------------------------------------------
 
     def _split(
-        self, user_groups: list[dict[str, Any]], defaults: dict[str, Any]
+        self, groups: list[dict[str, Any]], defaults: dict[str, Any]
     ) -> list[dict[str, Any]]:
         """Check the user's groups, route their parameters and split each in two."""
         names = {p: name for name, p in self._model.named_parameters()}
         group_of: dict[nn.Parameter, int] = {}
-        for i, group in enumerate(user_groups):
-            _check_group({**defaults, **group})
+        for i, group in enumerate(groups):
+            check_group({**defaults, **group})
             for param in group["params"]:
                 if param not in names:
                     raise ValueError(
                         f"a parameter of shape {tuple(param.shape)} in params does not "
                         "belong to the model that FROG was given"
                     )
-                if param in group_of or param in self._plan.names and (
-                    self._plan.reasons.get(param) != "not in params"
-                ):
+                optimized = self._plan.reasons.get(param, "not in params")
+                if param in group_of or optimized != "not in params":
                     raise ValueError(f"{names[param]} appears in more than one group")
                 group_of[param] = i
-        plan = route(
-            self._model, group_of, self._exclude, self._exclude_output_layer
-        )
+        plan = route(self._model, group_of, self._exclude, self._exclude_output_layer)
         for layer in plan.layers.values():
             ops.resolve(self.backend, layer.weight.device, layer.weight.dtype)
         self._adopt(plan, group_of)
         preconditioned = plan.preconditioned()
         fallback = FALLBACKS[self._fallback]
         split = []
-        for group in user_groups:
+        for group in groups:
             rows = [p for p in group["params"] if p in preconditioned]
             rest = [p for p in group["params"] if p not in preconditioned]
             split.append({**group, "params": rows, "updated_by": "frog"})
@@ -235,7 +234,7 @@ class FROG(Optimizer):
             super().add_param_group(param_group)
             return
         known = set(self._plan.layers)
-        group = {**param_group, "params": _param_list(param_group["params"])}
+        group = {**param_group, "params": param_list(param_group["params"])}
         for half in self._split([group], self.defaults):
             super().add_param_group(half)
         self._watch(
@@ -245,7 +244,7 @@ class FROG(Optimizer):
     # -- the step -------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step of Algorithm 1.
 
         Args:
@@ -323,6 +322,14 @@ class FROG(Optimizer):
         found = self.capture.samples(layer.name, layer.adapter, bias, dtype)
         if found is not None:
             return found
+        if layer.name not in self._warned:
+            self._warned.add(layer.name)
+            warnings.warn(
+                f"{layer.name} has a gradient but no samples, so its rows take the "
+                "identity Fisher; samples are taken in training mode with gradients "
+                "enabled: did its forward pass run in eval mode?",
+                stacklevel=5,
+            )
         geometry = layer.geometry
         x = layer.weight.new_zeros(1, geometry.groups * geometry.dim, dtype=dtype)
         y = layer.weight.new_zeros(1, geometry.rows, 1, dtype=dtype)
@@ -460,7 +467,9 @@ class FROG(Optimizer):
             file: where to print; standard output by default.
         """
         updated_by = {
-            p: group["updated_by"] for group in self.param_groups for p in group["params"]
+            p: group["updated_by"]
+            for group in self.param_groups
+            for p in group["params"]
         }
         table = RoutingTable(
             Route(name, tuple(p.shape), updated_by.get(p, "-"), self._plan.reasons[p])
@@ -517,29 +526,3 @@ def _step_reader(this: weakref.ref[FROG], layer: Layer) -> Callable[[], int]:
 
 def _bias_only(rows: Rows) -> Rows:
     return Rows(rows.weight[:, :0], rows.bias)
-
-
-def _param_list(params: Any) -> list[nn.Parameter]:
-    if isinstance(params, Tensor):
-        params = [params]
-    return [p[1] if isinstance(p, tuple) else p for p in params]
-
-
-def _user_groups(
-    model: nn.Module, params: Iterable[Any] | None
-) -> list[dict[str, Any]]:
-    """`params` in any of torch's forms, as a list of groups."""
-    entries = list(model.parameters() if params is None else params)
-    if entries and isinstance(entries[0], dict):
-        return [{**copy.copy(g), "params": _param_list(g["params"])} for g in entries]
-    return [{"params": _param_list(entries)}]
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    for name in ("lr", "momentum", "weight_decay"):
-        if not 0 <= group[name]:
-            raise ValueError(f"{name} must not be negative, got {group[name]}")
-    if group["nesterov"] and group["momentum"] == 0:
-        raise ValueError("nesterov needs a momentum above 0")
-    check_solver_options(group["damping"], group["cg_iters"], "auto", "auto")
-

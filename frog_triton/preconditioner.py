@@ -79,9 +79,10 @@ def precondition(
     formulation: str = "auto",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Direction of one layer from given samples: ``z_j / sqrt(<z_j, m_j>)``, equation (2).
+    """Direction of one layer from given samples, equation (2).
 
-    ``z_j`` is the result of `cg_iters` conjugate-gradient iterations, from zero, on
+    It is ``z_j / sqrt(<z_j, m_j>)``, where ``z_j`` is the result of `cg_iters`
+    conjugate-gradient iterations, from zero, on
     ``(X^T Lambda_j X + damping I) z_j = m_j`` with the normalised Fisher weights of
     equation (4). For authors of other optimizers: ``theta -= lr * direction`` is FROG.
 
@@ -139,8 +140,13 @@ def precondition(
     )
     chosen = ops.resolve(backend, momentum.device, dtype)
     solution = solve(
-        chosen, [x], [y], [m],
-        damping=damping, cg_iters=cg_iters, formulation=formulation,
+        chosen,
+        [x],
+        [y],
+        [m],
+        damping=damping,
+        cg_iters=cg_iters,
+        formulation=formulation,
     )
     z = solution.rows()
     return z.weight[0].view(weight.shape), None if z.bias is None else z.bias[0]

@@ -73,8 +73,9 @@ class RoutingTable(list[Route]):
         widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
         rule = tuple("-" * width for width in widths)
         return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))
-            .rstrip()
+            "  ".join(
+                cell.ljust(w) for cell, w in zip(line, widths, strict=True)
+            ).rstrip()
             for line in (header, rule, *lines)
         )
 
@@ -196,7 +197,9 @@ def _obstacle(module: nn.Module, users: list[nn.Module]) -> str | None:
             return f"weight shared with {type(user).__name__}"
         theirs = other.geometry(user)
         if (theirs.rows, theirs.dim, theirs.groups) != (
-            geometry.rows, geometry.dim, geometry.groups,
+            geometry.rows,
+            geometry.dim,
+            geometry.groups,
         ):
             return "weight shared by layers of different geometry"
     return None
@@ -219,9 +222,7 @@ def _layer(
     return layer
 
 
-def _explain(
-    plan: Plan, model: nn.Module, excluded: dict[nn.Parameter, str]
-) -> None:
+def _explain(plan: Plan, model: nn.Module, excluded: dict[nn.Parameter, str]) -> None:
     """Fill in the reasons of all that has none yet."""
     for layer in plan.layers.values():
         kind = type(layer.modules[0]).__name__
@@ -276,9 +277,7 @@ def _matches(
                 yield from module.parameters()
         return
     if not isinstance(entry, str):
-        raise TypeError(
-            f"exclude takes names, patterns or module types, got {entry!r}"
-        )
+        raise TypeError(f"exclude takes names, patterns or module types, got {entry!r}")
     for name, module in modules.items():
         if name and fnmatch.fnmatchcase(name, entry):
             yield from module.parameters()
@@ -293,4 +292,3 @@ def _no_match(entry: Exclusion, names: Iterable[str]) -> str:
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
         return f"exclude names {entry!r}, but the model has no such module{hint}"
     return f"exclude names {entry.__name__}, but the model has no module of that type"
-

@@ -138,7 +138,11 @@ def _read(root: Path, classes: list[str], share: int | None) -> tuple[Tensor, Te
 
 
 def _normalised(
-    name: str, train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor,
+    name: str,
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
     flip: bool,
 ) -> Dataset:
     mean = train_x.mean((0, 2, 3), keepdim=True)

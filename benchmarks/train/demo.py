@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     batch_size = args.batch_size or (64 if small else 128)
     targets = args.targets or ([0.95, 0.97, 0.98] if small else [0.5, 0.6, 0.65])
     console.print(
-        f"{data.name}: {len(data.train_y)} training and {len(data.test_y)} test images, "
-        f"{data.classes} classes; {epochs} epochs, batch {batch_size}, "
+        f"{data.name}: {len(data.train_y)} training and {len(data.test_y)} test "
+        f"images, {data.classes} classes; {epochs} epochs, batch {batch_size}, "
         f"{args.seeds} seeds; every optimizer at the best of {len(PEERS[0].lrs)} "
         "learning rates, same schedule"
     )

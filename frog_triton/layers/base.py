@@ -175,7 +175,8 @@ class MatrixMap(LinearMap):
         return self.x.view(self.samples, self.groups, self.dim).transpose(0, 1)
 
     def apply(self, v: Rows) -> Tensor:  # noqa: D102
-        weight = v.weight.reshape(self.groups, -1, self.dim)
+        rows = v.weight.shape[0] // self.groups
+        weight = v.weight.reshape(self.groups, rows, self.dim)
         t = torch.matmul(self.grouped(), weight.mT)  # (groups, N, R / groups)
         t = t.transpose(0, 1).reshape(self.samples, -1, 1)
         return t if v.bias is None else t + v.bias[:, None]

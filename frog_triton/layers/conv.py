@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -172,13 +172,15 @@ class ConvAdapter(LayerAdapter):
             at.append(coordinate.view(shape))
             inside = inside & valid.view(shape)
         # The channel slice between index tensors puts the indexed shape in front.
-        patches = x[(sample.view([-1] + [1] * spatial), slice(None), *at)]
+        where_all: Any = (sample.view([-1] + [1] * spatial), slice(None), *at)
+        patches = x[where_all]
         patches = torch.where(inside.unsqueeze(-1), patches, 0)
         return patches.movedim(-1, 1).reshape(count, -1)
 
     def take_output_positions(self, y: Tensor, index: Tensor) -> Tensor:  # noqa: D102
         sample, *output = _unravel(y.shape, index)
-        return y[(sample, slice(None), *output)]
+        where: Any = (sample, slice(None), *output)
+        return y[where]
 
     def linear_map(  # noqa: D102
         self, module: nn.Module, x: Tensor, bias: bool
@@ -227,9 +229,7 @@ def _wrap(coordinate: Tensor, size: int, mode: str) -> tuple[Tensor, Tensor]:
         return coordinate % size, torch.ones_like(inside)
     if mode == "reflect":
         mirrored = coordinate.abs()
-        mirrored = torch.where(
-            mirrored < size, mirrored, 2 * (size - 1) - mirrored
-        )
+        mirrored = torch.where(mirrored < size, mirrored, 2 * (size - 1) - mirrored)
         return mirrored, torch.ones_like(inside)
     clamped = coordinate.clamp(0, size - 1)
     return clamped, torch.ones_like(inside) if mode == "replicate" else inside

@@ -1,0 +1,40 @@
+# `make demo` and `make test` set everything up by themselves; see README.md.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+LINT_SITE := .lint/site
+
+.PHONY: install demo test lint clean
+
+install: $(READY)
+
+# Reinstalled when the project's requirements change; the marker is written last.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[demo,dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python -m frog_triton demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+# Type checkers cannot follow the package mapping of an editable install, so mypy
+# checks a copy that is installed aside.
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	rm -rf $(LINT_SITE) build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --target $(LINT_SITE) .
+	MYPYPATH=$(LINT_SITE) $(BIN)/mypy --package frog_triton
+
+clean:
+	rm -rf $(VENV) .lint build runs *.egg-info

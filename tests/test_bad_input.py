@@ -1,0 +1,93 @@
+"""Bad input raises before anything is changed, and names the remedy."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from frog_triton import FROG
+
+
+def net():
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr must not be negative"),
+        ({"momentum": -0.1}, "momentum must not be negative"),
+        ({"weight_decay": -1}, "weight_decay must not be negative"),
+        ({"damping": 0.0}, "damping must be positive"),
+        ({"damping": float("nan")}, "damping must be positive"),
+        ({"cg_iters": 0}, "cg_iters must be a positive integer"),
+        ({"sample_size": 0}, "sample_size must be a positive integer"),
+        ({"sample_size": 1.5}, "sample_size must be a positive integer"),
+        ({"sampling": "rows"}, "sampling must be one of"),
+        ({"fallback": "adam"}, "fallback must be one of"),
+        ({"formulation": "dual"}, "formulation must be one of"),
+        ({"backend": "cuda"}, "backend must be one of"),
+        ({"nesterov": True, "momentum": 0.0}, "nesterov needs a momentum"),
+        ({"params": [nn.Parameter(torch.zeros(7))]}, "shape .7,. in params"),
+    ],
+)
+def test_options(options, message):
+    model = net()
+    with pytest.raises(ValueError, match=message):
+        FROG(model, **options)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_group_options():
+    model = net()
+    with pytest.raises(ValueError, match="lr must not be negative"):
+        FROG(model, params=[{"params": model.parameters(), "lr": -1}])
+    with pytest.raises(ValueError, match=r"0\.weight appears in more than one group"):
+        FROG(model, params=[{"params": list(model.parameters())}] * 2)
+
+
+def test_unknown_option_and_parameters_for_a_model():
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        FROG(net(), dampening=0.1)
+    with pytest.raises(TypeError, match=r"FROG\(model\)"):
+        FROG(net().parameters())
+
+
+def test_float64_with_the_triton_backend():
+    with pytest.raises(ValueError, match=r"float64.*backend=.torch"):
+        FROG(net().double(), backend="triton")
+
+
+def test_step_before_any_backward():
+    model = net()
+    opt = FROG(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"call loss.backward\(\) first"):
+        opt.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    model(torch.randn(3, 3)).sum().backward()
+    opt.step()
+    opt.zero_grad()
+    opt.step()  # as with torch's optimizers, nothing to do
+
+
+def test_sparse_gradients():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    model = nn.Sequential(embedding, nn.Linear(3, 4), nn.Linear(4, 2))
+    opt = FROG(model)
+    model(torch.tensor([1, 2])).square().sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"0\.weight has a sparse.*sparse=False"):
+        opt.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_lazy_layers():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"0\.weight has no shape yet: run one"):
+        FROG(model)
+    model(torch.randn(2, 3))
+    FROG(model)
