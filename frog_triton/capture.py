@@ -12,12 +12,14 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from . import ops
 from .layers import LayerAdapter, LinearMap, MatrixMap, pool_samples
 from .sampling import counter_key, draw
 
@@ -57,9 +59,13 @@ class SampleCapture:
         sample_size: examples or positions kept for a layer, over all its calls.
         sampling: ``"examples"`` or ``"positions"``.
         seed: enters every draw.
+        backend: one of `ops.BACKENDS`.
     """
 
-    def __init__(self, sample_size: int, sampling: str, seed: int) -> None:
+    def __init__(
+        self, sample_size: int, sampling: str, seed: int, backend: str = "auto"
+    ) -> None:
+        self.backend = backend
         self.sample_size = sample_size
         self.sampling = sampling
         self.seed = seed
@@ -110,7 +116,7 @@ class SampleCapture:
             self._pools[name] = _Pool()
 
     def samples(
-        self, name: str, adapter: LayerAdapter, bias: bool, dtype: torch.dtype
+        self, name: str, adapter: LayerAdapter, bias: bool
     ) -> tuple[LinearMap, Tensor] | None:
         """The layer's samples as a map and gradients ``(n, R, P)``, or None."""
         calls = self._pools[name].calls
@@ -118,12 +124,10 @@ class SampleCapture:
             return None
         if self.sampling == "positions":
             groups = adapter.geometry(calls[0].module).groups
-            maps: list[LinearMap] = [
-                MatrixMap(c.x.to(dtype), groups, bias) for c in calls
-            ]
+            maps: list[LinearMap] = [MatrixMap(c.x, groups, bias) for c in calls]
             ys = [c.y.unsqueeze(-1) for c in calls]
         else:
-            maps = [adapter.linear_map(c.module, c.x.to(dtype), bias) for c in calls]
+            maps = [adapter.linear_map(c.module, c.x, bias) for c in calls]
             ys = [adapter.canonical(c.y) for c in calls]
         return pool_samples(maps, ys)
 
@@ -152,7 +156,9 @@ class SampleCapture:
         pool.forwards += 1
         index = draw(total, self.sample_size, key, x.device)
         if by_position:
-            sample = adapter.take_input_positions(module, x, y_shape, index)
+            sample = adapter.take_input_positions(
+                module, x, y_shape, index, self._backend(x)
+            )
         else:
             sample = x.index_select(0, index)
 
@@ -166,6 +172,9 @@ class SampleCapture:
             self._add(name, _Call(module, sample, y), total, key)
 
         output.register_hook(on_grad)
+
+    def _backend(self, x: Tensor) -> ModuleType:
+        return ops.resolve(self.backend, x.device, x.dtype)
 
     def _add(self, name: str, call: _Call, total: int, key: int) -> None:
         """Pool a call so that every candidate seen so far is equally likely in it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from . import ops
 from .capture import SAMPLINGS, SampleCapture
 from .fallback import FALLBACKS
 from .groups import check_group, param_list, user_groups
-from .layers import LinearMap, MatrixMap, Rows
-from .preconditioner import check_solver_options, solve
+from .preconditioner import check_solver_options
 from .routing import Exclusion, Layer, Plan, Route, RoutingTable, route
+from .step import Samples, layer_step, no_samples, step_layers
 
 STATE_VERSION = 1
 
@@ -143,7 +143,7 @@ class FROG(Optimizer):
         self._anomalies: dict[str, Tensor] = {}
         self._warned: set[str] = set()
         self._stepped = False
-        self.capture = SampleCapture(size, sampling, seed)
+        self.capture = SampleCapture(size, sampling, seed, backend)
         groups = self._split(user_groups(model, params), defaults)
         super().__init__(groups, defaults)
         self._watch(self._plan.layers.values())
@@ -269,8 +269,15 @@ class FROG(Optimizer):
             self._move_state(params)
             if group["updated_by"] == "frog":
                 layers = {self._layer_of[p].name: self._layer_of[p] for p in params}
-                for layer in layers.values():
-                    self._step_layer(layer, group)
+                steps = [
+                    layer_step(layer, self.state, self._samples, self.backend)
+                    for layer in layers.values()
+                ]
+                for layer, samples, grads in step_layers(
+                    steps, group, self.formulation
+                ):
+                    self.state[layer.weight]["step"] += 1
+                    self._count(layer.name, samples, grads)
             else:
                 states = [self.state[p] for p in params]
                 FALLBACKS[group["updated_by"]].step(params, states, group)
@@ -278,48 +285,9 @@ class FROG(Optimizer):
         self._stepped = True
         return loss
 
-    def _step_layer(self, layer: Layer, group: dict[str, Any]) -> None:
-        weight, bias = layer.weight, layer.bias
-        if bias is not None and bias.grad is None:
-            bias = None
-        state = self.state[weight]
-        rows = layer.geometry.rows
-        momentum = Rows(
-            state["momentum_buffer"].view(rows, -1),
-            None if bias is None else self.state[bias]["momentum_buffer"],
-        )
-        grads = Rows(
-            momentum.weight if weight.grad is None else weight.grad.reshape(rows, -1),
-            None if bias is None else cast(Tensor, bias.grad),
-        )
-        x, y = self._samples(layer, bias is not None)
-        params = Rows(weight, bias)
-        if weight.grad is None:  # frozen: the bias is the whole row
-            momentum, grads = _bias_only(momentum), _bias_only(grads)
-            params = _bias_only(Rows(weight.view(rows, -1), bias))
-            x = MatrixMap(y.new_empty(y.shape[0] * y.shape[2], 0), bias=True)
-            y = y.transpose(1, 2).reshape(-1, rows, 1)
-        backend = ops.resolve(self.backend, weight.device, momentum.weight.dtype)
-        effective, finite = backend.momentum_(
-            [momentum], [grads], group["momentum"], group["nesterov"]
-        )
-        solution = solve(
-            backend,
-            [x],
-            [y],
-            effective,
-            damping=group["damping"],
-            cg_iters=group["cg_iters"],
-            formulation=self.formulation,
-        )
-        solution.update_([params], finite, group["lr"], group["weight_decay"])
-        state["step"] += 1
-        self._count(layer.name, solution.status == backend.NON_FINITE, ~finite)
-
-    def _samples(self, layer: Layer, bias: bool) -> tuple[LinearMap, Tensor]:
-        """The layer's samples; one of zeros, hence the identity Fisher, if none."""
-        dtype = self.state[layer.weight]["momentum_buffer"].dtype
-        found = self.capture.samples(layer.name, layer.adapter, bias, dtype)
+    def _samples(self, layer: Layer, bias: bool) -> Samples:
+        """The layer's samples, or none, with a warning, if there are none."""
+        found = self.capture.samples(layer.name, layer.adapter, bias)
         if found is not None:
             return found
         if layer.name not in self._warned:
@@ -328,12 +296,10 @@ class FROG(Optimizer):
                 f"{layer.name} has a gradient but no samples, so its rows take the "
                 "identity Fisher; samples are taken in training mode with gradients "
                 "enabled: did its forward pass run in eval mode?",
-                stacklevel=5,
+                stacklevel=6,
             )
-        geometry = layer.geometry
-        x = layer.weight.new_zeros(1, geometry.groups * geometry.dim, dtype=dtype)
-        y = layer.weight.new_zeros(1, geometry.rows, 1, dtype=dtype)
-        return MatrixMap(x, geometry.groups, bias), y
+        dtype = self.state[layer.weight]["momentum_buffer"].dtype
+        return no_samples(layer, bias, dtype)
 
     def _check_grads(self) -> None:
         grads = False
@@ -522,7 +488,3 @@ def _step_reader(this: weakref.ref[FROG], layer: Layer) -> Callable[[], int]:
         return 0 if optimizer is None else int(optimizer.state[layer.weight]["step"])
 
     return step
-
-
-def _bias_only(rows: Rows) -> Rows:
-    return Rows(rows.weight[:, :0], rows.bias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from . import ops
 from .cost import choose_formulation
-from .layers import LinearMap, Rows, adapter_for
+from .layers import adapter_for
+from .ops.types import Rows
 from .solvers import FORMULATIONS, Batch, Solution
 
 FORMULATION_CHOICES = ("auto", *FORMULATIONS)
@@ -34,9 +35,7 @@ def check_solver_options(
 
 def solve(
     backend: ModuleType,
-    xs: Sequence[LinearMap],
-    ys: Sequence[Tensor],
-    ms: Sequence[Rows],
+    batch: Batch,
     *,
     damping: float | Tensor,
     cg_iters: int,
@@ -46,20 +45,24 @@ def solve(
 
     Args:
         backend: a module of `frog_triton.ops`.
-        xs: sampled activations of each layer.
-        ys: their output gradients ``(n, R, P)``.
-        ms: momentum of each layer.
+        batch: the systems, samples as captured.
         damping: tau.
         cg_iters: k.
         formulation: ``"primal"``, ``"gram"`` or ``"auto"``.
     """
-    batch = Batch(xs, ys, ms)
+    rows = batch.ms[0].weight
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    prepared = [
+        backend.prepare(x, y, dtype) for x, y in zip(batch.xs, batch.ys, strict=True)
+    ]
+    xs, ys = [x for x, _ in prepared], [y for _, y in prepared]
+    batch = replace(batch, xs=xs, ys=ys)
     if formulation == "auto":
-        x = xs[0]
+        x = batch.xs[0]
         formulation = choose_formulation(
             x.samples * x.positions,
             batch.row_length,
-            ms[0].weight.shape[0],
+            rows.shape[0],
             x.groups,
             cg_iters,
         )
@@ -125,7 +128,7 @@ def precondition(
     inputs = adapter.batched(module, inputs)
     output_grads = adapter.batched(module, output_grads)
     dtype = torch.promote_types(momentum.dtype, torch.float32)
-    x = adapter.linear_map(module, inputs.to(dtype), momentum_bias is not None)
+    x = adapter.linear_map(module, inputs, momentum_bias is not None)
     y = adapter.canonical(output_grads)
     expected = (x.samples, weight.shape[0], x.positions)
     if tuple(y.shape) != expected:
@@ -141,9 +144,7 @@ def precondition(
     chosen = ops.resolve(backend, momentum.device, dtype)
     solution = solve(
         chosen,
-        [x],
-        [y],
-        [m],
+        Batch([x], [y], [m]),
         damping=damping,
         cg_iters=cg_iters,
         formulation=formulation,

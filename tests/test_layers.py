@@ -10,11 +10,12 @@ from torch import nn
 from frog_triton.layers import (
     LayerAdapter,
     MatrixMap,
-    Rows,
     adapter_for,
     pool_samples,
     register,
 )
+from frog_triton.ops import torch_ops
+from frog_triton.ops.types import Rows
 
 
 def linear_map(module, x):
@@ -77,7 +78,7 @@ def test_positions_are_rows_of_the_matrix(name):
     index = torch.randperm(total)[: max(1, total // 2)]
     at = index.numpy()
     expected = linear_map(module, x).matrix().x[index]
-    actual = adapter.take_input_positions(module, x, y.shape, index)
+    actual = adapter.take_input_positions(module, x, y.shape, index, torch_ops)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     grads = oracles.gradient_rows(module, oracles.as_numpy(y))[at]
     np.testing.assert_array_equal(
@@ -89,9 +90,9 @@ def test_positions_of_channels_last_images():
     module, x, *_ = problem("conv2d")
     adapter, index = adapter_for(module), torch.tensor([3, 0, 11])
     shape = module(x).shape
-    expected = adapter.take_input_positions(module, x, shape, index)
+    expected = adapter.take_input_positions(module, x, shape, index, torch_ops)
     strided = x.contiguous(memory_format=torch.channels_last)
-    actual = adapter.take_input_positions(module, strided, shape, index)
+    actual = adapter.take_input_positions(module, strided, shape, index, torch_ops)
     assert torch.equal(actual, expected)
 
 
@@ -146,8 +147,8 @@ def test_a_new_kind_is_one_adapter_and_one_line():
         def positions(self, y):
             return linear.positions(y)
 
-        def take_input_positions(self, module, x, y_shape, index):
-            return 2 * linear.take_input_positions(module, x, y_shape, index)
+        def take_input_positions(self, module, x, *rest):
+            return 2 * linear.take_input_positions(module, x, *rest)
 
         def take_output_positions(self, y, index):
             return linear.take_output_positions(y, index)

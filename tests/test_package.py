@@ -49,9 +49,9 @@ RANKS = {
     "routing": 4,
     "preconditioner": 4,
     "solvers": 3,
-    "ops": 2,
-    "layers": 1,
-    "kernels": 1,
+    "layers": 2,
+    "ops": 1,
+    "kernels": 0,
 }
 
 

@@ -12,10 +12,7 @@ from .base import (
     LayerAdapter,
     LinearMap,
     MatrixMap,
-    Rows,
     pool_samples,
-    stack_rows,
-    written_out,
 )
 from .conv import ConvAdapter, ConvMap
 from .linear import LinearAdapter
@@ -26,12 +23,9 @@ __all__ = [
     "LayerAdapter",
     "LinearMap",
     "MatrixMap",
-    "Rows",
     "adapter_for",
     "pool_samples",
     "register",
-    "stack_rows",
-    "written_out",
 ]
 
 _REGISTRY: dict[type[nn.Module], LayerAdapter] = {}

@@ -16,10 +16,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..ops.types import Rows, written_out
 
 
 @dataclass(frozen=True)
@@ -44,71 +47,6 @@ class Geometry:
         return self.dim + self.bias
 
 
-class Rows(NamedTuple):
-    """Row vectors of one layer (or, with a leading dimension, of several).
-
-    Attributes:
-        weight: ``(..., R, D)``.
-        bias: ``(..., R)``, or None where rows have no bias.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def dot(self, other: Rows) -> Tensor:
-        """Inner products row by row, shape ``(..., R)``."""
-        total = torch.linalg.vecdot(self.weight, other.weight)
-        if self.bias is not None and other.bias is not None:
-            total = total + self.bias * other.bias
-        return total
-
-    def add_(self, other: Rows, alpha: Tensor) -> Rows:
-        """``self += alpha * other`` with one alpha a row; returns ``self``."""
-        self.weight.addcmul_(other.weight, alpha.unsqueeze(-1))
-        if self.bias is not None and other.bias is not None:
-            self.bias.addcmul_(other.bias, alpha)
-        return self
-
-    def scale_(self, alpha: Tensor) -> Rows:
-        """``self *= alpha`` with one alpha a row; returns ``self``."""
-        self.weight.mul_(alpha.unsqueeze(-1))
-        if self.bias is not None:
-            self.bias.mul_(alpha)
-        return self
-
-    def select(self, condition: Tensor, other: Rows) -> Rows:
-        """Rows of ``self`` where ``condition`` holds, of ``other`` elsewhere."""
-        weight = torch.where(condition.unsqueeze(-1), self.weight, other.weight)
-        if self.bias is None or other.bias is None:
-            return Rows(weight, None)
-        return Rows(weight, torch.where(condition, self.bias, other.bias))
-
-    def to(self, dtype: torch.dtype) -> Rows:
-        """The same rows in another dtype."""
-        return Rows(
-            self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
-        )
-
-    def clone(self) -> Rows:
-        """A contiguous copy."""
-        fmt = torch.contiguous_format
-        bias = None if self.bias is None else self.bias.clone(memory_format=fmt)
-        return Rows(self.weight.clone(memory_format=fmt), bias)
-
-    def zeros_like(self) -> Rows:
-        """Zeros of the same shapes."""
-        bias = None if self.bias is None else torch.zeros_like(self.bias)
-        return Rows(torch.zeros_like(self.weight), bias)
-
-
-def stack_rows(rows: Sequence[Rows]) -> Rows:
-    """Copy the rows of several layers of one geometry into ``(L, R, D)``."""
-    biases = [r.bias for r in rows if r.bias is not None]
-    return Rows(
-        torch.stack([r.weight for r in rows]), torch.stack(biases) if biases else None
-    )
-
-
 class LinearMap(ABC):
     """Sampled activations ``X`` of one layer, seen as a linear map of its rows.
 
@@ -118,6 +56,8 @@ class LinearMap(ABC):
         dim: D, weights in a row.
         groups: number of groups.
         bias: whether the homogeneous coordinate takes part.
+        pointwise: whether each position sees one input position, so that writing the
+            rows out repeats nothing.
     """
 
     samples: int
@@ -125,6 +65,7 @@ class LinearMap(ABC):
     dim: int
     groups: int
     bias: bool
+    pointwise: bool
 
     @abstractmethod
     def apply(self, v: Rows) -> Tensor:
@@ -139,8 +80,17 @@ class LinearMap(ABC):
         """``|x|^2``, one more with a bias: shape ``(n, groups, P)``."""
 
     @abstractmethod
+    def to(self, dtype: torch.dtype) -> LinearMap:
+        """The same samples in another dtype."""
+
+    @abstractmethod
     def matrix(self) -> MatrixMap:
         """The same map with its ``n * P`` rows written out."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the samples."""
 
     @property
     @abstractmethod
@@ -162,6 +112,7 @@ class MatrixMap(LinearMap):
     """
 
     positions = 1
+    pointwise = True
 
     def __init__(self, x: Tensor, groups: int = 1, bias: bool = False) -> None:
         self.x = x
@@ -191,8 +142,15 @@ class MatrixMap(LinearMap):
         norms = torch.linalg.vecdot(x, x).mT.unsqueeze(-1)
         return norms + 1 if self.bias else norms
 
+    def to(self, dtype: torch.dtype) -> MatrixMap:  # noqa: D102
+        return MatrixMap(self.x.to(dtype), self.groups, self.bias)
+
     def matrix(self) -> MatrixMap:  # noqa: D102
         return self
+
+    @property
+    def dtype(self) -> torch.dtype:  # noqa: D102
+        return self.x.dtype
 
     @property
     def key(self) -> Hashable:  # noqa: D102
@@ -225,9 +183,22 @@ class LayerAdapter(ABC):
 
     @abstractmethod
     def take_input_positions(
-        self, module: nn.Module, x: Tensor, y_shape: torch.Size, index: Tensor
+        self,
+        module: nn.Module,
+        x: Tensor,
+        y_shape: torch.Size,
+        index: Tensor,
+        backend: ModuleType,
     ) -> Tensor:
-        """Rows of ``X`` at flat positions ``index``: ``(N, groups * D)``."""
+        """Rows of ``X`` at flat positions ``index``: ``(N, groups * D)``.
+
+        Args:
+            module: the layer.
+            x: its input.
+            y_shape: shape of its output.
+            index: positions, int64.
+            backend: a module of `frog_triton.ops`.
+        """
 
     @abstractmethod
     def take_output_positions(self, y: Tensor, index: Tensor) -> Tensor:
@@ -263,8 +234,3 @@ def pool_samples(
     if len(maps) == 1:
         return maps[0], grads[0]
     return maps[0].concat(maps[1:]), torch.cat(list(grads))
-
-
-def written_out(y: Tensor) -> Tensor:
-    """``(n, R, P)`` as ``(n * P, R, 1)``, the order of `LinearMap.matrix`."""
-    return y.transpose(1, 2).reshape(-1, y.shape[1], 1)

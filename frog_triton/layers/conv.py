@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Geometry, LayerAdapter, LinearMap, MatrixMap, Rows
+from ..ops.types import Rows, Window
+from .base import Geometry, LayerAdapter, LinearMap, MatrixMap
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 # torch's names for padding modes, as F.pad spells them.
@@ -46,6 +48,7 @@ class ConvMap(LinearMap):
         self.x = x
         self.spec = spec
         self.bias = bias
+        self.pointwise = set(spec.kernel) == {1}
         self.samples = x.shape[0]
         self.groups = spec.groups
         self.dim = x.shape[1] // spec.groups * torch.Size(spec.kernel).numel()
@@ -91,6 +94,9 @@ class ConvMap(LinearMap):
         norms = self._convolve(squares, ones, self.groups).flatten(2)
         return norms + 1 if self.bias else norms
 
+    def to(self, dtype: torch.dtype) -> ConvMap:  # noqa: D102
+        return ConvMap(self.x.to(dtype), self.spec, self.bias)
+
     def matrix(self) -> MatrixMap:  # noqa: D102
         spec = self.spec
         pads = [pad for pad in reversed(spec.padding) for _ in range(2)]
@@ -105,6 +111,10 @@ class ConvMap(LinearMap):
         return MatrixMap(
             windows.reshape(self.samples * self.positions, -1), self.groups, self.bias
         )
+
+    @property
+    def dtype(self) -> torch.dtype:  # noqa: D102
+        return self.x.dtype
 
     @property
     def key(self) -> Hashable:  # noqa: D102
@@ -151,31 +161,23 @@ class ConvAdapter(LayerAdapter):
         return y.shape[2:].numel()
 
     def take_input_positions(  # noqa: D102
-        self, module: nn.Module, x: Tensor, y_shape: torch.Size, index: Tensor
+        self,
+        module: nn.Module,
+        x: Tensor,
+        y_shape: torch.Size,
+        index: Tensor,
+        backend: ModuleType,
     ) -> Tensor:
         conv = cast(_Conv, module)
-        sample, *output = _unravel(y_shape, index)
-        count, spatial = index.numel(), len(output)
-        at: list[Tensor] = []
-        inside = torch.ones((), dtype=torch.bool, device=x.device)
-        for axis, where in enumerate(output):
-            taps = torch.arange(conv.kernel_size[axis], device=x.device)
-            coordinate = (
-                where[:, None] * conv.stride[axis]
-                + taps * conv.dilation[axis]
-                - _pads(conv)[axis][0]
-            )
-            size = x.shape[2 + axis]
-            coordinate, valid = _wrap(coordinate, size, conv.padding_mode)
-            shape = [count] + [1] * spatial
-            shape[1 + axis] = -1
-            at.append(coordinate.view(shape))
-            inside = inside & valid.view(shape)
-        # The channel slice between index tensors puts the indexed shape in front.
-        where_all: Any = (sample.view([-1] + [1] * spatial), slice(None), *at)
-        patches = x[where_all]
-        patches = torch.where(inside.unsqueeze(-1), patches, 0)
-        return patches.movedim(-1, 1).reshape(count, -1)
+        window = Window(
+            tuple(conv.kernel_size),
+            tuple(conv.stride),
+            tuple(conv.dilation),
+            tuple(before for before, _ in _pads(conv)),
+            conv.padding_mode,
+        )
+        patches: Tensor = backend.gather_patches(x, index, y_shape[2:], window)
+        return patches
 
     def take_output_positions(self, y: Tensor, index: Tensor) -> Tensor:  # noqa: D102
         sample, *output = _unravel(y.shape, index)
@@ -220,16 +222,3 @@ def _pads(conv: _Conv) -> list[tuple[int, int]]:
 def _unravel(y_shape: torch.Size, index: Tensor) -> tuple[Tensor, ...]:
     """Flat positions to (example, *output position)."""
     return torch.unravel_index(index, (y_shape[0], *y_shape[2:]))
-
-
-def _wrap(coordinate: Tensor, size: int, mode: str) -> tuple[Tensor, Tensor]:
-    """Bring padded coordinates into the map; second: which of them are data."""
-    inside = (coordinate >= 0) & (coordinate < size)
-    if mode == "circular":
-        return coordinate % size, torch.ones_like(inside)
-    if mode == "reflect":
-        mirrored = coordinate.abs()
-        mirrored = torch.where(mirrored < size, mirrored, 2 * (size - 1) - mirrored)
-        return mirrored, torch.ones_like(inside)
-    clamped = coordinate.clamp(0, size - 1)
-    return clamped, torch.ones_like(inside) if mode == "replicate" else inside

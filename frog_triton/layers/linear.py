@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,12 @@ class LinearAdapter(LayerAdapter):
         return y.shape[1:-1].numel()
 
     def take_input_positions(  # noqa: D102
-        self, module: nn.Module, x: Tensor, y_shape: torch.Size, index: Tensor
+        self,
+        module: nn.Module,
+        x: Tensor,
+        y_shape: torch.Size,
+        index: Tensor,
+        backend: ModuleType,
     ) -> Tensor:
         return _at(x, index)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from types import ModuleType
 
 import torch
@@ -17,18 +19,40 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleTyp
     """The backend module that serves tensors of this device and dtype.
 
     Args:
-        backend: one of `BACKENDS`.
+        backend: one of `BACKENDS`; ``"auto"`` is Triton for CUDA tensors other than
+            float64, where Triton is installed, and torch for all others.
         device: of the tensors.
         dtype: of the parameters or the momentum.
 
     Raises:
         ValueError: the Triton backend cannot serve such tensors.
     """
-    if backend == "triton":
-        if dtype == torch.float64:
-            raise ValueError(
-                "the Triton backend computes in float32 and does not take a float64 "
-                "model; use backend='torch', or model.float()"
-            )
-        raise ValueError("this version has no Triton kernels yet; use backend='torch'")
-    return torch_ops
+    available = importlib.util.find_spec("triton") is not None
+    if backend == "auto":
+        serves = available and device.type == "cuda" and dtype != torch.float64
+        backend = "triton" if serves else "torch"
+    if backend == "torch":
+        return torch_ops
+    if dtype == torch.float64:
+        raise ValueError(
+            "the Triton backend computes in float32 and does not take a float64 model; "
+            "use backend='torch', or model.float()"
+        )
+    if not available:
+        raise ValueError("backend='triton' needs triton: pip install triton")
+    if device.type != "cuda" and not _interpreted():
+        raise ValueError(
+            f"the Triton backend takes CUDA tensors, got {device.type}; use "
+            "backend='torch', or set TRITON_INTERPRET=1 before Python starts to run "
+            "the kernels on the CPU, slowly"
+        )
+    return importlib.import_module(".triton_ops", __name__)
+
+
+def _interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 was set when the kernels were built."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from ..kernels.common import _sum_splits_kernel
+
+    return isinstance(_sum_splits_kernel, InterpretedFunction)

@@ -8,16 +8,29 @@ dtype of the momentum: float32, or float64 for float64 models.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..layers import LinearMap, Rows, stack_rows
+from .types import Rows, SampleMap, Window, stack_rows
 
 GROUPS_LAYERS = False  # one layer at a time: stacking would only copy
 
 # Status of a row. All but FISHER take the identity in place of their Fisher matrix.
 FISHER, NO_GRADIENT, NON_FINITE = 0, 1, 2
+
+
+def prepare(x: SampleMap, y: Tensor, dtype: torch.dtype) -> tuple[SampleMap, Tensor]:
+    """Samples in the form that the functions below take.
+
+    Args:
+        x: activations as captured, of any floating dtype.
+        y: output gradients ``(n, R, P)``.
+        dtype: of the momentum, and of the products.
+    """
+    return x.to(dtype), y
 
 
 def momentum_(
@@ -32,7 +45,7 @@ def momentum_(
         momenta: M of each layer, updated in place.
         grads: G of each layer, any floating dtype and strides.
         momentum: beta.
-        nesterov: return ``G + beta M`` instead of ``M``.
+        nesterov: precondition ``G + beta M`` instead of ``M``.
 
     Returns:
         What to precondition, a layer each, and which rows are finite ``(L, R)``.
@@ -43,23 +56,65 @@ def momentum_(
         if g.bias is not None:
             finite = finite & torch.isfinite(g.bias)
         # 1 and 0 instead of beta and G: such a row stays as it is.
-        beta = _by_row(finite, momentum, 1, m.weight.dtype)
-        grad = g.to(m.weight.dtype)
+        wide = torch.promote_types(m.weight.dtype, torch.float32)
+        beta = _by_row(finite, momentum, 1, wide)
+        grad = g.to(wide)
         grad = grad.select(finite, grad.zeros_like())
-        m.scale_(beta).add_(grad, torch.ones_like(beta))
-        effective.append(grad.add_(m, beta) if nesterov else m)
+        updated = m.to(wide).scale_(beta).add_(grad, torch.ones_like(beta))
+        if wide != m.weight.dtype:
+            m.copy_(updated)
+            updated = m.to(wide)
+        effective.append(grad.add_(updated, beta) if nesterov else updated)
         finite_rows.append(finite)
     return effective, torch.stack(finite_rows)
 
 
+def momentum_project_(
+    xs: Sequence[SampleMap],
+    momenta: Sequence[Rows],
+    grads: Sequence[Rows] | None,
+    momentum: float | Tensor,
+    nesterov: bool,
+) -> tuple[Sequence[Rows], Tensor, Tensor, Tensor]:
+    """`momentum_`, and the projection of its result on the samples.
+
+    Args:
+        xs: samples of each layer.
+        momenta: M of each layer, updated in place.
+        grads: G of each layer; None leaves the momenta as they are.
+        momentum: beta.
+        nesterov: precondition ``G + beta M`` instead of ``M``.
+
+    Returns:
+        What to precondition (V below), a layer each; which rows are finite ``(L, R)``;
+        ``C = X V^T`` ``(L, groups, N, R / groups)``; and ``|v|^2`` ``(L, R)``.
+    """
+    if grads is None:
+        ms: Sequence[Rows] = momenta
+        rows = momenta[0].weight.shape[0]
+        finite = momenta[0].weight.new_ones(len(momenta), rows, dtype=torch.bool)
+    else:
+        ms, finite = momentum_(momenta, grads, momentum, nesterov)
+    c = [
+        x.apply(m).view(x.samples, x.groups, -1).transpose(0, 1)
+        for x, m in zip(xs, ms, strict=True)
+    ]
+    return ms, finite, torch.stack(c), torch.stack([m.dot(m) for m in ms])
+
+
+def row_norms(xs: Sequence[SampleMap]) -> list[Tensor]:
+    """``|x|^2`` of each layer, one more with a bias: ``(n, groups, P)``."""
+    return [x.row_norms() for x in xs]
+
+
 def fisher_weights(
-    ys: Sequence[Tensor], row_norms: Sequence[Tensor], row_length: int
+    ys: Sequence[Tensor], norms: Sequence[Tensor], row_length: int
 ) -> tuple[Tensor, Tensor]:
     """Normalised Fisher weights, equation (4): ``Y^2 / (trace / D)``.
 
     Args:
         ys: output gradients ``(n, R, P)`` of each layer; any common scale cancels.
-        row_norms: ``|x|^2`` of each layer, ``(n, groups, P)``.
+        norms: ``|x|^2`` of each layer, ``(n, groups, P)``.
         row_length: D of the paper, the bias included.
 
     Returns:
@@ -67,13 +122,13 @@ def fisher_weights(
         the status of each row ``(L, R)``: `FISHER`, or why it takes the identity.
     """
     weights, statuses = [], []
-    for y, norms in zip(ys, row_norms, strict=True):
+    for y, norm in zip(ys, norms, strict=True):
         # Squares of a tiny Y underflow: each row is scaled by its largest entry.
-        largest = y.abs().amax((0, 2), keepdim=True).to(norms.dtype)
-        scaled = y.to(norms.dtype) / torch.where(largest == 0, 1, largest)
+        largest = y.abs().amax((0, 2), keepdim=True).to(norm.dtype)
+        scaled = y.to(norm.dtype) / torch.where(largest == 0, 1, largest)
         squares = scaled.square()
-        grouped = squares.unflatten(1, (norms.shape[1], -1))
-        trace = (grouped * norms.unsqueeze(2)).sum((0, 3)).flatten()
+        grouped = squares.unflatten(1, (norm.shape[1], -1))
+        trace = (grouped * norm.unsqueeze(2)).sum((0, 3)).flatten()
         factor = row_length / trace
         status = torch.where(torch.isfinite(factor), FISHER, NO_GRADIENT)
         status = torch.where(torch.isfinite(trace), status, NON_FINITE)
@@ -83,54 +138,136 @@ def fisher_weights(
     return torch.stack(weights), torch.stack(statuses)
 
 
-def forward(
-    xs: Sequence[LinearMap], p: Rows, weights: Tensor, damping: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """``T = Lambda * (X p)`` and, out of the same product, ``p^T A p``.
+@dataclass
+class CGState:
+    """Vectors of conjugate gradients on the rows, ``(L, R, D)``, and their scalars.
+
+    Attributes:
+        m: right-hand sides.
+        z: the iterate.
+        r: the residual ``m - A z``.
+        p: the search direction.
+        rho: ``|r|^2`` ``(L, R)``.
+        first: ``|m|^2``.
+        alpha: length of the current step.
+        active: rows that still move.
+        status: of the rows, from `fisher_weights`.
+        t: ``Lambda * (X p)`` of the current step.
+    """
+
+    m: Rows
+    z: Rows
+    r: Rows
+    p: Rows
+    rho: Tensor
+    first: Tensor
+    alpha: Tensor
+    active: Tensor
+    status: Tensor
+    t: Tensor | None = None
+
+
+def cg_start(
+    xs: Sequence[SampleMap], ms: Sequence[Rows], status: Tensor, iters: int
+) -> CGState:
+    """The state before the first iteration: ``z = 0``, ``p = r = m``.
 
     Args:
         xs: samples of each layer.
-        p: search directions ``(L, R, D)``.
-        weights: Lambda ``(L, n, R, P)``.
-        damping: tau.
-
-    Returns:
-        T ``(L, n, R, P)`` and ``p^T A p`` ``(L, R)``.
+        ms: right-hand sides of each layer.
+        status: of the rows, from `fisher_weights`.
+        iters: how many iterations are to come.
     """
-    xp = torch.stack([x.apply(_layer(p, i)) for i, x in enumerate(xs)])
-    t = weights * xp
-    return t, (t * xp).sum((1, 3)) + damping * p.dot(p)
+    m = stack_rows(ms)
+    rho = m.dot(m)
+    return CGState(
+        m,
+        m.zeros_like(),
+        m.clone(),
+        m.clone(),
+        rho,
+        rho,
+        torch.zeros_like(rho),
+        rho > 0,
+        status,
+    )
 
 
-def adjoint_step_(
-    xs: Sequence[LinearMap],
-    t: Tensor,
-    p: Rows,
-    alpha: Tensor,
-    r: Rows,
+def cg_forward_(
+    xs: Sequence[SampleMap],
+    weights: Tensor,
+    state: CGState,
     damping: float | Tensor,
-) -> Tensor:
-    """``r -= alpha A p`` with ``A p = X^T T + tau p``; returns ``|r|^2`` ``(L, R)``."""
+    last: bool,
+) -> None:
+    """``T = Lambda * (X p)``; out of the same product ``p^T A p`` and ``z += alpha p``.
+
+    A row whose ``p^T A p`` is not positive keeps its last iterate.
+
+    Args:
+        xs: samples of each layer.
+        weights: Lambda ``(L, n, R, P)``.
+        state: updated in place.
+        damping: tau.
+        last: whether no `cg_adjoint_` follows.
+    """
+    p = state.p
+    xp = torch.stack([x.apply(_layer(p, i)) for i, x in enumerate(xs)])
+    state.t = weights * xp
+    pap = (state.t * xp).sum((1, 3)) + damping * p.dot(p)
+    state.active = state.active & (pap > 0)
+    state.alpha = torch.where(state.active, state.rho / pap, 0)
+    state.z.add_(p, state.alpha)
+
+
+def cg_adjoint_(
+    xs: Sequence[SampleMap], state: CGState, damping: float | Tensor
+) -> None:
+    """``r -= alpha A p`` with ``A p = X^T T + tau p``, then ``p = r + beta p``.
+
+    A row whose residual has come down to rounding keeps its last iterate.
+
+    Args:
+        xs: samples of each layer.
+        state: updated in place.
+        damping: tau.
+    """
+    assert state.t is not None
+    r, p = state.r, state.p
     for i, x in enumerate(xs):
-        _layer(r, i).add_(x.apply_adjoint(t[i]), -alpha[i])
-    r.add_(p, -alpha * damping)
-    return r.dot(r)
+        _layer(r, i).add_(x.apply_adjoint(state.t[i]), -state.alpha[i])
+    r.add_(p, -state.alpha * damping)
+    rho = r.dot(r)
+    # What is left of an exactly solved row is a few roundings of m.
+    floor = state.first * (4 * torch.finfo(rho.dtype).eps) ** 2
+    state.active = state.active & (rho > floor)
+    beta = torch.where(state.active, rho / state.rho, 0)
+    p.scale_(beta).add_(r, torch.ones_like(beta))
+    state.rho = rho
 
 
-def gram(xs: Sequence[LinearMap]) -> Tensor:
+def cg_rows(state: CGState) -> Rows:
+    """Directions ``z / sqrt(<z, m>)``, equation (2): rows ``(L, R, D)``."""
+    z = state.m.select(state.status != FISHER, state.z)
+    return z.scale_(_normaliser(z.dot(state.m)))
+
+
+def cg_update_(
+    params: Sequence[Rows],
+    state: CGState,
+    finite: Tensor,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+) -> None:
+    """Equation (5) with the directions of `cg_rows`; see `gram_update_`."""
+    _update_(params, cg_rows(state), finite, lr, weight_decay)
+
+
+def gram(xs: Sequence[SampleMap]) -> Tensor:
     """``K = X X^T``, one more everywhere with a bias: ``(L, groups, N, N)``."""
     grouped = [x.matrix().grouped() for x in xs]
     k = torch.stack([torch.matmul(g, g.mT) for g in grouped])
     return k + 1 if xs[0].bias else k
-
-
-def project(xs: Sequence[LinearMap], ms: Sequence[Rows]) -> tuple[Tensor, Tensor]:
-    """``C = X M^T`` ``(L, groups, N, R / groups)`` and ``|m|^2`` ``(L, R)``."""
-    c = [
-        x.apply(m).view(x.samples, x.groups, -1).transpose(0, 1)
-        for x, m in zip(xs, ms, strict=True)
-    ]
-    return torch.stack(c), torch.stack([m.dot(m) for m in ms])
 
 
 def gram_cg(
@@ -142,7 +279,7 @@ def gram_cg(
     damping: float | Tensor,
     iters: int,
 ) -> tuple[Tensor, Tensor]:
-    """CG in the coordinates ``v = s m + X^T u``, equation (2) of all rows at once.
+    """CG in the coordinates ``v = s m + X^T u``, of all rows at once.
 
     Every vector of CG from zero has that form, so D never appears:
 
@@ -162,11 +299,11 @@ def gram_cg(
 
     Returns:
         ``s`` ``(L, R)`` and ``u`` (the shape of ``c``) of the normalised direction
-        ``z / sqrt(<z, m>)``.
+        ``z / sqrt(<z, m>)``, equation (2).
     """
     groups = c.shape[1]
     mm = m_squared.unflatten(1, (groups, -1))
-    epsilon = torch.finfo(c.dtype).eps
+    rounding = 8 * torch.finfo(c.dtype).eps
     s, u = torch.zeros_like(mm), torch.zeros_like(c)
     s_r, u_r, x_r = torch.ones_like(mm), torch.zeros_like(c), c
     s_p, u_p, x_p = s_r, u_r, x_r
@@ -184,10 +321,11 @@ def gram_cg(
         s_r = s_r - alpha * damping * s_p
         u_r = u_r - alpha.unsqueeze(-2) * (t + damping * u_p)
         x_r = s_r.unsqueeze(-2) * c + torch.matmul(k, u_r)
-        along_m, along_x = s_r * (s_r * mm + _sum(c * u_r)), _sum(u_r * x_r)
-        rho_new = along_m + along_x
+        c_u, u_x = _sum(c * u_r), _sum(u_r * x_r)
+        rho_new = s_r * (s_r * mm + c_u) + u_x
         # The sum is all rounding once it is that much smaller than its terms.
-        active = active & (rho_new > epsilon * (along_m.abs() + along_x.abs()))
+        terms = s_r.abs() * (s_r.abs() * mm + c_u.abs()) + u_x.abs()
+        active = active & (rho_new > rounding * terms)
         beta = torch.where(active, rho_new / rho, 0)
         s_p, u_p = s_r + beta * s_p, u_r + beta.unsqueeze(-2) * u_p
         x_p = x_r + beta.unsqueeze(-2) * x_p
@@ -195,12 +333,21 @@ def gram_cg(
     plain = (status != FISHER).unflatten(1, (groups, -1))
     s = torch.where(plain, 1, s)
     u = torch.where(plain.unsqueeze(-2), 0, u)
-    scale = normaliser(s * mm + torch.where(plain, 0, _sum(c * u)))
+    scale = _normaliser(s * mm + torch.where(plain, 0, _sum(c * u)))
     return (s * scale).flatten(1), u * scale.unsqueeze(-2)
 
 
-def combine(xs: Sequence[LinearMap], ms: Sequence[Rows], s: Tensor, u: Tensor) -> Rows:
-    """``z = s m + X^T u``: rows ``(L, R, D)``."""
+def gram_rows(
+    xs: Sequence[SampleMap], ms: Sequence[Rows], s: Tensor, u: Tensor
+) -> Rows:
+    """Directions ``s m + X^T u`` written out: rows ``(L, R, D)``.
+
+    Args:
+        xs: samples of each layer.
+        ms: right-hand sides of each layer.
+        s: ``(L, R)``.
+        u: ``(L, groups, N, R / groups)``.
+    """
     layers = []
     for i, (x, m) in enumerate(zip(xs, ms, strict=True)):
         t = u[i].transpose(0, 1).reshape(x.samples * x.positions, -1, 1)
@@ -211,14 +358,12 @@ def combine(xs: Sequence[LinearMap], ms: Sequence[Rows], s: Tensor, u: Tensor) -
     return stack_rows(layers)
 
 
-def normaliser(zm: Tensor) -> Tensor:
-    """``1 / sqrt(<z, m>)`` of equation (2); zero where there is no step to take."""
-    return torch.where((zm > 0) & torch.isfinite(zm), zm.rsqrt(), 0)
-
-
-def update_(
+def gram_update_(
     params: Sequence[Rows],
-    direction: Rows,
+    xs: Sequence[SampleMap],
+    ms: Sequence[Rows],
+    s: Tensor,
+    u: Tensor,
     finite: Tensor,
     lr: float | Tensor,
     weight_decay: float | Tensor,
@@ -227,11 +372,74 @@ def update_(
 
     Args:
         params: theta of each layer, in the parameter's own shape, updated in place.
-        direction: z ``(L, R, D)``.
+        xs: samples of each layer.
+        ms: right-hand sides of each layer.
+        s: ``(L, R)``, from `gram_cg`.
+        u: ``(L, groups, N, R / groups)``, from `gram_cg`.
         finite: rows to update ``(L, R)``; the others stay as they are.
         lr: eta.
         weight_decay: rho.
     """
+    _update_(params, gram_rows(xs, ms, s, u), finite, lr, weight_decay)
+
+
+def gather_patches(
+    x: Tensor, index: Tensor, output_shape: Sequence[int], window: Window
+) -> Tensor:
+    """Rows of ``X`` of a convolution at drawn positions, padding resolved.
+
+    Args:
+        x: activations ``(n, C, *spatial)`` of any strides.
+        index: flat positions over ``(n, *output_shape)``, int64.
+        output_shape: spatial shape of the output.
+        window: the convolution's window.
+
+    Returns:
+        ``(N, C * kernel size)``, ordered channel first.
+    """
+    sample, *output = torch.unravel_index(index, (x.shape[0], *output_shape))
+    count, spatial = index.numel(), len(output)
+    at: list[Tensor] = []
+    inside = torch.ones((), dtype=torch.bool, device=x.device)
+    for axis, where in enumerate(output):
+        taps = torch.arange(window.kernel[axis], device=x.device)
+        coordinate = (
+            where[:, None] * window.stride[axis]
+            + taps * window.dilation[axis]
+            - window.pads[axis]
+        )
+        size = x.shape[2 + axis]
+        coordinate, valid = _wrap(coordinate, size, window.padding_mode)
+        shape = [count] + [1] * spatial
+        shape[1 + axis] = -1
+        at.append(coordinate.view(shape))
+        inside = inside & valid.view(shape)
+    # The channel slice between index tensors puts the indexed shape in front.
+    where_all: Any = (sample.view([-1] + [1] * spatial), slice(None), *at)
+    patches = torch.where(inside.unsqueeze(-1), x[where_all], 0)
+    return patches.movedim(-1, 1).reshape(count, -1)
+
+
+def _wrap(coordinate: Tensor, size: int, mode: str) -> tuple[Tensor, Tensor]:
+    """Bring padded coordinates into the map; second: which of them are data."""
+    inside = (coordinate >= 0) & (coordinate < size)
+    if mode == "circular":
+        return coordinate % size, torch.ones_like(inside)
+    if mode == "reflect":
+        mirrored = coordinate.abs()
+        mirrored = torch.where(mirrored < size, mirrored, 2 * (size - 1) - mirrored)
+        return mirrored, torch.ones_like(inside)
+    clamped = coordinate.clamp(0, size - 1)
+    return clamped, torch.ones_like(inside) if mode == "replicate" else inside
+
+
+def _update_(
+    params: Sequence[Rows],
+    direction: Rows,
+    finite: Tensor,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+) -> None:
     dtype = direction.weight.dtype
     decay = _by_row(finite, 1 - lr * weight_decay, 1, dtype)
     step = _by_row(finite, -lr, 0, dtype)
@@ -246,6 +454,11 @@ def update_(
             wide.addcmul_(z, step[i].view(shape))
             if wide is not theta:
                 theta.copy_(wide)
+
+
+def _normaliser(zm: Tensor) -> Tensor:
+    """``1 / sqrt(<z, m>)`` of equation (2); zero where there is no step to take."""
+    return torch.where((zm > 0) & torch.isfinite(zm), zm.rsqrt(), 0)
 
 
 def _by_row(

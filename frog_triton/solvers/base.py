@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..layers import LinearMap, Rows
+from ..ops.types import Rows, SampleMap
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,18 @@ class Batch:
     Attributes:
         xs: sampled activations of each layer.
         ys: their output gradients ``(n, R, P)``.
-        ms: right-hand sides ``(R, D)``, the momentum.
+        ms: momentum of each layer ``(R, D)``, the right-hand sides.
+        grads: gradients to be added to the momentum first, in place; None for none.
+        momentum: beta.
+        nesterov: whether ``G + beta M`` is the right-hand side instead.
     """
 
-    xs: Sequence[LinearMap]
+    xs: Sequence[SampleMap]
     ys: Sequence[Tensor]
     ms: Sequence[Rows]
+    grads: Sequence[Rows] | None = None
+    momentum: float | Tensor = 0.0
+    nesterov: bool = False
 
     @property
     def row_length(self) -> int:
@@ -36,11 +42,16 @@ class Solution(Protocol):
 
     Attributes:
         status: how each row was solved ``(L, R)``; see `torch_ops.FISHER`.
+        finite: rows whose gradient is finite ``(L, R)``; the others do not move.
     """
 
     @property
     def status(self) -> Tensor:
-        """How each row was solved ``(L, R)``; see `torch_ops.FISHER`."""
+        """How each row was solved ``(L, R)``."""
+
+    @property
+    def finite(self) -> Tensor:
+        """Rows whose gradient is finite ``(L, R)``."""
 
     def rows(self) -> Rows:
         """The directions written out, ``(L, R, D)``."""
@@ -48,8 +59,7 @@ class Solution(Protocol):
     def update_(
         self,
         params: Sequence[Rows],
-        finite: Tensor,
         lr: float | Tensor,
         weight_decay: float | Tensor,
     ) -> None:
-        """Equation (5) on the rows that are finite ``(L, R)``."""
+        """Equation (5), in place, on the rows that are finite."""

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from ..layers import Rows, written_out
+from ..ops.types import Rows, SampleMap, written_out
 from .base import Batch
 
 
@@ -22,45 +22,52 @@ class GramSolution:
 
     Attributes:
         ops: the backend.
-        batch: the systems, the rows of X written out.
+        xs: samples of each layer, written out.
+        ms: right-hand sides of each layer.
         s: ``(L, R)``.
         u: ``(L, groups, N, R / groups)``.
         status: how each row was solved ``(L, R)``; see `torch_ops.FISHER`.
+        finite: rows whose gradient is finite ``(L, R)``.
     """
 
     ops: ModuleType
-    batch: Batch
+    xs: Sequence[SampleMap]
+    ms: Sequence[Rows]
     s: Tensor
     u: Tensor
     status: Tensor
+    finite: Tensor
 
     def rows(self) -> Rows:
         """The directions, ``(L, R, D)``."""
-        return self.ops.combine(self.batch.xs, self.batch.ms, self.s, self.u)
+        rows: Rows = self.ops.gram_rows(self.xs, self.ms, self.s, self.u)
+        return rows
 
     def update_(
         self,
         params: Sequence[Rows],
-        finite: Tensor,
         lr: float | Tensor,
         weight_decay: float | Tensor,
     ) -> None:
-        """Equation (5) on the rows that are finite."""
-        self.ops.update_(params, self.rows(), finite, lr, weight_decay)
+        """Equation (5), in place, on the rows that are finite."""
+        self.ops.gram_update_(
+            params, self.xs, self.ms, self.s, self.u, self.finite, lr, weight_decay
+        )
 
 
 def solve(
     ops: ModuleType, batch: Batch, damping: float | Tensor, iters: int
 ) -> GramSolution:
     """Coordinates of ``z / sqrt(<z, m>)`` after `iters` iterations from zero."""
-    batch = Batch(
-        [x.matrix() for x in batch.xs], [written_out(y) for y in batch.ys], batch.ms
-    )
-    k = ops.gram(batch.xs)
+    xs = [x.matrix() for x in batch.xs]
+    ys = [written_out(y) for y in batch.ys]
+    k = ops.gram(xs)
     # The diagonal of K is the |x|^2 of the trace, equation (3).
     norms = k.diagonal(dim1=-2, dim2=-1).mT.unsqueeze(-1)
-    weights, status = ops.fisher_weights(batch.ys, list(norms), batch.row_length)
-    c, m_squared = ops.project(batch.xs, batch.ms)
+    weights, status = ops.fisher_weights(ys, list(norms), batch.row_length)
+    ms, finite, c, m_squared = ops.momentum_project_(
+        xs, batch.ms, batch.grads, batch.momentum, batch.nesterov
+    )
     weights = weights.view(*weights.shape[:2], c.shape[1], -1).transpose(1, 2)
     s, u = ops.gram_cg(k, c, weights, m_squared, status, damping, iters)
-    return GramSolution(ops, batch, s, u, status)
+    return GramSolution(ops, xs, ms, s, u, status, finite)

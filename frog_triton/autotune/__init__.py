@@ -1,0 +1,1 @@
+"""Kernel configurations: defaults by size."""

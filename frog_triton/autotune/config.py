@@ -1,0 +1,168 @@
+"""A frozen configuration for each kernel, and its default for given sizes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """What every kernel has; subclasses add block sizes under the kernel's names."""
+
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SumConfig(Config):
+    """`_sum_splits_kernel`."""
+
+    BLOCK: int = 1024
+
+
+@dataclass(frozen=True)
+class WeightsConfig(Config):
+    """`_fisher_weights_kernel`."""
+
+    BLOCK_N: int = 64
+    BLOCK_R: int = 32
+
+
+@dataclass(frozen=True)
+class ProjectConfig(Config):
+    """`_momentum_project_kernel`."""
+
+    BLOCK_N: int = 64
+    BLOCK_R: int = 32
+    BLOCK_D: int = 32
+
+
+@dataclass(frozen=True)
+class GramConfig(Config):
+    """`_gram_kernel`."""
+
+    BLOCK_N: int = 64
+    BLOCK_D: int = 32
+
+
+@dataclass(frozen=True)
+class GramCGConfig(Config):
+    """`_gram_cg_kernel` and `_gram_cg_tiled_kernel`."""
+
+    BLOCK_N: int = 64
+    BLOCK_R: int = 16
+    BLOCK_K: int = 64
+
+
+@dataclass(frozen=True)
+class UpdateConfig(Config):
+    """`_update_kernel`."""
+
+    BLOCK_N: int = 32
+    BLOCK_R: int = 64
+    BLOCK_D: int = 64
+
+
+@dataclass(frozen=True)
+class GatherConfig(Config):
+    """`_gather_kernel`."""
+
+    BLOCK_D: int = 512
+
+
+@dataclass(frozen=True)
+class ForwardConfig(Config):
+    """`_primal_forward_kernel`."""
+
+    BLOCK_N: int = 64
+    BLOCK_R: int = 64
+    BLOCK_D: int = 32
+
+
+@dataclass(frozen=True)
+class AdjointConfig(Config):
+    """`_primal_adjoint_kernel`."""
+
+    BLOCK_N: int = 32
+    BLOCK_R: int = 64
+    BLOCK_D: int = 64
+
+
+@dataclass(frozen=True)
+class FinishConfig(Config):
+    """`_primal_update_kernel`."""
+
+    BLOCK_R: int = 16
+    BLOCK_D: int = 128
+
+
+@dataclass(frozen=True)
+class NormsConfig(Config):
+    """`_row_norms_kernel`."""
+
+    BLOCK_N: int = 16
+    BLOCK_D: int = 128
+
+
+RESIDENT_SAMPLES = 256
+"""Up to so many samples the vectors of CG in Gram space stay in registers."""
+
+# The defaults below were chosen by offline compilation for sm_80, sm_90 and sm_100:
+# none spills on any of them. No time has been measured.
+
+
+def weights_config(n: int) -> WeightsConfig:
+    """All samples in one block up to 256, so that Y is read once."""
+    block_n = min(power_of_two(n), 256)
+    return WeightsConfig(BLOCK_N=block_n, BLOCK_R=max(16, 2048 // block_n))
+
+
+def project_config(n: int) -> ProjectConfig:
+    """Up to 128 samples beside a block of rows."""
+    block_n = min(power_of_two(n), 128)
+    num_warps = 8 if block_n == 128 else 4
+    return ProjectConfig(BLOCK_N=block_n, num_warps=num_warps, num_stages=3)
+
+
+def gram_config(n: int) -> GramConfig:
+    """A single tile up to 64 samples."""
+    return GramConfig(BLOCK_N=min(power_of_two(n), 64))
+
+
+def gram_cg_config(n: int) -> GramCGConfig:
+    """Resident up to `RESIDENT_SAMPLES`, tiled beyond."""
+    block_n = power_of_two(n)
+    if block_n > RESIDENT_SAMPLES:
+        return GramCGConfig(BLOCK_N=64, BLOCK_K=32)
+    if block_n <= 64:
+        return GramCGConfig(BLOCK_N=block_n, BLOCK_K=block_n)
+    return GramCGConfig(BLOCK_N=block_n, BLOCK_K=16, num_warps=8)
+
+
+def update_config(n: int) -> UpdateConfig:
+    """Samples a piece at a time, to pipeline their loads."""
+    return UpdateConfig(BLOCK_N=min(power_of_two(n), 32), num_stages=3)
+
+
+def forward_config(n: int) -> ForwardConfig:
+    """Tiles of samples by rows."""
+    return ForwardConfig(BLOCK_N=min(power_of_two(n), 64))
+
+
+def adjoint_config(n: int) -> AdjointConfig:
+    """Tiles of rows by weights."""
+    return AdjointConfig(BLOCK_N=min(power_of_two(n), 32))
+
+
+def gather_config(row: int) -> GatherConfig:
+    """A row at a time, up to 1024 entries."""
+    return GatherConfig(BLOCK_D=min(power_of_two(row), 1024))
+
+
+def power_of_two(n: int) -> int:
+    """The next power of two, at least 16, the smallest side of a matrix product."""
+    return max(16, 1 << (n - 1).bit_length())

@@ -1,0 +1,78 @@
+"""How kernels are launched, and how launches can be watched.
+
+Everything that counts, compiles offline or tunes sees the very launches that a step
+makes: `recording` collects them, with or without running them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from ..autotune.config import Config
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        kernel: the Triton function.
+        grid: programs along each axis.
+        args: arguments by name, tensors and numbers.
+        config: block sizes, warps and stages.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: Mapping[str, Any]
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return str(self.kernel.__name__)
+
+
+@dataclass
+class Recording:
+    """Launches made while it was active.
+
+    Attributes:
+        run: whether the kernels run, too.
+        launches: in order.
+    """
+
+    run: bool
+    launches: list[Launch]
+
+
+_RECORDING: ContextVar[Recording | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def recording(run: bool = True) -> Iterator[list[Launch]]:
+    """Collect the launches made in this context.
+
+    Args:
+        run: run them, too. Otherwise results are undefined, but no GPU is needed.
+    """
+    current = Recording(run, [])
+    token = _RECORDING.set(current)
+    try:
+        yield current.launches
+    finally:
+        _RECORDING.reset(token)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], config: Config, **args: Any) -> None:
+    """Launch a kernel with a configuration's block sizes, warps and stages."""
+    current = _RECORDING.get()
+    if current is not None:
+        current.launches.append(Launch(kernel, grid, args, config))
+        if not current.run:
+            return
+    kernel[grid](**args, **config.options())

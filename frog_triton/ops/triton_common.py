@@ -1,0 +1,62 @@
+"""What the launchers share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .types import Rows, SampleMap
+
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+PRECISION = "tf32x3"
+"""Of products with float32 operands: three tensor-core products, float32's accuracy."""
+
+
+def flat_samples(xs: Sequence[SampleMap]) -> tuple[SampleMap, list[Tensor]]:
+    """Sizes, and the written-out samples, dense in D and with equal strides."""
+    maps = [x.matrix() for x in xs]
+    samples = [m.x for m in maps]
+    if len({x.stride() for x in samples}) > 1 or samples[0].stride(1) != 1:
+        samples = [x.contiguous() for x in samples]
+    return maps[0], samples
+
+
+def biases(rows: Sequence[Rows]) -> list[Tensor]:
+    """Biases; the weights stand in where there are none, and are not read."""
+    return [r.weight if r.bias is None else r.bias for r in rows]
+
+
+def flat(param: Rows) -> Rows:
+    """A parameter as dense rows ``(R, D)``, in place where its layout allows it."""
+    weight = param.weight.reshape(param.weight.shape[0], -1)
+    return Rows(weight.contiguous(), param.bias)
+
+
+def write_back(params: Sequence[Rows], rows: Sequence[Rows]) -> None:
+    """Copy rows into the parameters that `flat` could not serve in place."""
+    for param, row in zip(params, rows, strict=True):
+        if row.weight.data_ptr() != param.weight.data_ptr():
+            param.weight.copy_(row.weight.view(param.weight.shape))
+
+
+def empty_rows(ms: Sequence[Rows]) -> tuple[Rows, list[Rows]]:
+    """Unwritten float32 rows ``(L, R, D)``, and a view of each layer's."""
+    m = ms[0]
+    shape = (len(ms), *m.weight.shape)
+    rows = Rows(
+        m.weight.new_empty(shape, dtype=torch.float32),
+        None if m.bias is None else m.bias.new_empty(shape[:2], dtype=torch.float32),
+    )
+    layers = [
+        Rows(rows.weight[i], None if rows.bias is None else rows.bias[i])
+        for i in range(len(ms))
+    ]
+    return rows, layers

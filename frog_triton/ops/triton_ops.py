@@ -1,0 +1,528 @@
+"""The backend in Triton: the functions of `torch_ops` as launches of `kernels`.
+
+Layers of one geometry share every launch. Samples may be float32, bfloat16 or float16,
+parameters and gradients float32 or 16-bit, the momentum float32 or bfloat16; sums,
+weights and the vectors of CG are float32. Arrays over samples and rows are stored as
+``(L, N, R)``, whatever view of them a function returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..autotune import config
+from ..kernels.common import _sum_splits_kernel
+from ..kernels.gather import _gather_kernel
+from ..kernels.gram import _gram_kernel
+from ..kernels.gram_cg import _gram_cg_kernel, _gram_cg_tiled_kernel
+from ..kernels.momentum import _momentum_project_kernel
+from ..kernels.update import _update_kernel
+from ..kernels.weights import _fisher_weights_kernel
+from . import torch_ops, triton_primal
+from .launch import launch
+from .tables import Tables
+from .torch_ops import FISHER, NO_GRADIENT, NON_FINITE, CGState
+from .triton_common import (
+    DTYPES,
+    PRECISION,
+    biases,
+    empty_rows,
+    flat,
+    flat_samples,
+    write_back,
+)
+from .triton_primal import PrimalState
+from .types import Rows, SampleMap, Window, written_out
+
+__all__ = [
+    "FISHER",
+    "GROUPS_LAYERS",
+    "NON_FINITE",
+    "NO_GRADIENT",
+    "CGState",
+    "cg_adjoint_",
+    "cg_forward_",
+    "cg_rows",
+    "cg_start",
+    "cg_update_",
+    "fisher_weights",
+    "gather_patches",
+    "gram",
+    "gram_cg",
+    "gram_rows",
+    "gram_update_",
+    "momentum_",
+    "momentum_project_",
+    "prepare",
+    "row_norms",
+]
+
+GROUPS_LAYERS = True
+
+# Programs that fill a large GPU about twice; a constant, so that results do not depend
+# on the card.
+_PROGRAMS = 256
+
+
+def prepare(x: SampleMap, y: Tensor, dtype: torch.dtype) -> tuple[SampleMap, Tensor]:
+    """See `torch_ops.prepare`: 16-bit samples stay so, and 1x1 windows are written out.
+
+    Other windows over whole images go through torch's convolutions.
+    """
+    if x.pointwise:
+        x, y = x.matrix(), written_out(y)
+    if not _is_matrix(x) or x.dtype not in DTYPES:
+        x = x.to(dtype)
+    return x, y
+
+
+def momentum_(
+    momenta: Sequence[Rows],
+    grads: Sequence[Rows],
+    momentum: float | Tensor,
+    nesterov: bool,
+) -> tuple[list[Rows], Tensor]:
+    """See `torch_ops.momentum_`; one launch."""
+    ms, finite, _, _ = _momentum(None, momenta, grads, momentum, nesterov)
+    return ms, finite
+
+
+def momentum_project_(
+    xs: Sequence[SampleMap],
+    momenta: Sequence[Rows],
+    grads: Sequence[Rows] | None,
+    momentum: float | Tensor,
+    nesterov: bool,
+) -> tuple[list[Rows], Tensor, Tensor, Tensor]:
+    """See `torch_ops.momentum_project_`; one launch, two beyond 128 samples."""
+    return _momentum(xs, momenta, grads, momentum, nesterov)
+
+
+def _momentum(
+    xs: Sequence[SampleMap] | None,
+    momenta: Sequence[Rows],
+    grads: Sequence[Rows] | None,
+    momentum: float | Tensor,
+    nesterov: bool,
+) -> tuple[list[Rows], Tensor, Tensor, Tensor]:
+    layers, m = len(momenta), momenta[0].weight
+    rows, dim = m.shape
+    n = 1 if xs is None else xs[0].samples
+    groups = 1 if xs is None else xs[0].groups
+    gs = [_dense_bias(_same_strides(g, grads)) for g in grads] if grads else momenta
+    vs: Sequence[Rows] = momenta
+    if grads and nesterov:
+        vs = [m.to(torch.float32).clone() for m in momenta]
+    samples = [m.weight for m in momenta] if xs is None else flat_samples(xs)[1]
+    tables = Tables(
+        [
+            [g.weight for g in gs],
+            [m.weight for m in momenta],
+            [v.weight for v in vs],
+            samples,
+            biases(gs),
+            biases(momenta),
+            biases(vs),
+        ],
+        [momentum],
+    )
+    c = m.new_empty(layers, n, rows if xs is not None else 0, dtype=torch.float32)
+    m_squared = m.new_empty(layers, rows, dtype=torch.float32)
+    finite = m.new_ones(layers, rows, dtype=torch.int8)
+    chosen = config.project_config(n)
+    blocks_n = triton.cdiv(n, chosen.BLOCK_N)
+
+    def run(row: int, update: bool, first: int, count: int) -> None:
+        source = vs if row == 2 else momenta
+        launch(
+            _momentum_project_kernel,
+            (triton.cdiv(rows // groups, chosen.BLOCK_R), layers * groups, count),
+            chosen,
+            g_table_ptr=tables[0],
+            m_table_ptr=tables[row],
+            v_table_ptr=tables[2],
+            x_table_ptr=tables[3],
+            g_bias_table_ptr=tables[4],
+            m_bias_table_ptr=tables[row + 4 if row == 2 else 5],
+            v_bias_table_ptr=tables[6],
+            scalars_ptr=tables.scalars,
+            c_ptr=c,
+            m_squared_ptr=m_squared,
+            finite_ptr=finite,
+            N=n,
+            R=rows // groups,
+            D=dim,
+            GROUPS=groups,
+            first_block_n=first,
+            stride_gr=gs[0].weight.stride(0),
+            stride_gd=gs[0].weight.stride(1),
+            stride_xn=samples[0].stride(0),
+            ALIGN=tables.align,
+            G_DTYPE=DTYPES[gs[0].weight.dtype],
+            M_DTYPE=DTYPES[source[0].weight.dtype],
+            X_DTYPE=DTYPES[samples[0].dtype],
+            HAS_BIAS=m_bias,
+            UPDATE=update,
+            NESTEROV=nesterov,
+            PROJECT=xs is not None,
+            PRECISION=PRECISION,
+        )
+
+    m_bias = momenta[0].bias is not None
+    if grads:
+        run(1, True, 0, 1)
+        if blocks_n > 1:
+            run(2, False, 1, blocks_n - 1)
+    else:
+        run(1, False, 0, blocks_n)
+    return list(vs), finite != 0, _by_group(c, groups), m_squared
+
+
+def row_norms(xs: Sequence[SampleMap]) -> list[Tensor]:
+    """See `torch_ops.row_norms`; one launch."""
+    if all(map(_is_matrix, xs)):
+        return triton_primal.row_norms(xs)
+    return torch_ops.row_norms(xs)
+
+
+def fisher_weights(
+    ys: Sequence[Tensor], norms: Sequence[Tensor], row_length: int
+) -> tuple[Tensor, Tensor]:
+    """See `torch_ops.fisher_weights`; one launch."""
+    y = ys[0]
+    if y.shape[2] != 1 or y.dtype not in DTYPES:
+        return torch_ops.fisher_weights(ys, norms, row_length)
+    layers, n, rows, groups = len(ys), y.shape[0], y.shape[1], norms[0].shape[1]
+    ys = [y if y.stride(1) == 1 else y.contiguous() for y in ys]
+    if len({y.stride(0) for y in ys}) > 1:
+        ys = [y.contiguous() for y in ys]
+    tables = Tables([ys, norms])
+    weights = y.new_empty(layers, n, rows, 1, dtype=torch.float32)
+    status = y.new_empty(layers, rows, dtype=torch.int32)
+    chosen = config.weights_config(n)
+    launch(
+        _fisher_weights_kernel,
+        (triton.cdiv(rows // groups, chosen.BLOCK_R), layers * groups),
+        chosen,
+        y_table_ptr=tables[0],
+        norms_table_ptr=tables[1],
+        weights_ptr=weights,
+        status_ptr=status,
+        N=n,
+        R=rows // groups,
+        GROUPS=groups,
+        row_length=row_length,
+        stride_yn=ys[0].stride(0),
+        stride_norms_n=norms[0].stride(0),
+        stride_norms_group=norms[0].stride(1),
+        ALIGN=tables.align,
+        Y_DTYPE=DTYPES[y.dtype],
+    )
+    return weights, status
+
+
+def gram(xs: Sequence[SampleMap]) -> Tensor:
+    """See `torch_ops.gram`; one launch, two where D is split."""
+    x, samples = flat_samples(xs)
+    layers, n, problems = len(xs), x.samples, len(xs) * x.groups
+    chosen = config.gram_config(n)
+    tiles = triton.cdiv(n, chosen.BLOCK_N) ** 2
+    splits = max(1, min(_PROGRAMS // (tiles * problems), x.dim // 256))
+    length = triton.cdiv(triton.cdiv(x.dim, splits), chosen.BLOCK_D) * chosen.BLOCK_D
+    splits = triton.cdiv(x.dim, max(length, 1)) or 1
+    tables = Tables([samples])
+    partial = samples[0].new_empty(splits, layers, x.groups, n, n, dtype=torch.float32)
+    launch(
+        _gram_kernel,
+        (tiles, problems, splits),
+        chosen,
+        x_table_ptr=tables[0],
+        k_ptr=partial,
+        N=n,
+        D=x.dim,
+        GROUPS=x.groups,
+        PROBLEMS=problems,
+        split_length=length,
+        stride_xn=samples[0].stride(0),
+        ALIGN=tables.align,
+        X_DTYPE=DTYPES[samples[0].dtype],
+        HAS_BIAS=x.bias,
+        PRECISION=PRECISION,
+    )
+    if splits == 1:
+        return partial[0]
+    k = torch.empty_like(partial[0])
+    summing = config.SumConfig()
+    launch(
+        _sum_splits_kernel,
+        (triton.cdiv(k.numel(), summing.BLOCK),),
+        summing,
+        partial_ptr=partial,
+        out_ptr=k,
+        numel=k.numel(),
+        split_stride=k.numel(),
+        SPLITS=splits,
+    )
+    return k
+
+
+def gram_cg(
+    k: Tensor,
+    c: Tensor,
+    weights: Tensor,
+    m_squared: Tensor,
+    status: Tensor,
+    damping: float | Tensor,
+    iters: int,
+) -> tuple[Tensor, Tensor]:
+    """See `torch_ops.gram_cg`; all iterations in one launch."""
+    layers, groups, n, rows = c.shape
+    c, weights = _stored(c), _stored(weights)
+    s = torch.empty_like(m_squared)
+    u = torch.empty_like(c)
+    tables = Tables([[c]], [0.0, damping])
+    chosen = config.gram_cg_config(n)
+    kernel: Any = _gram_cg_kernel
+    scratch = {}
+    if n > config.RESIDENT_SAMPLES:
+        kernel = _gram_cg_tiled_kernel
+        names = ("u_r_ptr", "u_p_ptr", "x_r_ptr", "x_p_ptr")
+        scratch = {name: torch.empty_like(c) for name in names}
+    launch(
+        kernel,
+        (triton.cdiv(rows, chosen.BLOCK_R), layers * groups),
+        chosen,
+        k_ptr=k,
+        c_ptr=c,
+        weights_ptr=weights,
+        m_squared_ptr=m_squared,
+        status_ptr=status,
+        scalars_ptr=tables.scalars,
+        s_ptr=s,
+        u_ptr=u,
+        **scratch,
+        N=n,
+        R=rows,
+        GROUPS=groups,
+        ITERS=iters,
+        PRECISION=PRECISION,
+    )
+    return s, _by_group(u, groups)
+
+
+def gram_rows(
+    xs: Sequence[SampleMap], ms: Sequence[Rows], s: Tensor, u: Tensor
+) -> Rows:
+    """See `torch_ops.gram_rows`; one launch."""
+    z, layers = empty_rows(ms)
+    finite = torch.ones_like(s, dtype=torch.bool)
+    _gram_step(layers, xs, ms, s, u, finite, 0.0, 0.0, step=False)
+    return z
+
+
+def gram_update_(
+    params: Sequence[Rows],
+    xs: Sequence[SampleMap],
+    ms: Sequence[Rows],
+    s: Tensor,
+    u: Tensor,
+    finite: Tensor,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+) -> None:
+    """See `torch_ops.gram_update_`; one launch."""
+    rows = [flat(p) for p in params]
+    _gram_step(rows, xs, ms, s, u, finite, lr, weight_decay, step=True)
+    write_back(params, rows)
+
+
+def _gram_step(
+    thetas: Sequence[Rows],
+    xs: Sequence[SampleMap],
+    ms: Sequence[Rows],
+    s: Tensor,
+    u: Tensor,
+    finite: Tensor,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    step: bool,
+) -> None:
+    (x, samples), m = flat_samples(xs), ms[0].weight
+    rows, dim = m.shape
+    tables = Tables(
+        [
+            [theta.weight for theta in thetas],
+            [m.weight for m in ms],
+            samples,
+            biases(thetas),
+            biases(ms),
+        ],
+        [0.0, 0.0, lr, weight_decay],
+    )
+    chosen = config.update_config(x.samples)
+    blocks = triton.cdiv(rows // x.groups, chosen.BLOCK_R)
+    launch(
+        _update_kernel,
+        (blocks * max(1, triton.cdiv(dim, chosen.BLOCK_D)), len(ms) * x.groups),
+        chosen,
+        theta_table_ptr=tables[0],
+        m_table_ptr=tables[1],
+        x_table_ptr=tables[2],
+        theta_bias_table_ptr=tables[3],
+        m_bias_table_ptr=tables[4],
+        scalars_ptr=tables.scalars,
+        s_ptr=s,
+        u_ptr=_stored(u),
+        finite_ptr=finite.view(torch.int8),
+        N=x.samples,
+        R=rows // x.groups,
+        D=dim,
+        GROUPS=x.groups,
+        stride_xn=samples[0].stride(0),
+        ALIGN=tables.align,
+        THETA_DTYPE=DTYPES[thetas[0].weight.dtype],
+        M_DTYPE=DTYPES[m.dtype],
+        X_DTYPE=DTYPES[samples[0].dtype],
+        HAS_BIAS=ms[0].bias is not None,
+        STEP=step,
+        PRECISION=PRECISION,
+    )
+
+
+def cg_start(
+    xs: Sequence[SampleMap], ms: Sequence[Rows], status: Tensor, iters: int
+) -> CGState | PrimalState:
+    """See `torch_ops.cg_start`."""
+    if all(map(_is_matrix, xs)):
+        return triton_primal.start(xs, ms, status, iters)
+    # Whole images: no kernel yet, so torch's convolutions.
+    return torch_ops.cg_start(xs, ms, status, iters)
+
+
+def cg_forward_(
+    xs: Sequence[SampleMap],
+    weights: Tensor,
+    state: CGState | PrimalState,
+    damping: float | Tensor,
+    last: bool,
+) -> None:
+    """See `torch_ops.cg_forward_`; one launch."""
+    if isinstance(state, CGState):
+        torch_ops.cg_forward_(xs, weights, state, damping, last)
+    else:
+        triton_primal.forward(xs, weights, state, damping, last)
+
+
+def cg_adjoint_(
+    xs: Sequence[SampleMap], state: CGState | PrimalState, damping: float | Tensor
+) -> None:
+    """See `torch_ops.cg_adjoint_`; one launch."""
+    if isinstance(state, CGState):
+        torch_ops.cg_adjoint_(xs, state, damping)
+    else:
+        triton_primal.adjoint(xs, state, damping)
+
+
+def cg_rows(state: CGState | PrimalState) -> Rows:
+    """See `torch_ops.cg_rows`; one launch."""
+    if isinstance(state, CGState):
+        return torch_ops.cg_rows(state)
+    z, layers = empty_rows(state.ms)
+    finite = torch.ones_like(state.pp, dtype=torch.bool)
+    triton_primal.finish(layers, state, finite, 0.0, 0.0, step=False)
+    return z
+
+
+def cg_update_(
+    params: Sequence[Rows],
+    state: CGState | PrimalState,
+    finite: Tensor,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+) -> None:
+    """See `torch_ops.cg_update_`; one launch."""
+    if isinstance(state, CGState):
+        torch_ops.cg_update_(params, state, finite, lr, weight_decay)
+        return
+    rows = [flat(p) for p in params]
+    triton_primal.finish(rows, state, finite, lr, weight_decay, step=True)
+    write_back(params, rows)
+
+
+def gather_patches(
+    x: Tensor, index: Tensor, output_shape: Sequence[int], window: Window
+) -> Tensor:
+    """See `torch_ops.gather_patches`; one launch for zero padding in 1 or 2 axes."""
+    spatial = x.ndim - 2
+    if spatial > 2 or window.padding_mode != "zeros":
+        return torch_ops.gather_patches(x, index, output_shape, window)
+    ones, zeros = (1,) * (2 - spatial), (0,) * (2 - spatial)
+    kernel_h, kernel_w = (*ones, *window.kernel)
+    stride_h, stride_w = (*ones, *window.stride)
+    dilation_h, dilation_w = (*ones, *window.dilation)
+    pad_h, pad_w = (*zeros, *window.pads)
+    height, width = (*ones, *x.shape[2:])
+    out_height, out_width = (*ones, *output_shape)
+    stride_xh, stride_xw = (*zeros, *x.stride()[2:])
+    row = x.shape[1] * kernel_h * kernel_w
+    out = x.new_empty(index.numel(), row)
+    chosen = config.gather_config(row)
+    launch(
+        _gather_kernel,
+        (index.numel(), triton.cdiv(row, chosen.BLOCK_D)),
+        chosen,
+        x_ptr=x,
+        index_ptr=index,
+        out_ptr=out,
+        N=index.numel(),
+        ROW=row,
+        HEIGHT=height,
+        WIDTH=width,
+        OUT_HEIGHT=out_height,
+        OUT_WIDTH=out_width,
+        stride_xn=x.stride(0),
+        stride_xc=x.stride(1),
+        stride_xh=stride_xh,
+        stride_xw=stride_xw,
+        KERNEL_H=kernel_h,
+        KERNEL_W=kernel_w,
+        STRIDE_H=stride_h,
+        STRIDE_W=stride_w,
+        PAD_H=pad_h,
+        PAD_W=pad_w,
+        DILATION_H=dilation_h,
+        DILATION_W=dilation_w,
+    )
+    return out
+
+
+def _is_matrix(x: SampleMap) -> bool:
+    return x.pointwise and x.matrix() is x
+
+
+def _dense_bias(rows: Rows) -> Rows:
+    if rows.bias is None or rows.bias.is_contiguous():
+        return rows
+    return Rows(rows.weight, rows.bias.contiguous())
+
+
+def _same_strides(rows: Rows, all_rows: Sequence[Rows]) -> Rows:
+    """The rows as they are if all layers' have the same strides, else dense."""
+    if len({r.weight.stride() for r in all_rows}) == 1:
+        return rows
+    return Rows(rows.weight.contiguous(), rows.bias)
+
+
+def _by_group(values: Tensor, groups: int) -> Tensor:
+    """``(L, N, R)`` as ``(L, groups, N, R / groups)``."""
+    return values.unflatten(2, (groups, -1)).transpose(1, 2)
+
+
+def _stored(values: Tensor) -> Tensor:
+    """``(L, groups, N, R / groups)`` as it is stored, ``(L, N, R)``."""
+    return values.transpose(1, 2).flatten(2).contiguous()

@@ -1,0 +1,149 @@
+"""What backends compute on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Row vectors of one layer (or, with a leading dimension, of several).
+
+    Attributes:
+        weight: ``(..., R, D)``.
+        bias: ``(..., R)``, or None where rows have no bias.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def dot(self, other: Rows) -> Tensor:
+        """Inner products row by row, shape ``(..., R)``."""
+        total = torch.linalg.vecdot(self.weight, other.weight)
+        if self.bias is not None and other.bias is not None:
+            total = total + self.bias * other.bias
+        return total
+
+    def add_(self, other: Rows, alpha: Tensor) -> Rows:
+        """``self += alpha * other`` with one alpha a row; returns ``self``."""
+        self.weight.addcmul_(other.weight, alpha.unsqueeze(-1))
+        if self.bias is not None and other.bias is not None:
+            self.bias.addcmul_(other.bias, alpha)
+        return self
+
+    def scale_(self, alpha: Tensor) -> Rows:
+        """``self *= alpha`` with one alpha a row; returns ``self``."""
+        self.weight.mul_(alpha.unsqueeze(-1))
+        if self.bias is not None:
+            self.bias.mul_(alpha)
+        return self
+
+    def select(self, condition: Tensor, other: Rows) -> Rows:
+        """Rows of ``self`` where ``condition`` holds, of ``other`` elsewhere."""
+        weight = torch.where(condition.unsqueeze(-1), self.weight, other.weight)
+        if self.bias is None or other.bias is None:
+            return Rows(weight, None)
+        return Rows(weight, torch.where(condition, self.bias, other.bias))
+
+    def to(self, dtype: torch.dtype) -> Rows:
+        """The same rows in another dtype."""
+        return Rows(
+            self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        )
+
+    def clone(self) -> Rows:
+        """A contiguous copy."""
+        fmt = torch.contiguous_format
+        bias = None if self.bias is None else self.bias.clone(memory_format=fmt)
+        return Rows(self.weight.clone(memory_format=fmt), bias)
+
+    def copy_(self, other: Rows) -> Rows:
+        """Overwrite with the values of `other`; returns ``self``."""
+        self.weight.copy_(other.weight)
+        if self.bias is not None and other.bias is not None:
+            self.bias.copy_(other.bias)
+        return self
+
+    def zeros_like(self) -> Rows:
+        """Zeros of the same shapes."""
+        bias = None if self.bias is None else torch.zeros_like(self.bias)
+        return Rows(torch.zeros_like(self.weight), bias)
+
+
+def stack_rows(rows: Sequence[Rows]) -> Rows:
+    """Copy the rows of several layers of one geometry into ``(L, R, D)``."""
+    biases = [r.bias for r in rows if r.bias is not None]
+    return Rows(
+        torch.stack([r.weight for r in rows]), torch.stack(biases) if biases else None
+    )
+
+
+@dataclass(frozen=True)
+class Window:
+    """The window of a convolution, one entry a spatial dimension.
+
+    Attributes:
+        kernel: its size.
+        stride: from one output position to the next.
+        dilation: between its taps.
+        pads: padding before the first input position.
+        padding_mode: torch's name of what is there.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    pads: tuple[int, ...]
+    padding_mode: str
+
+
+class SampleMap(Protocol):
+    """Sampled activations as a linear map; see `frog_triton.layers.base`."""
+
+    samples: int
+    positions: int
+    dim: int
+    groups: int
+    bias: bool
+    pointwise: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the samples."""
+
+    def apply(self, v: Rows) -> Tensor:
+        """``X V``: rows ``(R, D)`` to ``(n, R, P)``."""
+
+    def apply_adjoint(self, t: Tensor) -> Rows:
+        """``X^T T``: ``(n, R, P)`` to rows ``(R, D)``."""
+
+    def row_norms(self) -> Tensor:
+        """``|x|^2``, one more with a bias: shape ``(n, groups, P)``."""
+
+    def to(self, dtype: torch.dtype) -> SampleMap:
+        """The same samples in another dtype."""
+
+    def matrix(self) -> MatrixSamples:
+        """The same map with its rows written out."""
+
+
+class MatrixSamples(SampleMap, Protocol):
+    """A map whose rows are written out.
+
+    Attributes:
+        x: ``(N, groups * D)``.
+    """
+
+    x: Tensor
+
+    def grouped(self) -> Tensor:
+        """``X`` as ``(groups, N, D)``."""
+
+
+def written_out(y: Tensor) -> Tensor:
+    """``(n, R, P)`` as ``(n * P, R, 1)``, the order of `SampleMap.matrix`."""
+    return y.transpose(1, 2).reshape(-1, y.shape[1], 1)

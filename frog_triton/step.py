@@ -1,0 +1,156 @@
+"""One step of Algorithm 1 for the layers of a parameter group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .layers import LinearMap, MatrixMap
+from .ops.types import Rows
+from .preconditioner import solve
+from .routing import Layer
+from .solvers import Batch
+
+Samples = tuple[LinearMap, Tensor]
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """What one layer brings to a step.
+
+    Attributes:
+        layer: the layer.
+        backend: serves its tensors.
+        x: sampled activations.
+        y: their output gradients ``(n, R, P)``.
+        momentum: M as rows, updated in place.
+        grads: G as rows.
+        params: theta in the parameters' own shapes, updated in place.
+    """
+
+    layer: Layer
+    backend: ModuleType
+    x: LinearMap
+    y: Tensor
+    momentum: Rows
+    grads: Rows
+    params: Rows
+
+    @property
+    def key(self) -> Hashable:
+        """Layers with equal keys can share launches."""
+        if not self.backend.GROUPS_LAYERS:
+            return self.layer.name
+        grad = self.grads.weight
+        return (
+            self.x.key,
+            self.x.samples,
+            self.x.groups,
+            self.x.bias,
+            self.y.shape,
+            self.momentum.weight.shape,
+            grad.stride(),
+            self.params.weight.stride(),
+            *(
+                (rows.weight.dtype, rows.weight.device)
+                for rows in (self.momentum, self.grads, self.params)
+            ),
+            self.x.dtype,
+            self.y.dtype,
+        )
+
+
+def layer_step(
+    layer: Layer,
+    state: dict[nn.Parameter, dict[str, Any]],
+    samples: Callable[[Layer, bool], Samples],
+    backend: str,
+) -> LayerStep:
+    """Gather a layer's rows and samples.
+
+    Args:
+        layer: at least one of its parameters has a gradient.
+        state: the optimizer's.
+        samples: gives a layer's samples, with or without its bias.
+        backend: one of `ops.BACKENDS`.
+    """
+    weight, bias = layer.weight, layer.bias
+    if bias is not None and bias.grad is None:
+        bias = None
+    rows = layer.geometry.rows
+    momentum = Rows(
+        state[weight]["momentum_buffer"].view(rows, -1),
+        None if bias is None else state[bias]["momentum_buffer"],
+    )
+    bias_grad = None if bias is None else bias.grad
+    x, y = samples(layer, bias is not None)
+    if weight.grad is not None:
+        grads = Rows(weight.grad.reshape(rows, -1), bias_grad)
+        params = Rows(weight, bias)
+    else:  # frozen: the bias is the whole row
+        momentum = Rows(momentum.weight[:, :0], momentum.bias)
+        grads = Rows(momentum.weight, bias_grad)
+        params = Rows(weight.view(rows, -1)[:, :0], bias)
+        x = MatrixMap(y.new_empty(y.shape[0] * y.shape[2], 0), bias=True)
+        y = y.transpose(1, 2).reshape(-1, rows, 1)
+    chosen = ops.resolve(backend, weight.device, momentum.weight.dtype)
+    return LayerStep(layer, chosen, x, y, momentum, grads, params)
+
+
+def step_layers(
+    steps: Iterable[LayerStep], group: dict[str, Any], formulation: str
+) -> Iterable[tuple[Layer, Tensor, Tensor]]:
+    """Momentum, solve and update of all layers, those of one geometry together.
+
+    Args:
+        steps: from `layer_step`.
+        group: hyperparameters.
+        formulation: ``"primal"``, ``"gram"`` or ``"auto"``.
+
+    Returns:
+        For each layer the masks ``(R,)`` of its rows that met samples, and a gradient,
+        that are not finite.
+    """
+    buckets: dict[Hashable, list[LayerStep]] = {}
+    for step in steps:
+        buckets.setdefault(step.key, []).append(step)
+    masks = []
+    for bucket in buckets.values():
+        backend = bucket[0].backend
+        batch = Batch(
+            [step.x for step in bucket],
+            [step.y for step in bucket],
+            [step.momentum for step in bucket],
+            [step.grads for step in bucket],
+            group["momentum"],
+            group["nesterov"],
+        )
+        solution = solve(
+            backend,
+            batch,
+            damping=group["damping"],
+            cg_iters=group["cg_iters"],
+            formulation=formulation,
+        )
+        solution.update_(
+            [step.params for step in bucket], group["lr"], group["weight_decay"]
+        )
+        bad_samples = solution.status == backend.NON_FINITE
+        bad_grads = ~solution.finite
+        for i, step in enumerate(bucket):
+            masks.append((step.layer, bad_samples[i], bad_grads[i]))
+    return masks
+
+
+def no_samples(layer: Layer, bias: bool, dtype: torch.dtype) -> Samples:
+    """Samples of a layer that has none: a zero, hence the identity Fisher."""
+    geometry = layer.geometry
+    x = layer.weight.new_zeros(1, geometry.groups * geometry.dim, dtype=dtype)
+    y = layer.weight.new_zeros(1, geometry.rows, 1, dtype=dtype)
+    return MatrixMap(x, geometry.groups, bias), y

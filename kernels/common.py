@@ -1,0 +1,56 @@
+"""Helpers that several kernels share.
+
+Layers of one geometry share a launch: a *table* is an int64 array of addresses, one a
+layer, and `layer_pointer` picks a program's own. A *problem* is a group of a layer, so
+``problem = layer * groups + group``. Scalars that change from step to step (lr,
+damping) are read from a float64 array on the device, so that no value causes a
+recompile.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def layer_pointer(table_ptr, layer, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """The layer's tensor; the launcher has checked that ALIGN divides its address."""
+    address = tl.load(table_ptr + layer)
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE), bitcast=True), ALIGN)
+
+
+@triton.jit
+def problem_base(problem, GROUPS, N, R):
+    """Where a problem's columns begin in a ``(layers, N, GROUPS * R)`` array."""
+    return (problem // GROUPS) * N * GROUPS * R + (problem % GROUPS) * R
+
+
+@triton.jit
+def load_scalar(scalars_ptr, index):
+    """One float32 scalar out of the float64 array."""
+    return tl.load(scalars_ptr + index).to(tl.float32)
+
+
+@triton.jit
+def is_finite(x):
+    """False for NaN and infinities."""
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def ordered_sum(partial_ptr, count, stride, offsets, mask):
+    """Sum of `count` partial results, always in the same order."""
+    total = tl.zeros(offsets.shape, tl.float32)
+    for i in range(count):
+        total += tl.load(partial_ptr + i * stride + offsets, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def _sum_splits_kernel(
+    partial_ptr, out_ptr, numel, split_stride, SPLITS, BLOCK: tl.constexpr
+):
+    """Second stage of a split reduction: ``out = sum over splits``, in order."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    total = ordered_sum(partial_ptr, SPLITS, split_stride, offsets, mask)
+    tl.store(out_ptr + offsets, total, mask=mask)

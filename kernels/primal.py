@@ -1,0 +1,385 @@
+"""Conjugate gradients on the rows themselves, for samples that form a matrix.
+
+Two launches an iteration, with nothing between them: partial sums that one launch
+leaves behind are added up, in order, by whoever needs them in the next. Scalars of rows
+have one slot an iteration, so that no program writes what another may still read.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import layer_pointer, load_scalar, ordered_sum, problem_base
+
+# (4 * 2^-23)^2: what is left of an exactly solved row is a few roundings of m.
+FLOOR: tl.constexpr = tl.constexpr(2.2737368e-13)
+
+
+@triton.jit
+def _row_norms_kernel(
+    x_table_ptr,
+    norms_ptr,
+    N,
+    D,
+    GROUPS,
+    stride_xn,
+    ALIGN: tl.constexpr,
+    X_DTYPE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``|x|^2``, one more with a bias: ``(layers, N, groups)``."""
+    problem = tl.program_id(1).to(tl.int64)
+    layer, group = problem // GROUPS, problem % GROUPS
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        mask = (n < N)[:, None] & (d < D)[None, :]
+        x = tl.load(x_ptr + n[:, None] * stride_xn + d[None, :], mask=mask, other=0.0)
+        x = x.to(tl.float32)
+        total += tl.sum(x * x, axis=1)
+    if HAS_BIAS:
+        total += 1.0
+    tl.store(norms_ptr + layer * N * GROUPS + n * GROUPS + group, total, mask=n < N)
+
+
+@triton.jit
+def _step_length(
+    scalars_ptr, pap_partial_ptr, pp_ptr, rho_ptr, active_ptr, blocks_n, total, at, mask
+):
+    """Alpha of the current iteration, ``rho`` and which rows still move."""
+    damping = load_scalar(scalars_ptr, 1)
+    pap = ordered_sum(pap_partial_ptr, blocks_n, total, at, mask)
+    pap += damping * tl.load(pp_ptr + at, mask=mask, other=0.0)
+    rho = tl.load(rho_ptr + at, mask=mask, other=0.0)
+    active = tl.load(active_ptr + at, mask=mask, other=0) != 0
+    active = active & (pap > 0)
+    return tl.where(active, rho / tl.where(active, pap, 1.0), 0.0), rho, active
+
+
+@triton.jit
+def _primal_forward_kernel(
+    x_table_ptr,
+    m_table_ptr,
+    m_bias_table_ptr,
+    weights_ptr,
+    t_ptr,
+    r_ptr,
+    r_bias_ptr,
+    old_p_ptr,
+    old_p_bias_ptr,
+    p_ptr,
+    p_bias_ptr,
+    rho_partial_ptr,
+    pap_partial_ptr,
+    pp_ptr,
+    first_rho_ptr,
+    old_rho_ptr,
+    rho_ptr,
+    old_active_ptr,
+    active_ptr,
+    N,
+    R,
+    D,
+    GROUPS,
+    total,
+    rho_blocks,
+    stride_xn,
+    ALIGN: tl.constexpr,
+    M_DTYPE: tl.constexpr,
+    X_DTYPE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``p = r + beta p``, then ``T = Lambda * (X p)`` and what ``p^T A p`` is made of.
+
+    Every program forms the p it needs; those of the first samples write it down. The
+    last iteration needs no T.
+    """
+    problem = tl.program_id(1).to(tl.int64)
+    layer, group = problem // GROUPS, problem % GROUPS
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    block_n = tl.program_id(0) % blocks_n
+    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    rows = (tl.program_id(0) // blocks_n) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_ok = rows < R
+    layer_rows = group * R + rows.to(tl.int64)
+    at = problem * R + rows
+    writes = row_ok & (block_n == 0)
+    x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
+    m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
+
+    beta = tl.zeros((BLOCK_R,), tl.float32)
+    if not FIRST:
+        rho = ordered_sum(rho_partial_ptr, rho_blocks, total, at, row_ok)
+        old_rho = tl.load(old_rho_ptr + at, mask=row_ok, other=1.0)
+        floor = FLOOR * tl.load(first_rho_ptr + at, mask=row_ok, other=0.0)
+        active = tl.load(old_active_ptr + at, mask=row_ok, other=0) != 0
+        active = active & (rho > floor)
+        beta = tl.where(active, rho / tl.where(active, old_rho, 1.0), 0.0)
+        tl.store(rho_ptr + at, rho, mask=writes)
+        tl.store(active_ptr + at, active.to(tl.int8), mask=writes)
+
+    xp = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    pp = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        mask = row_ok[:, None] & (d < D)[None, :]
+        local = layer_rows[:, None] * D + d[None, :]
+        stored = (layer * GROUPS * R) * D + local
+        if FIRST:
+            p = tl.load(m_ptr + local, mask=mask, other=0.0).to(tl.float32)
+        else:
+            p = tl.load(r_ptr + stored, mask=mask, other=0.0)
+            p += beta[:, None] * tl.load(old_p_ptr + stored, mask=mask, other=0.0)
+        tl.store(p_ptr + stored, p, mask=mask & (block_n == 0))
+        pp += tl.sum(p * p, axis=1)
+        x_mask = (n < N)[:, None] & (d < D)[None, :]
+        x_at = n[:, None] * stride_xn + d[None, :]
+        x = tl.load(x_ptr + x_at, mask=x_mask, other=0.0).to(tl.float32)
+        xp = tl.dot(x, tl.trans(p), acc=xp, input_precision=PRECISION)
+    if HAS_BIAS:
+        if FIRST:
+            m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
+            p = tl.load(m_bias_ptr + layer_rows, mask=row_ok, other=0.0).to(tl.float32)
+        else:
+            p = tl.load(r_bias_ptr + at, mask=row_ok, other=0.0)
+            p += beta * tl.load(old_p_bias_ptr + at, mask=row_ok, other=0.0)
+        tl.store(p_bias_ptr + at, p, mask=writes)
+        pp += p * p
+        xp += p[None, :]
+
+    tl.store(pp_ptr + at, pp, mask=writes)
+    if FIRST:
+        tl.store(rho_ptr + at, pp, mask=writes)
+        tl.store(active_ptr + at, (pp > 0).to(tl.int8), mask=writes)
+    t_mask = (n < N)[:, None] & row_ok[None, :]
+    t_at = problem_base(problem, GROUPS, N, R) + n[:, None] * R * GROUPS + rows[None, :]
+    t = tl.load(weights_ptr + t_at, mask=t_mask, other=0.0) * xp
+    if not LAST:
+        tl.store(t_ptr + t_at, t, mask=t_mask)
+    pap = tl.sum(tl.where(t_mask, t * xp, 0.0), axis=0)
+    tl.store(pap_partial_ptr + block_n.to(tl.int64) * total + at, pap, mask=row_ok)
+
+
+@triton.jit
+def _primal_adjoint_kernel(
+    x_table_ptr,
+    m_table_ptr,
+    m_bias_table_ptr,
+    scalars_ptr,
+    t_ptr,
+    p_ptr,
+    p_bias_ptr,
+    r_ptr,
+    r_bias_ptr,
+    z_ptr,
+    z_bias_ptr,
+    rho_partial_ptr,
+    pap_partial_ptr,
+    pp_ptr,
+    rho_ptr,
+    active_ptr,
+    next_active_ptr,
+    zm_ptr,
+    N,
+    R,
+    D,
+    GROUPS,
+    total,
+    pap_blocks,
+    stride_xn,
+    ALIGN: tl.constexpr,
+    M_DTYPE: tl.constexpr,
+    X_DTYPE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``X^T T``; alpha is known already, so ``z += alpha p``, ``r -= alpha A p``."""
+    problem = tl.program_id(1).to(tl.int64)
+    layer, group = problem // GROUPS, problem % GROUPS
+    blocks_d = tl.maximum(tl.cdiv(D, BLOCK_D), 1)
+    block_d = tl.program_id(0) % blocks_d
+    rows = (tl.program_id(0) // blocks_d) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_ok = rows < R
+    layer_rows = group * R + rows.to(tl.int64)
+    at = problem * R + rows
+    d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = row_ok[:, None] & (d < D)[None, :]
+    local = layer_rows[:, None] * D + d[None, :]
+    stored = (layer * GROUPS * R) * D + local
+    writes = row_ok & (block_d == 0)
+    damping = load_scalar(scalars_ptr, 1)
+
+    alpha, rho, active = _step_length(
+        scalars_ptr,
+        pap_partial_ptr,
+        pp_ptr,
+        rho_ptr,
+        active_ptr,
+        pap_blocks,
+        total,
+        at,
+        row_ok,
+    )
+    tl.store(next_active_ptr + at, active.to(tl.int8), mask=writes)
+    # <z, m> is the sum of alpha rho: the search directions are conjugate.
+    zm = alpha * rho
+    if not FIRST:
+        zm += tl.load(zm_ptr + at, mask=writes, other=0.0)
+    tl.store(zm_ptr + at, zm, mask=writes)
+
+    x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
+    t_ptr += problem_base(problem, GROUPS, N, R)
+    ap = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    ap_bias = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        t = tl.load(
+            t_ptr + n[None, :] * R * GROUPS + rows[:, None],
+            mask=row_ok[:, None] & (n < N)[None, :],
+            other=0.0,
+        )
+        x = tl.load(
+            x_ptr + n[:, None] * stride_xn + d[None, :],
+            mask=(n < N)[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        ap = tl.dot(t, x.to(tl.float32), acc=ap, input_precision=PRECISION)
+        if HAS_BIAS:
+            ap_bias += tl.sum(t, axis=1)
+
+    p = tl.load(p_ptr + stored, mask=mask, other=0.0)
+    z = alpha[:, None] * p
+    if FIRST:
+        m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
+        r = tl.load(m_ptr + local, mask=mask, other=0.0).to(tl.float32)
+    else:
+        r = tl.load(r_ptr + stored, mask=mask, other=0.0)
+        z += tl.load(z_ptr + stored, mask=mask, other=0.0)
+    r -= alpha[:, None] * (ap + damping * p)
+    tl.store(z_ptr + stored, z, mask=mask)
+    tl.store(r_ptr + stored, r, mask=mask)
+    rho = tl.sum(tl.where(mask, r * r, 0.0), axis=1)
+    if HAS_BIAS:
+        p = tl.load(p_bias_ptr + at, mask=writes, other=0.0)
+        z = alpha * p
+        if FIRST:
+            m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
+            r = tl.load(m_bias_ptr + layer_rows, mask=writes, other=0.0).to(tl.float32)
+        else:
+            r = tl.load(r_bias_ptr + at, mask=writes, other=0.0)
+            z += tl.load(z_bias_ptr + at, mask=writes, other=0.0)
+        r -= alpha * (ap_bias + damping * p)
+        tl.store(z_bias_ptr + at, z, mask=writes)
+        tl.store(r_bias_ptr + at, r, mask=writes)
+        rho += tl.where(writes, r * r, 0.0)
+    tl.store(rho_partial_ptr + block_d.to(tl.int64) * total + at, rho, mask=row_ok)
+
+
+@triton.jit
+def _primal_update_kernel(
+    theta_table_ptr,
+    theta_bias_table_ptr,
+    m_table_ptr,
+    m_bias_table_ptr,
+    scalars_ptr,
+    p_ptr,
+    p_bias_ptr,
+    z_ptr,
+    z_bias_ptr,
+    pap_partial_ptr,
+    pp_ptr,
+    first_rho_ptr,
+    rho_ptr,
+    active_ptr,
+    zm_ptr,
+    status_ptr,
+    finite_ptr,
+    R,
+    D,
+    GROUPS,
+    total,
+    pap_blocks,
+    ALIGN: tl.constexpr,
+    THETA_DTYPE: tl.constexpr,
+    M_DTYPE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The last ``z += alpha p``, normalised, and equation (5); not STEP: z itself."""
+    problem = tl.program_id(1).to(tl.int64)
+    layer, group = problem // GROUPS, problem % GROUPS
+    blocks_d = tl.maximum(tl.cdiv(D, BLOCK_D), 1)
+    block_d = tl.program_id(0) % blocks_d
+    rows = (tl.program_id(0) // blocks_d) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_ok = rows < R
+    layer_rows = group * R + rows.to(tl.int64)
+    at = problem * R + rows
+    d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    local = layer_rows[:, None] * D + d[None, :]
+    stored = (layer * GROUPS * R) * D + local
+
+    alpha, rho, _ = _step_length(
+        scalars_ptr,
+        pap_partial_ptr,
+        pp_ptr,
+        rho_ptr,
+        active_ptr,
+        pap_blocks,
+        total,
+        at,
+        row_ok,
+    )
+    zm = alpha * rho
+    if not FIRST:
+        zm += tl.load(zm_ptr + at, mask=row_ok, other=0.0)
+    # Rows on the identity Fisher step along m, whose square is the first rho.
+    plain = tl.load(status_ptr + at, mask=row_ok, other=1) != 0
+    zm = tl.where(plain, tl.load(first_rho_ptr + at, mask=row_ok, other=0.0), zm)
+    usable = (zm > 0) & (zm < float("inf"))
+    scale = tl.where(usable, 1.0 / tl.sqrt(tl.where(usable, zm, 1.0)), 0.0)
+
+    if STEP:
+        row_ok = row_ok & (tl.load(finite_ptr + at, mask=row_ok, other=0) != 0)
+        lr = load_scalar(scalars_ptr, 2)
+        decay = 1.0 - lr * load_scalar(scalars_ptr, 3)
+    mask = row_ok[:, None] & (d < D)[None, :]
+    z = alpha[:, None] * tl.load(p_ptr + stored, mask=mask, other=0.0)
+    if not FIRST:
+        z += tl.load(z_ptr + stored, mask=mask, other=0.0)
+    m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
+    m = tl.load(m_ptr + local, mask=mask & plain[:, None], other=0.0)
+    z = tl.where(plain[:, None], m.to(tl.float32), z) * scale[:, None]
+    theta_ptr = layer_pointer(theta_table_ptr, layer, THETA_DTYPE, ALIGN)
+    if STEP:
+        theta = tl.load(theta_ptr + local, mask=mask, other=0.0).to(tl.float32)
+        z = decay * theta - lr * z
+    tl.store(theta_ptr + local, z.to(THETA_DTYPE), mask=mask)
+    if HAS_BIAS:
+        first = row_ok & (block_d == 0)
+        z = alpha * tl.load(p_bias_ptr + at, mask=first, other=0.0)
+        if not FIRST:
+            z += tl.load(z_bias_ptr + at, mask=first, other=0.0)
+        m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
+        m = tl.load(m_bias_ptr + layer_rows, mask=first & plain, other=0.0)
+        z = tl.where(plain, m.to(tl.float32), z) * scale
+        bias_ptr = layer_pointer(theta_bias_table_ptr, layer, THETA_DTYPE, ALIGN)
+        if STEP:
+            theta = tl.load(bias_ptr + layer_rows, mask=first, other=0.0)
+            z = decay * theta.to(tl.float32) - lr * z
+        tl.store(bias_ptr + layer_rows, z.to(THETA_DTYPE), mask=first)
