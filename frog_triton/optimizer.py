@@ -20,6 +20,7 @@ from .routing import Exclusion, Layer, Plan, Route, RoutingTable, route
 from .step import Samples, layer_step, no_samples, step_layers
 
 STATE_VERSION = 1
+MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 class FROG(Optimizer):
@@ -66,6 +67,8 @@ class FROG(Optimizer):
         fallback: ``"sgd"`` (with `momentum` and `nesterov`) or ``"adamw"``.
         fallback_lr: its learning rate. None: `lr` for SGD, 1e-3 for AdamW, torch's
             default.
+        momentum_dtype: of the momentum of preconditioned rows. None: float32, or the
+            parameters' own if that is wider.
         seed: of the sampling, which never touches the global random state.
         formulation: ``"primal"``, ``"gram"``, or ``"auto"``, whichever counts cheaper.
         backend: ``"torch"``, ``"triton"`` or ``"auto"``.
@@ -98,6 +101,7 @@ class FROG(Optimizer):
         exclude_output_layer: bool = True,
         fallback: str = "sgd",
         fallback_lr: float | Tensor | None = None,
+        momentum_dtype: torch.dtype | None = None,
         seed: int = 0,
         formulation: str = "auto",
         backend: str = "auto",
@@ -120,6 +124,11 @@ class FROG(Optimizer):
             )
         if fallback_lr is None:
             fallback_lr = lr if fallback == "sgd" else 1e-3
+        if momentum_dtype is not None and momentum_dtype not in MOMENTUM_DTYPES:
+            raise ValueError(
+                f"momentum_dtype must be one of {MOMENTUM_DTYPES} or None, got "
+                f"{momentum_dtype!r}"
+            )
         if isinstance(exclude, str | type):
             exclude = (exclude,)
         defaults = {
@@ -138,6 +147,7 @@ class FROG(Optimizer):
         self._exclude_output_layer = exclude_output_layer
         self._fallback = fallback
         self._fallback_lr = fallback_lr
+        self._momentum_dtype = momentum_dtype
         self._plan = Plan()
         self._layer_of: dict[nn.Parameter, Layer] = {}
         self._anomalies: dict[str, Tensor] = {}
@@ -217,7 +227,7 @@ class FROG(Optimizer):
     ) -> dict[str, Tensor]:
         if group["updated_by"] != "frog":
             return FALLBACKS[group["updated_by"]].init_state(param)
-        dtype = torch.promote_types(param.dtype, torch.float32)
+        dtype = self._momentum_dtype or torch.promote_types(param.dtype, torch.float32)
         buffer = torch.zeros(param.shape, dtype=dtype, device=param.device)
         state = {"momentum_buffer": buffer}
         if self._layer_of[param].weight is param:

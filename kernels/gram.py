@@ -25,8 +25,8 @@ def _gram_kernel(
 ):
     """One tile of ``X X^T`` over one slice of D; one more everywhere with a bias.
 
-    Slices are summed in order by `_sum_splits_kernel`. Products of 16-bit samples are
-    exact in float32.
+    Slices are summed in order by `_sum_splits_kernel`. 16-bit samples fit tf32 exactly,
+    so their products need PRECISION no higher than that.
     """
     blocks = tl.cdiv(N, BLOCK_N)
     problem = tl.program_id(1).to(tl.int64)
@@ -52,7 +52,9 @@ def _gram_kernel(
             mask=(j < N)[None, :] & d_ok[:, None],
             other=0.0,
         )
-        k = tl.dot(xi, xj, acc=k, input_precision=PRECISION)
+        k = tl.dot(
+            xi.to(tl.float32), xj.to(tl.float32), acc=k, input_precision=PRECISION
+        )
     if HAS_BIAS:
         k += tl.where(split == 0, 1.0, 0.0)
     at = (split * PROBLEMS + problem) * N * N + i[:, None] * N + j[None, :]

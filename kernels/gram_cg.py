@@ -29,7 +29,7 @@ def _next_direction(rho, s_r, mm, c_u, u_x, active):
     """``|r|^2``, beta, and which rows still move: the residual must exceed rounding."""
     rho_new = s_r * (s_r * mm + c_u) + u_x
     terms = tl.abs(s_r) * (tl.abs(s_r) * mm + tl.abs(c_u)) + tl.abs(u_x)
-    active = active & (rho_new > ROUNDING * terms)
+    active = active & (rho_new > terms * ROUNDING)
     return rho_new, tl.where(active, rho_new / tl.where(active, rho, 1.0), 0.0), active
 
 

@@ -120,7 +120,7 @@ def _primal_forward_kernel(
     if not FIRST:
         rho = ordered_sum(rho_partial_ptr, rho_blocks, total, at, row_ok)
         old_rho = tl.load(old_rho_ptr + at, mask=row_ok, other=1.0)
-        floor = FLOOR * tl.load(first_rho_ptr + at, mask=row_ok, other=0.0)
+        floor = tl.load(first_rho_ptr + at, mask=row_ok, other=0.0) * FLOOR
         active = tl.load(old_active_ptr + at, mask=row_ok, other=0) != 0
         active = active & (rho > floor)
         beta = tl.where(active, rho / tl.where(active, old_rho, 1.0), 0.0)

@@ -252,7 +252,7 @@ def gram(xs: Sequence[SampleMap]) -> Tensor:
         ALIGN=tables.align,
         X_DTYPE=DTYPES[samples[0].dtype],
         HAS_BIAS=x.bias,
-        PRECISION=PRECISION,
+        PRECISION=PRECISION if samples[0].dtype == torch.float32 else "tf32",
     )
     if splits == 1:
         return partial[0]
