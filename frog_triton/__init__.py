@@ -2,9 +2,10 @@
 
 from importlib.metadata import version
 
+from .cost import cost
 from .optimizer import FROG
 from .preconditioner import precondition
 
-__all__ = ["FROG", "__version__", "precondition"]
+__all__ = ["FROG", "__version__", "cost", "precondition"]
 
 __version__ = version("frog-triton")

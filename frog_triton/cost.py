@@ -1,70 +1,310 @@
-"""What a solve costs, counted from its sizes, and the formulation that costs less."""
+"""What a step costs, counted from the very launches it would make."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .autotune.traffic import GPUS, Work, work
+from .formulation import choose_formulation, primal_work
+from .layers import MatrixMap, adapter_for
+from .ops.launch import recording
+from .ops.types import Rows
+from .routing import Exclusion, route
+from .solvers import FORMULATIONS, Batch
 
 
 @dataclass(frozen=True)
-class Work:
-    """Arithmetic and memory traffic.
+class LayerShape:
+    """A layer as far as cost goes.
 
     Attributes:
-        operations: floating-point operations, a multiply-add counted as two.
-        elements: elements read from and written to memory.
-    """
-
-    operations: int
-    elements: int
-
-
-# Operations that take as long as moving one element: float32 on a CPU core pair and
-# bf16 on recent GPUs both lie within a factor of two or so (600 TFLOP/s over
-# 3 TB/s / 4 bytes = 800; 100 GFLOP/s over 20 GB/s / 4 bytes = 20). Low on purpose: in
-# doubt the formulation with less arithmetic wins.
-OPERATIONS_PER_ELEMENT = 32
-
-
-def primal_work(n: int, d: int, r: int, iters: int) -> Work:
-    """Count k forward and k - 1 adjoint products, with T and the vectors p, r, z."""
-    return Work(
-        operations=(4 * iters - 2) * n * d * r,
-        elements=(2 * iters - 1) * (n * d + 2 * n * r) + 7 * iters * d * r,
-    )
-
-
-def gram_work(n: int, d: int, r: int, groups: int, iters: int) -> Work:
-    """Count K and C once, k products with K, and the last combination ``X^T u``.
-
-    Args:
-        n: samples.
-        d: weights in a row.
-        r: rows.
-        groups: groups, each with a K of its own.
-        iters: CG iterations.
-    """
-    return Work(
-        operations=2 * n * n * d * groups + 4 * n * d * r + 2 * iters * n * n * r,
-        elements=3 * n * d * groups
-        + groups * n * n * (iters + 1)
-        + 8 * iters * n * r
-        + 4 * d * r,
-    )
-
-
-def choose_formulation(n: int, d: int, r: int, groups: int, iters: int) -> str:
-    """``"primal"`` or ``"gram"``, whichever counts cheaper.
-
-    Args:
-        n: samples, all positions counted.
-        d: weights in a row, the bias included.
-        r: rows.
+        name: for the report.
+        rows: R.
+        dim: D, weights in a row.
+        samples: N, all positions counted.
         groups: groups.
-        iters: CG iterations.
+        bias: whether rows have a bias.
+        implicit: whether the samples are whole images of a window beyond 1x1, so that
+            the primal formulation convolves.
     """
-    primal, gram = primal_work(n, d, r, iters), gram_work(n, d, r, groups, iters)
-    return "gram" if _price(gram) < _price(primal) else "primal"
+
+    name: str
+    rows: int
+    dim: int
+    samples: int
+    groups: int = 1
+    bias: bool = True
+    implicit: bool = False
 
 
-def _price(work: Work) -> int:
-    return work.operations + OPERATIONS_PER_ELEMENT * work.elements
+@dataclass(frozen=True)
+class LayerCost:
+    """One line of a report; launches are those of all layers of its geometry.
+
+    Attributes:
+        layer: the layer.
+        formulation: ``"primal"`` or ``"gram"``.
+        shared_by: how many layers share the launches.
+        launches: of the geometry.
+        operations: of this layer.
+        bytes: through device memory, of this layer.
+        state_bytes: what the optimizer keeps for it.
+        sample_bytes: what capture keeps for it between forward and step.
+        floor_us: microseconds below which the GPU cannot do it.
+    """
+
+    layer: LayerShape
+    formulation: str
+    shared_by: int
+    launches: int
+    operations: int
+    bytes: int
+    state_bytes: int
+    sample_bytes: int
+    floor_us: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the preconditioned layers of a model cost in a step.
+
+    Attributes:
+        layers: a line each.
+        gpu: whose rates the floor is for.
+        launches: in all.
+        operations: in all.
+        bytes: in all.
+        state_bytes: in all.
+        sample_bytes: in all.
+        floor_us: sum of the floors.
+    """
+
+    layers: tuple[LayerCost, ...]
+    gpu: str
+    launches: int
+    operations: int
+    bytes: int
+    state_bytes: int
+    sample_bytes: int
+    floor_us: float
+
+    def __str__(self) -> str:
+        """A table, with the totals in the last line."""
+        lines = [
+            f"{'layer':28} {'R':>6} {'D':>6} {'N':>6}  {'solve':7} "
+            f"{'GFLOP':>8} {'MB':>8} {'floor us':>9}"
+        ]
+        for c in self.layers:
+            s = c.layer
+            lines.append(
+                f"{s.name:28} {s.rows:6} {s.dim:6} {s.samples:6}  {c.formulation:7} "
+                f"{c.operations / 1e9:8.2f} {c.bytes / 1e6:8.2f} {c.floor_us:9.1f}"
+            )
+        lines.append(
+            f"total: {self.launches} launches, {self.operations / 1e9:.2f} GFLOP, "
+            f"{self.bytes / 1e6:.1f} MB moved, {self.state_bytes / 1e6:.1f} MB state, "
+            f"{self.sample_bytes / 1e6:.1f} MB samples, floor {self.floor_us:.0f} us "
+            f"on {self.gpu} (datasheet rates; nothing was timed)"
+        )
+        return "\n".join(lines)
+
+
+def cost(
+    model_or_layers: nn.Module | Sequence[LayerShape],
+    inputs: Any = None,
+    *,
+    sample_size: int | None = None,
+    sampling: str = "examples",
+    cg_iters: int = 4,
+    nesterov: bool = False,
+    formulation: str = "auto",
+    sample_dtype: torch.dtype = torch.float32,
+    param_dtype: torch.dtype = torch.float32,
+    momentum_dtype: torch.dtype = torch.float32,
+    exclude: Sequence[Exclusion] = (),
+    exclude_output_layer: bool = True,
+    gpu: str = "h200",
+) -> Cost:
+    """Count what `FROG`'s step costs with the Triton backend; needs no GPU.
+
+    The parameters of the fallback are not counted, nor is drawing the samples, which
+    happens in the forward and backward passes.
+
+    Args:
+        model_or_layers: a model, or shapes of layers.
+        inputs: a batch to run the model on once, for the positions of its layers; may
+            be left out where ``sampling="positions"``.
+        sample_size: as for `FROG`.
+        sampling: as for `FROG`.
+        cg_iters: as for `FROG`.
+        nesterov: as for `FROG`.
+        formulation: as for `FROG`.
+        sample_dtype: of activations and output gradients.
+        param_dtype: of parameters and gradients.
+        momentum_dtype: of the momentum.
+        exclude: as for `FROG`.
+        exclude_output_layer: as for `FROG`.
+        gpu: a name of `frog_triton.autotune.traffic.GPUS`.
+
+    Raises:
+        ValueError: an unknown GPU, or a model whose positions are not known.
+    """
+    if gpu not in GPUS:
+        raise ValueError(f"gpu must be one of {tuple(GPUS)}, got {gpu!r}")
+    if isinstance(model_or_layers, nn.Module):
+        size = sample_size or {"examples": 32, "positions": 256}[sampling]
+        model = model_or_layers
+        plan = route(
+            model, dict.fromkeys(model.parameters(), 0), exclude, exclude_output_layer
+        )
+        shapes = _shapes(model, plan.layers.values(), inputs, size, sampling)
+    else:
+        shapes = list(model_or_layers)
+    buckets: dict[LayerShape, list[LayerShape]] = {}
+    for shape in shapes:
+        key = LayerShape("", *[getattr(shape, f) for f in _GEOMETRY])
+        buckets.setdefault(key, []).append(shape)
+    lines: dict[str, LayerCost] = {}
+    total = Work()
+    floor = 0.0
+    for key, members in buckets.items():
+        chosen = formulation
+        if chosen == "auto":
+            row_length = key.dim + key.bias
+            chosen = choose_formulation(
+                key.samples, row_length, key.rows, key.groups, cg_iters
+            )
+        dtypes = (sample_dtype, param_dtype, momentum_dtype)
+        works = _bucket(key, len(members), chosen, cg_iters, nesterov, dtypes)
+        done = sum(works, Work())
+        time = sum(w.floor(GPUS[gpu]) for w in works)
+        total, floor = total + done, floor + time
+        count = len(members)
+        for shape in members:
+            entries = shape.rows * (shape.dim + shape.bias)
+            width = shape.rows + shape.dim * shape.groups
+            lines[shape.name] = LayerCost(
+                shape,
+                chosen,
+                count,
+                done.launches,
+                done.operations // count,
+                done.bytes // count,
+                entries * momentum_dtype.itemsize,
+                shape.samples * width * sample_dtype.itemsize,
+                time / count,
+            )
+    ordered = tuple(lines[shape.name] for shape in shapes)
+    return Cost(
+        ordered,
+        gpu,
+        total.launches,
+        total.operations,
+        total.bytes,
+        sum(line.state_bytes for line in ordered),
+        sum(line.sample_bytes for line in ordered),
+        floor,
+    )
+
+
+_GEOMETRY = ("rows", "dim", "samples", "groups", "bias", "implicit")
+
+
+def _bucket(
+    shape: LayerShape,
+    count: int,
+    formulation: str,
+    cg_iters: int,
+    nesterov: bool,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+) -> list[Work]:
+    """The launches of a step, made with tensors that have no memory."""
+    if shape.implicit and formulation == "primal":
+        # No kernel yet: torch's convolutions, counted from the formulas.
+        n, d, r = shape.samples, shape.dim + shape.bias, shape.rows
+        counted = primal_work(n, d, r, cg_iters)
+        return [Work(count * counted.operations, count * 4 * counted.elements, 0)]
+    from .ops import triton_ops
+
+    sample, param, momentum = dtypes
+    n, r, d, groups = shape.samples, shape.rows, shape.dim, shape.groups
+
+    def empty(*size: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    def rows(dtype: torch.dtype) -> list[Rows]:
+        return [
+            Rows(
+                empty(r, d, dtype=dtype), empty(r, dtype=dtype) if shape.bias else None
+            )
+            for _ in range(count)
+        ]
+
+    batch = Batch(
+        [
+            MatrixMap(empty(n, groups * d, dtype=sample), groups, shape.bias)
+            for _ in range(count)
+        ],
+        [empty(n, r, 1, dtype=sample) for _ in range(count)],
+        rows(momentum),
+        rows(param),
+        0.9,
+        nesterov,
+    )
+    with recording(run=False) as launches:
+        solution = FORMULATIONS[formulation](triton_ops, batch, 1e-4, cg_iters)
+        solution.update_(rows(param), 2e-2, 1e-5)
+    return [work(launch.name, launch.args, launch.grid) for launch in launches]
+
+
+def _shapes(
+    model: nn.Module, layers: Any, inputs: Any, size: int, sampling: str
+) -> list[LayerShape]:
+    """Shapes of a model's layers, the positions from one forward pass."""
+    positions: dict[nn.Module, int] = {}
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        adapter = adapter_for(module)
+        assert adapter is not None
+        batched = adapter.batched(module, output)
+        seen = positions.get(module, 0)
+        positions[module] = seen + adapter.positions(batched)
+
+    if inputs is not None:
+        handles = [
+            module.register_forward_hook(hook)
+            for layer in layers
+            for module in layer.modules
+        ]
+        try:
+            with torch.no_grad():
+                model(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    shapes = []
+    for layer in layers:
+        g = layer.geometry
+        module = layer.modules[0]
+        kernel = getattr(module, "kernel_size", (1,))
+        samples = size
+        if sampling == "examples":
+            known = positions.get(module)
+            if known is None and inputs is not None:
+                continue  # not part of this forward pass
+            if known is None:
+                raise ValueError(
+                    f"{layer.name}: how many positions an example has is not known; "
+                    "pass inputs=, a batch to run the model on once"
+                )
+            samples = size * known
+        implicit = sampling == "examples" and set(kernel) != {1}
+        shapes.append(
+            LayerShape(layer.name, g.rows, g.dim, samples, g.groups, g.bias, implicit)
+        )
+    return shapes

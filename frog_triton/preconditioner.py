@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .cost import choose_formulation
+from .formulation import choose_formulation
 from .layers import adapter_for
 from .ops.types import Rows
 from .solvers import FORMULATIONS, Batch, Solution

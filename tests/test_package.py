@@ -44,10 +44,13 @@ def test_version():
 
 
 RANKS = {
-    "optimizer": 5,
+    "optimizer": 6,
     "capture": 4,
     "routing": 4,
+    "step": 5,
+    "cost": 5,
     "preconditioner": 4,
+    "formulation": 3,
     "solvers": 3,
     "layers": 2,
     "ops": 1,

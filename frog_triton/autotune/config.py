@@ -79,7 +79,7 @@ class ForwardConfig(Config):
     """`_primal_forward_kernel`."""
 
     BLOCK_N: int = 64
-    BLOCK_R: int = 64
+    BLOCK_R: int = 32
     BLOCK_D: int = 32
 
 
@@ -108,7 +108,7 @@ class NormsConfig(Config):
     BLOCK_D: int = 128
 
 
-RESIDENT_SAMPLES = 256
+RESIDENT_SAMPLES = 128
 """Up to so many samples the vectors of CG in Gram space stay in registers."""
 
 # The defaults below were chosen by offline compilation for sm_80, sm_90 and sm_100:
@@ -155,7 +155,7 @@ def forward_config(n: int) -> ForwardConfig:
 
 def adjoint_config(n: int) -> AdjointConfig:
     """Tiles of rows by weights."""
-    return AdjointConfig(BLOCK_N=min(power_of_two(n), 32))
+    return AdjointConfig(BLOCK_N=min(power_of_two(n), 32), num_warps=8)
 
 
 def gather_config(row: int) -> GatherConfig:

@@ -1,0 +1,60 @@
+"""Layers of well-known models, as far as an optimizer's step is concerned."""
+
+from __future__ import annotations
+
+from ..cost import LayerShape
+
+
+def gpt2_small(samples: int, blocks: int = 12) -> list[LayerShape]:
+    """GPT-2 small's Linear layers: 4 in each block, embedding and head left out.
+
+    Sizes: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
+
+    Args:
+        samples: N, positions drawn for each layer.
+        blocks: depth.
+    """
+    kinds = (
+        ("attn.qkv", 2304, 768),
+        ("attn.proj", 768, 768),
+        ("mlp.up", 3072, 768),
+        ("mlp.down", 768, 3072),
+    )
+    return [
+        LayerShape(f"h.{i}.{name}", rows, dim, samples)
+        for i in range(blocks)
+        for name, rows, dim in kinds
+    ]
+
+
+def resnet50(samples: int) -> list[LayerShape]:
+    """ResNet-50's convolutions (torchvision's, stride in the 3x3), no biases.
+
+    Sizes: He et al., "Deep Residual Learning for Image Recognition", 2015.
+
+    Args:
+        samples: N, positions drawn for each layer.
+    """
+    layers = [LayerShape("conv1", 64, 3 * 49, samples, bias=False)]
+    c_in = 64
+    for stage, (width, blocks) in enumerate(
+        ((64, 3), (128, 4), (256, 6), (512, 3)), start=1
+    ):
+        for block in range(blocks):
+            name = f"layer{stage}.{block}"
+            sizes = [
+                ("conv1", width, c_in),
+                ("conv2", width, 9 * width),
+                ("conv3", 4 * width, width),
+            ]
+            if block == 0:
+                sizes.append(("downsample", 4 * width, c_in))
+            layers += [
+                LayerShape(f"{name}.{part}", rows, dim, samples, bias=False)
+                for part, rows, dim in sizes
+            ]
+            c_in = 4 * width
+    return layers
+
+
+MODELS = {"gpt2-small": gpt2_small, "resnet50": resnet50}

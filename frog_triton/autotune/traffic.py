@@ -1,0 +1,194 @@
+"""What a launch must compute and move, counted from its arguments.
+
+Bytes are the least that device memory must deliver: each input read once, each output
+written once, whatever a kernel finds in its caches when it reads again. Operations
+count a multiply-add as two, and a tf32x3 product as the one product it stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Datasheet rates.
+
+    Attributes:
+        bandwidth: of device memory, bytes per second.
+        tf32: dense tf32 tensor-core operations per second.
+        bf16: dense bf16 tensor-core operations per second.
+        capability: compute capability.
+    """
+
+    bandwidth: float
+    tf32: float
+    bf16: float
+    capability: int
+
+
+# NVIDIA's datasheets, dense rates: A100 80 GB SXM, H100 SXM, H200 SXM, B200 (HGX),
+# RTX 4090.
+GPUS = {
+    "a100": GPU(2.039e12, 156e12, 312e12, 80),
+    "h100": GPU(3.35e12, 494e12, 989e12, 90),
+    "h200": GPU(4.8e12, 494e12, 989e12, 90),
+    "b200": GPU(8.0e12, 1.1e15, 2.25e15, 100),
+    "rtx4090": GPU(1.008e12, 82.6e12, 165e12, 89),
+}
+
+TF32X3 = 3
+"""Tensor-core products that one float32-accurate product takes."""
+
+_SIZES = {tl.float32: 4, tl.bfloat16: 2, tl.float16: 2}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one or several launches do.
+
+    Attributes:
+        operations: floating-point operations of matrix products.
+        bytes: through device memory.
+        launches: how many.
+    """
+
+    operations: int = 0
+    bytes: int = 0
+    launches: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        """Both, one after the other."""
+        return Work(
+            self.operations + other.operations,
+            self.bytes + other.bytes,
+            self.launches + other.launches,
+        )
+
+    def floor(self, gpu: GPU) -> float:
+        """Microseconds below which no GPU of this kind can do it."""
+        compute = TF32X3 * self.operations / gpu.tf32
+        return 1e6 * max(compute, self.bytes / gpu.bandwidth)
+
+
+def work(name: str, args: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
+    """Operations and bytes of one launch.
+
+    Args:
+        name: of the kernel.
+        args: of the launch.
+        grid: of the launch.
+    """
+    operations, moved = _COUNTS[name](_Sizes(args, grid))
+    return Work(operations, moved, 1)
+
+
+class _Sizes:
+    """Sizes of a launch under the symbols of the formulas below."""
+
+    def __init__(self, args: Mapping[str, Any], grid: tuple[int, ...]) -> None:
+        self.args = args
+        self.n = args.get("N", 1)
+        self.g = args.get("GROUPS", 1)
+        self.problems = grid[1] if len(grid) > 1 else 1
+        self.layers = self.problems // self.g
+        # Totals over all problems of the launch.
+        self.rows = args.get("R", 0) * self.problems
+        self.row_entries = (args.get("D", 0) + args.get("HAS_BIAS", 0)) * self.rows
+        self.x_entries = self.n * args.get("D", 0) * self.problems
+        self.products = 2 * self.n * args.get("D", 0) * self.rows
+        self.nr = self.n * self.rows
+        self.nn = self.n * self.n * self.problems
+
+    def size(self, name: str) -> int:
+        """Bytes of an entry of the tensor with this dtype argument."""
+        return _SIZES[self.args[name]]
+
+
+def _weights(s: _Sizes) -> tuple[int, int]:
+    y = s.nr * s.size("Y_DTYPE")
+    return 0, y + 4 * s.nr + 4 * s.n * s.problems + 4 * s.rows
+
+
+def _project(s: _Sizes) -> tuple[int, int]:
+    moved = s.row_entries * s.size("M_DTYPE") + 5 * s.rows
+    if s.args["UPDATE"]:
+        moved += s.row_entries * (s.size("G_DTYPE") + s.size("M_DTYPE"))
+        moved += 4 * s.row_entries * s.args["NESTEROV"]
+    if not s.args["PROJECT"]:
+        return 0, moved
+    return s.products, moved + s.x_entries * s.size("X_DTYPE") + 4 * s.nr
+
+
+def _gram(s: _Sizes) -> tuple[int, int]:
+    splits = -(-s.args["D"] // max(1, s.args["split_length"])) or 1
+    operations = 2 * s.n * s.n * s.args["D"] * s.problems
+    return operations, s.x_entries * s.size("X_DTYPE") + 4 * splits * s.nn
+
+
+def _sum(s: _Sizes) -> tuple[int, int]:
+    return 0, 4 * s.args["numel"] * (s.args["SPLITS"] + 1)
+
+
+def _cg(s: _Sizes) -> tuple[int, int]:
+    operations = 2 * (s.args["ITERS"] - 1) * s.n * s.nr
+    return operations, 4 * (s.nn + 3 * s.nr + 3 * s.rows)
+
+
+def _cg_tiled(s: _Sizes) -> tuple[int, int]:
+    operations, moved = _cg(s)
+    return operations, moved + 4 * 4 * s.nr  # scratch, written back once
+
+
+def _update(s: _Sizes) -> tuple[int, int]:
+    theta = (1 + s.args["STEP"]) * s.size("THETA_DTYPE")
+    moved = s.row_entries * (s.size("M_DTYPE") + theta)
+    moved += s.x_entries * s.size("X_DTYPE") + 4 * s.nr + 5 * s.rows
+    return s.products, moved
+
+
+def _gather(s: _Sizes) -> tuple[int, int]:
+    size = s.args["out_ptr"].element_size()
+    return 0, s.n * (2 * s.args["ROW"] * size + 8)
+
+
+def _norms(s: _Sizes) -> tuple[int, int]:
+    return 0, s.x_entries * s.size("X_DTYPE") + 4 * s.n * s.problems
+
+
+def _forward(s: _Sizes) -> tuple[int, int]:
+    vectors = 4 + s.size("M_DTYPE") if s.args["FIRST"] else 3 * 4
+    moved = vectors * s.row_entries + s.x_entries * s.size("X_DTYPE")
+    return s.products, moved + 4 * s.nr * (1 if s.args["LAST"] else 2) + 12 * s.rows
+
+
+def _adjoint(s: _Sizes) -> tuple[int, int]:
+    old = s.size("M_DTYPE") if s.args["FIRST"] else 2 * 4
+    moved = (old + 3 * 4) * s.row_entries + s.x_entries * s.size("X_DTYPE")
+    return s.products, moved + 4 * s.nr + 12 * s.rows
+
+
+def _finish(s: _Sizes) -> tuple[int, int]:
+    theta = (1 + s.args["STEP"]) * s.size("THETA_DTYPE")
+    vectors = 4 if s.args["FIRST"] else 2 * 4
+    return 0, (theta + vectors) * s.row_entries + 24 * s.rows
+
+
+_COUNTS: dict[str, Callable[[_Sizes], tuple[int, int]]] = {
+    "_fisher_weights_kernel": _weights,
+    "_momentum_project_kernel": _project,
+    "_gram_kernel": _gram,
+    "_sum_splits_kernel": _sum,
+    "_gram_cg_kernel": _cg,
+    "_gram_cg_tiled_kernel": _cg_tiled,
+    "_update_kernel": _update,
+    "_gather_kernel": _gather,
+    "_row_norms_kernel": _norms,
+    "_primal_forward_kernel": _forward,
+    "_primal_adjoint_kernel": _adjoint,
+    "_primal_update_kernel": _finish,
+}
