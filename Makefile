@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LINT_SITE := .lint/site
+OLDEST := $(VENV)/triton-3.6
 
 .PHONY: install demo test lint clean
 
@@ -22,7 +23,14 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python -m frog_triton demo
 
-test: $(READY)
+# The oldest supported Triton, beside the pinned one, for a test that compiles with it.
+$(OLDEST): $(READY)
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --target $(OLDEST) triton==3.6.0
+	touch $(OLDEST)
+
+test: $(READY) $(OLDEST)
 	$(BIN)/python -m pytest
 
 # Type checkers cannot follow the package mapping of an editable install, so mypy

@@ -169,15 +169,33 @@ class SampleCapture:
                 if by_position
                 else y.index_select(0, index)
             )
-            self._add(name, _Call(module, sample, y), total, key)
+            self.add(name, module, sample, y, total, key)
 
         output.register_hook(on_grad)
 
     def _backend(self, x: Tensor) -> ModuleType:
         return ops.resolve(self.backend, x.device, x.dtype)
 
-    def _add(self, name: str, call: _Call, total: int, key: int) -> None:
-        """Pool a call so that every candidate seen so far is equally likely in it."""
+    def add(
+        self,
+        name: str,
+        module: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        total: int,
+        key: int = 0,
+    ) -> None:
+        """Pool a call's samples so that every candidate so far is equally likely.
+
+        Args:
+            name: of the layer.
+            module: that was called.
+            x: drawn examples of its input, or drawn rows of X.
+            y: the output gradients that belong to them.
+            total: how many candidates they were drawn from.
+            key: of the draw.
+        """
+        call = _Call(module, x, y)
         pool = self._pools.get(name)
         if pool is None:  # the layer was let go between forward and backward
             return

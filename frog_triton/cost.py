@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .autotune.traffic import GPUS, Work, work
 from .formulation import choose_formulation, primal_work
 from .layers import MatrixMap, adapter_for
-from .ops.launch import recording
+from .ops.launch import Launch, recording
 from .ops.types import Rows
 from .routing import Exclusion, route
 from .solvers import FORMULATIONS, Batch
@@ -223,43 +223,63 @@ def _bucket(
     nesterov: bool,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
 ) -> list[Work]:
-    """The launches of a step, made with tensors that have no memory."""
     if shape.implicit and formulation == "primal":
         # No kernel yet: torch's convolutions, counted from the formulas.
         n, d, r = shape.samples, shape.dim + shape.bias, shape.rows
         counted = primal_work(n, d, r, cg_iters)
         return [Work(count * counted.operations, count * 4 * counted.elements, 0)]
+    launches = step_launches(shape, count, formulation, cg_iters, nesterov, *dtypes)
+    return [work(launch.name, launch.args, launch.grid) for launch in launches]
+
+
+def step_launches(
+    shape: LayerShape,
+    count: int,
+    formulation: str,
+    cg_iters: int = 4,
+    nesterov: bool = False,
+    sample_dtype: torch.dtype = torch.float32,
+    param_dtype: torch.dtype = torch.float32,
+    momentum_dtype: torch.dtype = torch.float32,
+) -> list[Launch]:
+    """The launches of a step for layers of one geometry; their tensors have no memory.
+
+    Args:
+        shape: of each layer.
+        count: how many layers.
+        formulation: ``"primal"`` or ``"gram"``.
+        cg_iters: k.
+        nesterov: whether the momentum is Nesterov's.
+        sample_dtype: of activations and output gradients.
+        param_dtype: of parameters and gradients.
+        momentum_dtype: of the momentum.
+    """
     from .ops import triton_ops
 
-    sample, param, momentum = dtypes
     n, r, d, groups = shape.samples, shape.rows, shape.dim, shape.groups
 
     def empty(*size: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
     def rows(dtype: torch.dtype) -> list[Rows]:
-        return [
-            Rows(
-                empty(r, d, dtype=dtype), empty(r, dtype=dtype) if shape.bias else None
-            )
-            for _ in range(count)
-        ]
+        bias = [empty(r, dtype=dtype) if shape.bias else None for _ in range(count)]
+        return [Rows(empty(r, d, dtype=dtype), b) for b in bias]
+
+    def samples(*size: int) -> list[Tensor]:
+        return [empty(*size, dtype=sample_dtype) for _ in range(count)]
 
     batch = Batch(
-        [
-            MatrixMap(empty(n, groups * d, dtype=sample), groups, shape.bias)
-            for _ in range(count)
-        ],
-        [empty(n, r, 1, dtype=sample) for _ in range(count)],
-        rows(momentum),
-        rows(param),
+        [MatrixMap(x, groups, shape.bias) for x in samples(n, groups * d)],
+        samples(n, r, 1),
+        rows(momentum_dtype),
+        rows(param_dtype),
         0.9,
         nesterov,
     )
     with recording(run=False) as launches:
         solution = FORMULATIONS[formulation](triton_ops, batch, 1e-4, cg_iters)
-        solution.update_(rows(param), 2e-2, 1e-5)
-    return [work(launch.name, launch.args, launch.grid) for launch in launches]
+        solution.update_(rows(param_dtype), 2e-2, 1e-5)
+    return launches
 
 
 def _shapes(

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ... import __version__
+from ..environment import environment
 from .loop import Run
 
 Cell = tuple[int, float] | None
@@ -57,18 +53,6 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in table]
     lines.insert(1, "|" + " --- |" * len(table[0]))
     return "\n".join(lines)
-
-
-def environment() -> dict[str, Any]:
-    """Where a result was measured."""
-    return {
-        "frog_triton": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def write_json(

@@ -1,0 +1,114 @@
+"""Counts: exact launches, bytes beside AdamW's, and their agreement with real steps."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import frog_triton
+from frog_triton.autotune.traffic import GPUS
+from frog_triton.benchmarks import bench_step
+from frog_triton.benchmarks.shapes import gpt2_small, resnet50
+from frog_triton.cost import LayerShape
+from frog_triton.ops.launch import recording
+
+
+@pytest.mark.parametrize("blocks", [1, 12, 48])
+@pytest.mark.parametrize(
+    ("samples", "launches"), [(32, 6), (64, 6), (256, 7), (1024, 7)]
+)
+def test_gpt2_takes_as_many_launches_whatever_its_depth(blocks, samples, launches):
+    counted = frog_triton.cost(gpt2_small(samples, blocks), formulation="gram")
+    # weights, Gram and its split sum, momentum and projection (twice beyond 128
+    # samples), CG, update.
+    assert counted.launches <= 4 * launches
+    assert all(line.launches <= launches for line in counted.layers)
+    assert all(line.shared_by == blocks for line in counted.layers)
+    if blocks == 1:
+        assert counted.launches == 4 * launches
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(768, 768), (3072, 768), (768, 3072)])
+def test_a_linear_step_moves_less_than_adamw(rows, dim):
+    n = 64
+    counted = frog_triton.cost([LayerShape("", rows, dim, n, bias=False)])
+    elements = counted.bytes / 4
+    # X three times (Gram, projection, update); Y, Lambda, C and u in and out.
+    assert elements <= 6 * rows * dim + 8 * n * (dim + rows)
+    assert elements < 7 * rows * dim  # fused AdamW: p, g, m, v in, p, m, v out
+    assert counted.state_bytes == 4 * rows * dim
+    assert counted.operations == sum(
+        [4 * n * rows * dim, 2 * n * n * dim, 2 * 3 * n * n * rows]
+    )
+
+
+def test_whole_models_move_less_than_adamw():
+    for shapes in (gpt2_small(64), resnet50(64)):
+        counted = frog_triton.cost(shapes)
+        params = sum(s.rows * (s.dim + s.bias) for s in shapes)
+        assert counted.bytes < 7 * 4 * params
+        assert counted.state_bytes == 4 * params
+
+
+def test_a_real_step_makes_the_launches_that_are_counted():
+    net = nn.Sequential(
+        nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 30), nn.Linear(30, 2)
+    )
+    options = {"sample_size": 9, "sampling": "positions"}
+    opt = frog_triton.FROG(net, backend="triton", **options)
+    net(torch.randn(16, 20)).square().sum().backward()
+    with recording() as launches:
+        opt.step()
+    counted = frog_triton.cost(net, **options)
+    assert counted.launches == len(launches)
+    assert [line.shared_by for line in counted.layers] == [2, 2, 1]
+
+
+def test_positions_of_a_model_come_from_a_batch():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.Flatten(), nn.Linear(8 * 9, 2))
+    inputs = torch.randn(2, 3, 8, 8)
+    counted = frog_triton.cost(net, inputs, sample_size=4)
+    assert [line.layer.samples for line in counted.layers] == [4 * 9]
+    with pytest.raises(ValueError, match="pass inputs="):
+        frog_triton.cost(net)
+    with pytest.raises(ValueError, match="gpu must be one of"):
+        frog_triton.cost(net, inputs, gpu="voodoo")
+
+
+def test_floor_is_the_larger_of_bytes_and_operations():
+    shapes = [LayerShape("", 4096, 4096, 64)]
+    counted = frog_triton.cost(shapes, gpu="h200")
+    assert counted.floor_us >= 1e6 * counted.bytes / GPUS["h200"].bandwidth
+    assert "nothing was timed" in str(counted)
+    slower = frog_triton.cost(shapes, gpu="a100")
+    assert slower.floor_us > counted.floor_us
+
+
+def test_bfloat16_samples_and_momentum_cost_less():
+    shapes = gpt2_small(64, 1)
+    wide = frog_triton.cost(shapes)
+    narrow = frog_triton.cost(
+        shapes, sample_dtype=torch.bfloat16, momentum_dtype=torch.bfloat16
+    )
+    assert narrow.bytes < wide.bytes
+    assert 2 * narrow.state_bytes == wide.state_bytes
+    assert 2 * narrow.sample_bytes == wide.sample_bytes
+
+
+def test_bench_step_without_a_gpu(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    out = tmp_path / "step.json"
+    bench_step.main(["--model", "gpt2-small", "--json", str(out)])
+    printed = capsys.readouterr().out
+    assert "no time measured" in printed and "AdamW (fused)" in printed
+    content = json.loads(out.read_text())
+    assert content["environment"]["gpu"] is None
+    assert "median_us" not in content["results"][0]["FROG"]
+
+
+def test_bench_step_checks_what_it_times():
+    shapes = [LayerShape("a", 5, 7, 9), LayerShape("b", 5, 7, 9)]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert bench_step.Step(shapes, torch.float32, device).check() < 1e-4

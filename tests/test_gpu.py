@@ -1,0 +1,84 @@
+"""On real hardware at real sizes; skipped where there is none."""
+
+import oracles
+import pytest
+import torch
+from torch import nn
+
+from frog_triton import FROG, precondition
+
+pytestmark = pytest.mark.gpu
+
+ROWS = 8  # the oracle is dense, and rows are independent: it solves the first few
+
+
+def randn(*shape, seed, dtype=torch.float32):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+
+@pytest.mark.parametrize("formulation", ["gram", "primal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("n", "d", "r"),
+    [(64, 768, 3072), (64, 3072, 768), (256, 576, 64), (1000, 700, 300)],
+)
+def test_precondition_at_real_sizes(n, d, r, dtype, formulation):
+    module = nn.Linear(d, r)
+    x, y = randn(n, d, seed=0, dtype=dtype), randn(n, r, seed=1, dtype=dtype)
+    m, mb = randn(r, d, seed=2), randn(r, seed=3)
+    expected, _ = oracles.precondition(
+        nn.Linear(d, ROWS), x, y[:, :ROWS], m[:ROWS], mb[:ROWS], 1e-2, 4
+    )
+    errors = {}
+    for backend in ("torch", "triton"):
+        z, _ = precondition(
+            module, x, y, m, mb,
+            damping=1e-2, formulation=formulation, backend=backend,
+        )  # fmt: skip
+        errors[backend] = oracles.relative_error(z[:ROWS], expected)
+    assert errors["triton"] < 2 * errors["torch"] + 4e-6
+
+
+@pytest.mark.parametrize("formulation", ["gram", "primal"])
+def test_same_bits_twice(formulation):
+    module = nn.Linear(768, 2304)
+    inputs = (
+        module,
+        randn(256, 768, seed=0),
+        randn(256, 2304, seed=1),
+        randn(2304, 768, seed=2),
+    )
+    first, _ = precondition(*inputs, formulation=formulation)
+    second, _ = precondition(*inputs, formulation=formulation)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("sampling", ["examples", "positions"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_training_a_convolutional_net(layout, sampling):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1),
+        nn.BatchNorm2d(64),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(64, 128, 3, stride=2, padding=1),
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(128, 10),
+    )
+    net = net.to("cuda", memory_format=layout)
+    opt = FROG(net, sampling=sampling)
+    x = randn(128, 3, 32, 32, seed=0).contiguous(memory_format=layout)
+    y = torch.randint(0, 10, (128,), device="cuda")
+    losses = []
+    for _ in range(30):
+        opt.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert not opt.anomalies()
