@@ -155,7 +155,9 @@ def bench(name: str, samples: int, dtype: torch.dtype, gpu: str, repeats: int) -
         if not error < 1e-3:
             raise RuntimeError(f"FROG's step is off by {error:.1e}: nothing is timed")
         result["error"] = error
-        runs = {"FROG": (step.frog.step, step.fill)}
+        runs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+            "FROG": (step.frog.step, step.fill)
+        }
         for peer, optimizer in step.peers().items():
             runs[peer] = (optimizer.step, lambda: None)
         for peer, (run, before) in runs.items():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops
 from .layers import LinearMap, MatrixMap
@@ -68,7 +68,7 @@ class LayerStep:
 
 def layer_step(
     layer: Layer,
-    state: dict[nn.Parameter, dict[str, Any]],
+    state: Mapping[Any, dict[str, Any]],
     samples: Callable[[Layer, bool], Samples],
     backend: str,
 ) -> LayerStep:

@@ -16,12 +16,12 @@ from frog_triton.ops.launch import recording
 
 @pytest.mark.parametrize("blocks", [1, 12, 48])
 @pytest.mark.parametrize(
-    ("samples", "launches"), [(32, 6), (64, 6), (256, 7), (1024, 7)]
+    ("samples", "launches"), [(32, 6), (64, 6), (256, 7), (1024, 6)]
 )
 def test_gpt2_takes_as_many_launches_whatever_its_depth(blocks, samples, launches):
     counted = frog_triton.cost(gpt2_small(samples, blocks), formulation="gram")
-    # weights, Gram and its split sum, momentum and projection (twice beyond 128
-    # samples), CG, update.
+    # Weights, Gram and (up to 256 samples) the sum of its splits, momentum and
+    # projection (twice beyond 128), CG, update.
     assert counted.launches <= 4 * launches
     assert all(line.launches <= launches for line in counted.layers)
     assert all(line.shared_by == blocks for line in counted.layers)
@@ -45,7 +45,7 @@ def test_a_linear_step_moves_less_than_adamw(rows, dim):
 
 def test_whole_models_move_less_than_adamw():
     for shapes in (gpt2_small(64), resnet50(64)):
-        counted = frog_triton.cost(shapes)
+        counted = frog_triton.cost(shapes, sample_dtype=torch.bfloat16)
         params = sum(s.rows * (s.dim + s.bias) for s in shapes)
         assert counted.bytes < 7 * 4 * params
         assert counted.state_bytes == 4 * params
