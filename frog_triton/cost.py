@@ -278,7 +278,8 @@ def step_launches(
     )
     with recording(run=False) as launches:
         solution = FORMULATIONS[formulation](triton_ops, batch, 1e-4, cg_iters)
-        solution.update_(rows(param_dtype), 2e-2, 1e-5)
+        counts = [empty(2, r, dtype=torch.int32) for _ in range(count)]
+        solution.update_(rows(param_dtype), counts, 2e-2, 1e-5)
     return launches
 
 

@@ -186,7 +186,10 @@ class FROG(Optimizer):
                 group_of[param] = i
         plan = route(self._model, group_of, self._exclude, self._exclude_output_layer)
         for layer in plan.layers.values():
-            ops.resolve(self.backend, layer.weight.device, layer.weight.dtype)
+            try:
+                ops.resolve(self.backend, layer.weight.device, layer.weight.dtype)
+            except ValueError as error:
+                raise ValueError(f"{layer.name}: {error}") from None
         self._adopt(plan, group_of)
         preconditioned = plan.preconditioned()
         fallback = FALLBACKS[self._fallback]
@@ -272,8 +275,7 @@ class FROG(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_grads()
-        if not self._stepped:
-            self._let_go_of_unhooked()
+        self._let_go_of_unhooked()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             self._move_state(params)
@@ -283,11 +285,10 @@ class FROG(Optimizer):
                     layer_step(layer, self.state, self._samples, self.backend)
                     for layer in layers.values()
                 ]
-                for layer, samples, grads in step_layers(
-                    steps, group, self.formulation
-                ):
+                for layer in layers.values():
                     self.state[layer.weight]["step"] += 1
-                    self._count(layer.name, samples, grads)
+                    self._counts_of(layer)
+                step_layers(steps, group, self.formulation, self._anomalies)
             else:
                 states = [self.state[p] for p in params]
                 FALLBACKS[group["updated_by"]].step(params, states, group)
@@ -462,17 +463,23 @@ class FROG(Optimizer):
             identity Fisher because of samples that were not finite, and
             ``nonfinite_gradients``, rows left as they were because of their gradient.
         """
-        counts = {name: value.tolist() for name, value in self._anomalies.items()}
+        counts = {
+            name: value.sum(1).tolist() for name, value in self._anomalies.items()
+        }
         return {
             name: {"nonfinite_samples": samples, "nonfinite_gradients": gradients}
             for name, (samples, gradients) in counts.items()
             if samples or gradients
         }
 
-    def _count(self, name: str, samples: Tensor, gradients: Tensor) -> None:
-        counts = torch.stack([samples.sum(), gradients.sum()])
-        previous = self._anomalies.get(name)
-        self._anomalies[name] = counts if previous is None else previous + counts
+    def _counts_of(self, layer: Layer) -> None:
+        """Make, or bring to the layer's device, its counters."""
+        device = layer.weight.device
+        counts = self._anomalies.get(layer.name)
+        if counts is None:
+            shape = (2, layer.geometry.rows)
+            counts = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._anomalies[layer.name] = counts.to(device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients, and the samples that belong to them."""

@@ -104,25 +104,24 @@ def layer_step(
 
 
 def step_layers(
-    steps: Iterable[LayerStep], group: dict[str, Any], formulation: str
-) -> Iterable[tuple[Layer, Tensor, Tensor]]:
+    steps: Iterable[LayerStep],
+    group: dict[str, Any],
+    formulation: str,
+    counts: Mapping[str, Tensor],
+) -> None:
     """Momentum, solve and update of all layers, those of one geometry together.
 
     Args:
         steps: from `layer_step`.
         group: hyperparameters.
         formulation: ``"primal"``, ``"gram"`` or ``"auto"``.
-
-    Returns:
-        For each layer the masks ``(R,)`` of its rows that met samples, and a gradient,
-        that are not finite.
+        counts: of each layer by name, int32 ``(2, R)``: how often a row has met
+            samples, and a gradient, that are not finite; updated in place.
     """
     buckets: dict[Hashable, list[LayerStep]] = {}
     for step in steps:
         buckets.setdefault(step.key, []).append(step)
-    masks = []
     for bucket in buckets.values():
-        backend = bucket[0].backend
         batch = Batch(
             [step.x for step in bucket],
             [step.y for step in bucket],
@@ -132,20 +131,18 @@ def step_layers(
             group["nesterov"],
         )
         solution = solve(
-            backend,
+            bucket[0].backend,
             batch,
             damping=group["damping"],
             cg_iters=group["cg_iters"],
             formulation=formulation,
         )
         solution.update_(
-            [step.params for step in bucket], group["lr"], group["weight_decay"]
+            [step.params for step in bucket],
+            [counts[step.layer.name] for step in bucket],
+            group["lr"],
+            group["weight_decay"],
         )
-        bad_samples = solution.status == backend.NON_FINITE
-        bad_grads = ~solution.finite
-        for i, step in enumerate(bucket):
-            masks.append((step.layer, bad_samples[i], bad_grads[i]))
-    return masks
 
 
 def no_samples(layer: Layer, bias: bool, dtype: torch.dtype) -> Samples:

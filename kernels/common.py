@@ -37,6 +37,20 @@ def is_finite(x):
 
 
 @triton.jit
+def count_anomalies(table_ptr, layer, rows, total_rows, status, finite, mask):
+    """Add to each row's two counters: bad samples, then bad gradients.
+
+    A row belongs to one program, so no atomics are needed.
+    """
+    counts_ptr = layer_pointer(table_ptr, layer, tl.int32, 4)
+    bad = tl.load(counts_ptr + rows, mask=mask, other=0) + (status == 2).to(tl.int32)
+    tl.store(counts_ptr + rows, bad, mask=mask)
+    counts_ptr += total_rows
+    bad = tl.load(counts_ptr + rows, mask=mask, other=0) + (finite == 0).to(tl.int32)
+    tl.store(counts_ptr + rows, bad, mask=mask)
+
+
+@triton.jit
 def ordered_sum(partial_ptr, count, stride, offsets, mask):
     """Sum of `count` partial results, always in the same order."""
     total = tl.zeros(offsets.shape, tl.float32)

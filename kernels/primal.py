@@ -8,7 +8,13 @@ have one slot an iteration, so that no program writes what another may still rea
 import triton
 import triton.language as tl
 
-from .common import layer_pointer, load_scalar, ordered_sum, problem_base
+from .common import (
+    count_anomalies,
+    layer_pointer,
+    load_scalar,
+    ordered_sum,
+    problem_base,
+)
 
 # (4 * 2^-23)^2: what is left of an exactly solved row is a few roundings of m.
 FLOOR: tl.constexpr = tl.constexpr(2.2737368e-13)
@@ -294,6 +300,7 @@ def _primal_update_kernel(
     theta_bias_table_ptr,
     m_table_ptr,
     m_bias_table_ptr,
+    counts_table_ptr,
     scalars_ptr,
     p_ptr,
     p_bias_ptr,
@@ -349,13 +356,24 @@ def _primal_update_kernel(
     if not FIRST:
         zm += tl.load(zm_ptr + at, mask=row_ok, other=0.0)
     # Rows on the identity Fisher step along m, whose square is the first rho.
-    plain = tl.load(status_ptr + at, mask=row_ok, other=1) != 0
+    status = tl.load(status_ptr + at, mask=row_ok, other=1)
+    plain = status != 0
     zm = tl.where(plain, tl.load(first_rho_ptr + at, mask=row_ok, other=0.0), zm)
     usable = (zm > 0) & (zm < float("inf"))
     scale = tl.where(usable, 1.0 / tl.sqrt(tl.where(usable, zm, 1.0)), 0.0)
 
     if STEP:
-        row_ok = row_ok & (tl.load(finite_ptr + at, mask=row_ok, other=0) != 0)
+        finite = tl.load(finite_ptr + at, mask=row_ok, other=0)
+        count_anomalies(
+            counts_table_ptr,
+            layer,
+            layer_rows,
+            GROUPS * R,
+            status,
+            finite,
+            row_ok & (block_d == 0),
+        )
+        row_ok = row_ok & (finite != 0)
         lr = load_scalar(scalars_ptr, 2)
         decay = 1.0 - lr * load_scalar(scalars_ptr, 3)
     mask = row_ok[:, None] & (d < D)[None, :]

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import is_finite, layer_pointer, load_scalar, problem_base
+from .common import count_anomalies, is_finite, layer_pointer, load_scalar, problem_base
 
 
 @triton.jit
@@ -13,9 +13,11 @@ def _update_kernel(
     x_table_ptr,
     theta_bias_table_ptr,
     m_bias_table_ptr,
+    counts_table_ptr,
     scalars_ptr,
     s_ptr,
     u_ptr,
+    status_ptr,
     finite_ptr,
     N,
     R,
@@ -76,9 +78,19 @@ def _update_kernel(
     z += s[:, None] * m
     theta_ptr = layer_pointer(theta_table_ptr, layer, THETA_DTYPE, ALIGN)
     if STEP:
-        finite = tl.load(finite_ptr + problem * R + rows, mask=row_ok, other=0) != 0
-        row_ok = row_ok & finite
-        mask = mask & finite[:, None]
+        finite = tl.load(finite_ptr + problem * R + rows, mask=row_ok, other=0)
+        status = tl.load(status_ptr + problem * R + rows, mask=row_ok, other=0)
+        count_anomalies(
+            counts_table_ptr,
+            layer,
+            layer_rows,
+            GROUPS * R,
+            status,
+            finite,
+            row_ok & (block_d == 0),
+        )
+        row_ok = row_ok & (finite != 0)
+        mask = mask & (finite != 0)[:, None]
         lr = load_scalar(scalars_ptr, 2)
         decay = 1.0 - lr * load_scalar(scalars_ptr, 3)
         theta = tl.load(theta_ptr + at, mask=mask, other=0.0).to(tl.float32)

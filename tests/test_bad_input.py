@@ -55,7 +55,7 @@ def test_unknown_option_and_parameters_for_a_model():
 
 
 def test_float64_with_the_triton_backend():
-    with pytest.raises(ValueError, match=r"float64.*backend=.torch"):
+    with pytest.raises(ValueError, match=r"0: .*float64.*backend=.torch"):
         FROG(net().double(), backend="triton")
 
 

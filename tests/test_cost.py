@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import frog_triton
 from frog_triton.autotune.traffic import GPUS
 from frog_triton.benchmarks import bench_step
 from frog_triton.benchmarks.shapes import gpt2_small, resnet50
-from frog_triton.cost import LayerShape
+from frog_triton.cost import LayerShape, step_launches
 from frog_triton.ops.launch import recording
 
 
@@ -112,3 +113,43 @@ def test_bench_step_checks_what_it_times():
     shapes = [LayerShape("a", 5, 7, 9), LayerShape("b", 5, 7, 9)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert bench_step.Step(shapes, torch.float32, device).check() < 1e-4
+
+
+class Launching(TorchDispatchMode):
+    """Collects torch's own operations that would launch something on a GPU."""
+
+    FREE = (
+        "empty",
+        "new_empty",
+        "view",
+        "as_strided",
+        "transpose",
+        "permute",
+        "select",
+        "slice",
+    )
+    FREE += ("unsqueeze", "squeeze", "detach", "diagonal", "t.", "alias", "split")
+    FREE += ("expand", "unbind", "_local_scalar", "lift_fresh", "unflatten")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__
+        out = func(*args, **(kwargs or {}))
+        tensors = [a for a in (*args, out) if isinstance(a, torch.Tensor)]
+        on_device = any(t.device.type == "meta" for t in tensors)
+        # Addresses and scalars come from the host in a copy, not in a kernel.
+        from_host = name.startswith("_to_copy") and args[0].device.type == "cpu"
+        if on_device and not from_host and not name.startswith(self.FREE):
+            self.found.append(name)
+        return out
+
+
+@pytest.mark.parametrize("formulation", ["gram", "primal"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_torch_launches_nothing_beside_the_kernels(formulation, nesterov):
+    with Launching() as mode:
+        step_launches(LayerShape("", 24, 40, 16), 3, formulation, nesterov=nesterov)
+    assert mode.found == []

@@ -285,9 +285,16 @@ def test_update(size, x_dtype, theta_dtype):
     finite[1, r // 2] = False
     expected = [theta.to(torch.float64).clone() for theta in thetas]
     before = thetas[1].clone()
-    args = (s.double(), u.double(), finite, 0.1, 0.3)
-    torch_ops.gram_update_(expected, wide(xs), double(ms), *args)
-    triton_ops.gram_update_(thetas, xs, ms, s, u, finite, 0.1, 0.3)
+    status = torch.zeros(2, r, dtype=torch.int32, device=DEVICE)
+    status[0, 0] = torch_ops.NON_FINITE
+    counts = [torch.full((2, r), 3, dtype=torch.int32, device=DEVICE) for _ in xs]
+    rest = (status, finite, counts, 0.1, 0.3)
+    unused: tuple = (status, finite, [], 0.1, 0.3)
+    exact = (s.double(), u.double())
+    torch_ops.gram_update_(expected, wide(xs), double(ms), *exact, *unused)
+    triton_ops.gram_update_(thetas, xs, ms, s, u, *rest)
+    assert [c.sum() for c in counts] == [6 * r + 1, 6 * r + 1]
+    assert counts[0][0, 0] == 4 and counts[1][1, r // 2] == 4
     limit = TOLERANCE[theta_dtype]  # measured: 3e-7 and 2e-3
     for ours, theirs in zip(thetas, expected, strict=True):
         assert error(ours.weight, theirs.weight) < limit
@@ -302,9 +309,11 @@ def test_update_of_parameters_in_other_layouts():
     strange = [w.to(memory_format=torch.channels_last) for w in weights]
     s, u = randn(2, 7), randn(2, 1, 5, 7)
     finite = torch.ones(2, 7, dtype=torch.bool, device=DEVICE)
+    status = torch.zeros(2, 7, dtype=torch.int32, device=DEVICE)
+    counts = [torch.zeros(2, 7, dtype=torch.int32, device=DEVICE) for _ in weights]
     for some in (weights, strange):
         params = [Rows(w, None) for w in some]
-        triton_ops.gram_update_(params, xs, ms, s, u, finite, 0.1, 0.0)
+        triton_ops.gram_update_(params, xs, ms, s, u, status, finite, counts, 0.1, 0.0)
     for a, b in zip(weights, strange, strict=True):
         assert torch.equal(a, b)
 

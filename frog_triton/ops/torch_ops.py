@@ -256,10 +256,12 @@ def cg_update_(
     params: Sequence[Rows],
     state: CGState,
     finite: Tensor,
+    counts: Sequence[Tensor],
     lr: float | Tensor,
     weight_decay: float | Tensor,
 ) -> None:
     """Equation (5) with the directions of `cg_rows`; see `gram_update_`."""
+    _count(counts, state.status, finite)
     _update_(params, cg_rows(state), finite, lr, weight_decay)
 
 
@@ -364,7 +366,9 @@ def gram_update_(
     ms: Sequence[Rows],
     s: Tensor,
     u: Tensor,
+    status: Tensor,
     finite: Tensor,
+    counts: Sequence[Tensor],
     lr: float | Tensor,
     weight_decay: float | Tensor,
 ) -> None:
@@ -376,10 +380,14 @@ def gram_update_(
         ms: right-hand sides of each layer.
         s: ``(L, R)``, from `gram_cg`.
         u: ``(L, groups, N, R / groups)``, from `gram_cg`.
+        status: of the rows, from `fisher_weights`, ``(L, R)``.
         finite: rows to update ``(L, R)``; the others stay as they are.
+        counts: of each layer, int32 ``(2, R)``: how often a row has met samples, and a
+            gradient, that are not finite; updated in place.
         lr: eta.
         weight_decay: rho.
     """
+    _count(counts, status, finite)
     _update_(params, gram_rows(xs, ms, s, u), finite, lr, weight_decay)
 
 
@@ -454,6 +462,12 @@ def _update_(
             wide.addcmul_(z, step[i].view(shape))
             if wide is not theta:
                 theta.copy_(wide)
+
+
+def _count(counts: Sequence[Tensor], status: Tensor, finite: Tensor) -> None:
+    for i, count in enumerate(counts):
+        count[0] += status[i] == NON_FINITE
+        count[1] += ~finite[i]
 
 
 def _normaliser(zm: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def _momentum(
     gs = [_dense_bias(_same_strides(g, grads)) for g in grads] if grads else momenta
     vs: Sequence[Rows] = momenta
     if grads and nesterov:
-        vs = [m.to(torch.float32).clone() for m in momenta]
+        vs = empty_rows(momenta)[1]
     samples = [m.weight for m in momenta] if xs is None else flat_samples(xs)[1]
     tables = Tables(
         [
@@ -133,7 +133,8 @@ def _momentum(
     )
     c = m.new_empty(layers, n, rows if xs is not None else 0, dtype=torch.float32)
     m_squared = m.new_empty(layers, rows, dtype=torch.float32)
-    finite = m.new_ones(layers, rows, dtype=torch.int8)
+    make = m.new_ones if grads is None else m.new_empty
+    finite = make(layers, rows, dtype=torch.bool)
     chosen = config.project_config(n)
     blocks_n = triton.cdiv(n, chosen.BLOCK_N)
 
@@ -153,7 +154,7 @@ def _momentum(
             scalars_ptr=tables.scalars,
             c_ptr=c,
             m_squared_ptr=m_squared,
-            finite_ptr=finite,
+            finite_ptr=finite.view(torch.int8),
             N=n,
             R=rows // groups,
             D=dim,
@@ -180,7 +181,7 @@ def _momentum(
             run(2, False, 1, blocks_n - 1)
     else:
         run(1, False, 0, blocks_n)
-    return list(vs), finite != 0, _by_group(c, groups), m_squared
+    return list(vs), finite, _by_group(c, groups), m_squared
 
 
 def row_norms(xs: Sequence[SampleMap]) -> list[Tensor]:
@@ -320,8 +321,7 @@ def gram_rows(
 ) -> Rows:
     """See `torch_ops.gram_rows`; one launch."""
     z, layers = empty_rows(ms)
-    finite = torch.ones_like(s, dtype=torch.bool)
-    _gram_step(layers, xs, ms, s, u, finite, 0.0, 0.0, step=False)
+    _gram_step(layers, xs, ms, s, u, s, s, [], 0.0, 0.0, step=False)
     return z
 
 
@@ -331,13 +331,15 @@ def gram_update_(
     ms: Sequence[Rows],
     s: Tensor,
     u: Tensor,
+    status: Tensor,
     finite: Tensor,
+    counts: Sequence[Tensor],
     lr: float | Tensor,
     weight_decay: float | Tensor,
 ) -> None:
     """See `torch_ops.gram_update_`; one launch."""
     rows = [flat(p) for p in params]
-    _gram_step(rows, xs, ms, s, u, finite, lr, weight_decay, step=True)
+    _gram_step(rows, xs, ms, s, u, status, finite, counts, lr, weight_decay, step=True)
     write_back(params, rows)
 
 
@@ -347,7 +349,9 @@ def _gram_step(
     ms: Sequence[Rows],
     s: Tensor,
     u: Tensor,
+    status: Tensor,
     finite: Tensor,
+    counts: Sequence[Tensor],
     lr: float | Tensor,
     weight_decay: float | Tensor,
     step: bool,
@@ -361,6 +365,7 @@ def _gram_step(
             samples,
             biases(thetas),
             biases(ms),
+            counts or samples,
         ],
         [0.0, 0.0, lr, weight_decay],
     )
@@ -375,10 +380,12 @@ def _gram_step(
         x_table_ptr=tables[2],
         theta_bias_table_ptr=tables[3],
         m_bias_table_ptr=tables[4],
+        counts_table_ptr=tables[5],
         scalars_ptr=tables.scalars,
         s_ptr=s,
         u_ptr=_stored(u),
-        finite_ptr=finite.view(torch.int8),
+        status_ptr=status,
+        finite_ptr=finite.view(torch.int8) if step else finite,
         N=x.samples,
         R=rows // x.groups,
         D=dim,
@@ -433,8 +440,7 @@ def cg_rows(state: CGState | PrimalState) -> Rows:
     if isinstance(state, CGState):
         return torch_ops.cg_rows(state)
     z, layers = empty_rows(state.ms)
-    finite = torch.ones_like(state.pp, dtype=torch.bool)
-    triton_primal.finish(layers, state, finite, 0.0, 0.0, step=False)
+    triton_primal.finish(layers, state, state.status, [], 0.0, 0.0, step=False)
     return z
 
 
@@ -442,15 +448,16 @@ def cg_update_(
     params: Sequence[Rows],
     state: CGState | PrimalState,
     finite: Tensor,
+    counts: Sequence[Tensor],
     lr: float | Tensor,
     weight_decay: float | Tensor,
 ) -> None:
     """See `torch_ops.cg_update_`; one launch."""
     if isinstance(state, CGState):
-        torch_ops.cg_update_(params, state, finite, lr, weight_decay)
+        torch_ops.cg_update_(params, state, finite, counts, lr, weight_decay)
         return
     rows = [flat(p) for p in params]
-    triton_primal.finish(rows, state, finite, lr, weight_decay, step=True)
+    triton_primal.finish(rows, state, finite, counts, lr, weight_decay, step=True)
     write_back(params, rows)
 
 

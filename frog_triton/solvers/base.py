@@ -59,7 +59,15 @@ class Solution(Protocol):
     def update_(
         self,
         params: Sequence[Rows],
+        counts: Sequence[Tensor],
         lr: float | Tensor,
         weight_decay: float | Tensor,
     ) -> None:
-        """Equation (5), in place, on the rows that are finite."""
+        """Equation (5), in place, on the rows that are finite; the others are counted.
+
+        Args:
+            params: theta of each layer.
+            counts: of each layer, int32 ``(2, R)``; see `torch_ops.gram_update_`.
+            lr: eta.
+            weight_decay: rho.
+        """
