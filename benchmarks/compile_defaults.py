@@ -21,6 +21,9 @@ import triton
 
 from ..autotune.offline import compile_launch
 from ..cost import LayerShape, step_launches
+from ..ops import triton_ops
+from ..ops.launch import recording
+from ..ops.types import Window
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -35,6 +38,17 @@ def launches(samples: int, dtype: str, formulation: str) -> Iterator[Any]:
         if kind not in seen:
             seen.add(kind)
             yield launch
+    yield from gather(samples, dtype)
+
+
+def gather(samples: int, dtype: str) -> list[Any]:
+    """The launch that draws positions of a 3x3 convolution."""
+    x = torch.empty(128, 64, 32, 32, dtype=DTYPES[dtype], device="meta")
+    index = torch.empty(samples, dtype=torch.int64, device="meta")
+    window = Window((3, 3), (1, 1), (1, 1), (1, 1), "zeros")
+    with recording(run=False) as made:
+        triton_ops.gather_patches(x, index, (32, 32), window)
+    return made
 
 
 def compile_one(job: tuple[int, int, str, str, int]) -> dict[str, Any]:

@@ -96,6 +96,7 @@ class AdjointConfig(Config):
 class FinishConfig(Config):
     """`_primal_update_kernel`."""
 
+    num_warps: int = 8
     BLOCK_R: int = 16
     BLOCK_D: int = 128
 
