@@ -70,6 +70,7 @@ class SampleCapture:
         self.sampling = sampling
         self.seed = seed
         self.fired: set[str] = set()
+        self.closed = False
         self._pools: dict[str, _Pool] = {}
         self._steps: dict[str, Callable[[], int]] = {}
         self._handles: dict[str, list[RemovableHandle]] = {}
@@ -106,7 +107,8 @@ class SampleCapture:
         self.fired.discard(name)
 
     def close(self) -> None:
-        """Remove all hooks and samples."""
+        """Remove all hooks and samples, for good."""
+        self.closed = True
         for name in list(self._handles):
             self.unwatch(name)
 
@@ -195,6 +197,8 @@ class SampleCapture:
             total: how many candidates they were drawn from.
             key: of the draw.
         """
+        if x.shape[0] == 0:  # an empty batch says nothing
+            return
         call = _Call(module, x, y)
         pool = self._pools.get(name)
         if pool is None:  # the layer was let go between forward and backward

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from .autotune.traffic import GPUS, Work, work
 from .formulation import choose_formulation, primal_work
-from .layers import MatrixMap, adapter_for
+from .layers import ConvMap, LinearMap, MatrixMap, adapter_for
+from .layers.conv import ConvSpec
 from .ops.launch import Launch, recording
 from .ops.types import Rows
 from .routing import Exclusion, route
@@ -29,8 +31,9 @@ class LayerShape:
         samples: N, all positions counted.
         groups: groups.
         bias: whether rows have a bias.
-        implicit: whether the samples are whole images of a window beyond 1x1, so that
-            the primal formulation convolves.
+        image: shape of an example, ``(channels, *spatial)``, where the samples are
+            whole images of a convolution; else None.
+        conv: the convolution then.
     """
 
     name: str
@@ -39,7 +42,8 @@ class LayerShape:
     samples: int
     groups: int = 1
     bias: bool = True
-    implicit: bool = False
+    image: tuple[int, ...] | None = None
+    conv: ConvSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,9 @@ def cost(
         count = len(members)
         for shape in members:
             entries = shape.rows * (shape.dim + shape.bias)
-            width = shape.rows + shape.dim * shape.groups
+            kept = shape.samples * (shape.rows + shape.dim * shape.groups)
+            if shape.image is not None and shape.conv is not None:
+                kept = shape.samples * shape.rows + _images(shape)
             lines[shape.name] = LayerCost(
                 shape,
                 chosen,
@@ -196,7 +202,7 @@ def cost(
                 done.operations // count,
                 done.bytes // count,
                 entries * momentum_dtype.itemsize,
-                shape.samples * width * sample_dtype.itemsize,
+                kept * sample_dtype.itemsize,
                 time / count,
             )
     ordered = tuple(lines[shape.name] for shape in shapes)
@@ -212,7 +218,7 @@ def cost(
     )
 
 
-_GEOMETRY = ("rows", "dim", "samples", "groups", "bias", "implicit")
+_GEOMETRY = ("rows", "dim", "samples", "groups", "bias", "image", "conv")
 
 
 def _bucket(
@@ -223,13 +229,22 @@ def _bucket(
     nesterov: bool,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
 ) -> list[Work]:
-    if shape.implicit and formulation == "primal":
-        # No kernel yet: torch's convolutions, counted from the formulas.
+    volume = shape.conv is not None and len(shape.conv.kernel) > 2
+    if volume and formulation == "primal":
+        # Three dimensions have no kernel: torch's, counted from the formulas.
         n, d, r = shape.samples, shape.dim + shape.bias, shape.rows
         counted = primal_work(n, d, r, cg_iters)
-        return [Work(count * counted.operations, count * 4 * counted.elements, 0)]
+        operations = count * counted.operations
+        return [Work(operations, operations, count * 4 * counted.elements, 0)]
     launches = step_launches(shape, count, formulation, cg_iters, nesterov, *dtypes)
     return [work(launch.name, launch.args, launch.grid) for launch in launches]
+
+
+def _images(shape: LayerShape) -> int:
+    """Entries of the sampled images."""
+    assert shape.image is not None and shape.conv is not None
+    one = ConvMap(torch.empty(1, *shape.image, device="meta"), shape.conv, False)
+    return shape.samples // one.positions * math.prod(shape.image)
 
 
 def step_launches(
@@ -268,9 +283,22 @@ def step_launches(
     def samples(*size: int) -> list[Tensor]:
         return [empty(*size, dtype=sample_dtype) for _ in range(count)]
 
+    xs: list[LinearMap]
+    if shape.conv is None or shape.image is None:
+        ys = samples(n, r, 1)
+        xs = [MatrixMap(x, groups, shape.bias) for x in samples(n, groups * d)]
+    else:
+        one = ConvMap(empty(1, *shape.image, dtype=sample_dtype), shape.conv, False)
+        examples = n // one.positions
+        ys = samples(examples, r, one.positions)
+        images = samples(examples, *shape.image)
+        xs = [ConvMap(x, shape.conv, shape.bias) for x in images]
+    prepared = [
+        triton_ops.prepare(x, y, torch.float32) for x, y in zip(xs, ys, strict=True)
+    ]
     batch = Batch(
-        [MatrixMap(x, groups, shape.bias) for x in samples(n, groups * d)],
-        samples(n, r, 1),
+        [x for x, _ in prepared],
+        [y for _, y in prepared],
         rows(momentum_dtype),
         rows(param_dtype),
         0.9,
@@ -286,15 +314,14 @@ def step_launches(
 def _shapes(
     model: nn.Module, layers: Any, inputs: Any, size: int, sampling: str
 ) -> list[LayerShape]:
-    """Shapes of a model's layers, the positions from one forward pass."""
-    positions: dict[nn.Module, int] = {}
+    """Shapes of a model's layers, those of their samples from one forward pass."""
+    seen: dict[nn.Module, LinearMap] = {}
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
         adapter = adapter_for(module)
         assert adapter is not None
-        batched = adapter.batched(module, output)
-        seen = positions.get(module, 0)
-        positions[module] = seen + adapter.positions(batched)
+        x = adapter.batched(module, args[0])[:1].to("meta")
+        seen.setdefault(module, adapter.linear_map(module, x, False))
 
     if inputs is not None:
         handles = [
@@ -311,21 +338,18 @@ def _shapes(
     shapes = []
     for layer in layers:
         g = layer.geometry
-        module = layer.modules[0]
-        kernel = getattr(module, "kernel_size", (1,))
-        samples = size
+        base = LayerShape(layer.name, g.rows, g.dim, size, g.groups, g.bias)
         if sampling == "examples":
-            known = positions.get(module)
-            if known is None and inputs is not None:
+            one = seen.get(layer.modules[0])
+            if one is None and inputs is not None:
                 continue  # not part of this forward pass
-            if known is None:
+            if one is None:
                 raise ValueError(
                     f"{layer.name}: how many positions an example has is not known; "
                     "pass inputs=, a batch to run the model on once"
                 )
-            samples = size * known
-        implicit = sampling == "examples" and set(kernel) != {1}
-        shapes.append(
-            LayerShape(layer.name, g.rows, g.dim, samples, g.groups, g.bias, implicit)
-        )
+            base = replace(base, samples=size * one.samples * one.positions)
+            if isinstance(one, ConvMap):
+                base = replace(base, image=tuple(one.x.shape[1:]), conv=one.spec)
+        shapes.append(base)
     return shapes

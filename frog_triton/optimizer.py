@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Self
 
 import torch
@@ -17,7 +18,7 @@ from .fallback import FALLBACKS
 from .groups import check_group, param_list, user_groups
 from .preconditioner import check_solver_options
 from .routing import Exclusion, Layer, Plan, Route, RoutingTable, route
-from .step import Samples, layer_step, no_samples, step_layers
+from .step import LayerStep, Samples, layer_step, no_samples, step_layers
 
 STATE_VERSION = 1
 MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -40,7 +41,9 @@ class FROG(Optimizer):
     split in two, in that order.
 
     Samples are taken in forward passes in training mode with gradients enabled, and
-    dropped by `step` and `zero_grad`. Several passes before a step are pooled.
+    dropped by `step` and `zero_grad`. Several passes before a step are pooled; so is
+    whatever else sends a gradient back to a layer's output, such as
+    `torch.autograd.grad` for a penalty.
 
     Args:
         model: whose layers are preconditioned. Hooks are put on them.
@@ -187,7 +190,8 @@ class FROG(Optimizer):
         plan = route(self._model, group_of, self._exclude, self._exclude_output_layer)
         for layer in plan.layers.values():
             try:
-                ops.resolve(self.backend, layer.weight.device, layer.weight.dtype)
+                dtype = self._momentum_dtype or layer.weight.dtype
+                ops.resolve(self.backend, layer.weight.device, dtype)
             except ValueError as error:
                 raise ValueError(f"{layer.name}: {error}") from None
         self._adopt(plan, group_of)
@@ -267,9 +271,13 @@ class FROG(Optimizer):
             The closure's value, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, or there has been no backward pass yet.
-                Nothing has been changed then.
+            RuntimeError: a gradient is sparse, there has been no backward pass yet, or
+                `close` has been called. Nothing has been changed then.
         """
+        if self.capture.closed:
+            raise RuntimeError(
+                "this FROG is closed: its hooks are gone; build a new one"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -277,24 +285,35 @@ class FROG(Optimizer):
         self._check_grads()
         self._let_go_of_unhooked()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            self._move_state(params)
-            if group["updated_by"] == "frog":
-                layers = {self._layer_of[p].name: self._layer_of[p] for p in params}
-                steps = [
-                    layer_step(layer, self.state, self._samples, self.backend)
-                    for layer in layers.values()
-                ]
-                for layer in layers.values():
-                    self.state[layer.weight]["step"] += 1
-                    self._counts_of(layer)
-                step_layers(steps, group, self.formulation, self._anomalies)
-            else:
-                states = [self.state[p] for p in params]
-                FALLBACKS[group["updated_by"]].step(params, states, group)
+            self._move_state([p for p in group["params"] if p.grad is not None])
+        # Products in a lower precision are for the model, not for its optimizer.
+        with _no_autocast(self.param_groups):
+            # All is gathered before anything is changed.
+            for group, steps in [(g, self._gather(g)) for g in self.param_groups]:
+                if group["updated_by"] == "frog":
+                    step_layers(steps, group, self.formulation, self._anomalies)
+                else:
+                    params = [p for p in group["params"] if p.grad is not None]
+                    states = [self.state[p] for p in params]
+                    FALLBACKS[group["updated_by"]].step(params, states, group)
+                for step in steps:
+                    self.state[step.layer.weight]["step"] += 1
         self.capture.clear()
         self._stepped = True
         return loss
+
+    def _gather(self, group: dict[str, Any]) -> list[LayerStep]:
+        """What the layers of a group bring to the step."""
+        if group["updated_by"] != "frog":
+            return []
+        params = [p for p in group["params"] if p.grad is not None]
+        layers = {self._layer_of[p].name: self._layer_of[p] for p in params}
+        for layer in layers.values():
+            self._counts_of(layer)
+        return [
+            layer_step(layer, self.state, self._samples, self.backend)
+            for layer in layers.values()
+        ]
 
     def _samples(self, layer: Layer, bias: bool) -> Samples:
         """The layer's samples, or none, with a warning, if there are none."""
@@ -399,14 +418,7 @@ class FROG(Optimizer):
                 f"this state_dict has version {version}, but this frog_triton reads up "
                 f"to {STATE_VERSION}: upgrade frog_triton"
             )
-        unhooked = set(state_dict.get("unhooked", ()))
-        self._reroute(
-            [
-                name
-                for name, layer in self._plan.layers.items()
-                if self._plan.names[layer.weight] in unhooked
-            ]
-        )
+        self._let_go_like(state_dict.get("unhooked", ()))
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype; a momentum in float32 stays one.
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -418,6 +430,25 @@ class FROG(Optimizer):
         self._stepped = any(
             bool(state["step"] > 0) for state in self.state.values() if "step" in state
         )
+
+    def _let_go_like(self, unhooked: Sequence[str]) -> None:
+        """Reach the groups of a saved optimizer: state goes by position in a group."""
+        name_of = {
+            self._plan.names[layer.weight]: name
+            for name, layer in self._plan.layers.items()
+        }
+        self._reroute([name_of[name] for name in unhooked if name in name_of])
+        order = {name: i for i, name in enumerate(unhooked)}
+        for group in self.param_groups:
+            names = [self._plan.names[p] for p in group["params"]]
+            late = [
+                p for p, n in zip(group["params"], names, strict=True) if n in order
+            ]
+            first = [
+                p for p, n in zip(group["params"], names, strict=True) if n not in order
+            ]
+            late.sort(key=lambda p: order[self._plan.names[p]])
+            group["params"] = first + late
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse: hooks tie this object to one model.
@@ -497,6 +528,15 @@ class FROG(Optimizer):
     def __exit__(self, *_: object) -> None:
         """Remove the hooks."""
         self.close()
+
+
+def _no_autocast(groups: list[dict[str, Any]]) -> AbstractContextManager[Any]:
+    """Switch autocast off on the devices of the parameters."""
+    stack = ExitStack()
+    devices = {p.device.type for group in groups for p in group["params"]}
+    for device in sorted(devices & {"cpu", "cuda"}):
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def _step_reader(this: weakref.ref[FROG], layer: Layer) -> Callable[[], int]:

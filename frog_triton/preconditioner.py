@@ -142,14 +142,17 @@ def precondition(
         None if momentum_bias is None else momentum_bias.to(dtype),
     )
     chosen = ops.resolve(backend, momentum.device, dtype)
-    solution = solve(
-        chosen,
-        Batch([x], [y], [m]),
-        damping=damping,
-        cg_iters=cg_iters,
-        formulation=formulation,
-    )
-    z = solution.rows()
+    if x.samples * x.positions == 0:
+        raise ValueError(f"{kind}: no samples; inputs has shape {tuple(inputs.shape)}")
+    with torch.autocast(momentum.device.type, enabled=False):
+        solution = solve(
+            chosen,
+            Batch([x], [y], [m]),
+            damping=damping,
+            cg_iters=cg_iters,
+            formulation=formulation,
+        )
+        z = solution.rows()
     return z.weight[0].view(weight.shape), None if z.bias is None else z.bias[0]
 
 

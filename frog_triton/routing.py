@@ -156,6 +156,8 @@ def route(
                 plan.reasons[bias] = "in another group than its weight"
             elif bias is not None and bias in excluded:
                 plan.reasons[bias] = excluded[bias]
+            elif bias is not None and bias.dtype != weight.dtype:
+                plan.reasons[bias] = "of another dtype than its weight"
             if bias in plan.reasons:
                 layer = layer.without_bias()
             plan.layers[layer.name] = layer

@@ -96,7 +96,7 @@ def layer_step(
     else:  # frozen: the bias is the whole row
         momentum = Rows(momentum.weight[:, :0], momentum.bias)
         grads = Rows(momentum.weight, bias_grad)
-        params = Rows(weight.view(rows, -1)[:, :0], bias)
+        params = Rows(weight.new_empty(rows, 0), bias)
         x = MatrixMap(y.new_empty(y.shape[0] * y.shape[2], 0), bias=True)
         y = y.transpose(1, 2).reshape(-1, rows, 1)
     chosen = ops.resolve(backend, weight.device, momentum.weight.dtype)

@@ -42,12 +42,14 @@ def count_anomalies(table_ptr, layer, rows, total_rows, status, finite, mask):
 
     A row belongs to one program, so no atomics are needed.
     """
-    counts_ptr = layer_pointer(table_ptr, layer, tl.int32, 4)
-    bad = tl.load(counts_ptr + rows, mask=mask, other=0) + (status == 2).to(tl.int32)
-    tl.store(counts_ptr + rows, bad, mask=mask)
-    counts_ptr += total_rows
-    bad = tl.load(counts_ptr + rows, mask=mask, other=0) + (finite == 0).to(tl.int32)
-    tl.store(counts_ptr + rows, bad, mask=mask)
+    samples_ptr = layer_pointer(table_ptr, layer, tl.int32, 4)
+    gradients_ptr = samples_ptr + total_rows
+    samples = tl.load(samples_ptr + rows, mask=mask, other=0)
+    gradients = tl.load(gradients_ptr + rows, mask=mask, other=0)
+    # Several threads may hold the same row: all must have read it first.
+    tl.debug_barrier()
+    tl.store(samples_ptr + rows, samples + (status == 2).to(tl.int32), mask=mask)
+    tl.store(gradients_ptr + rows, gradients + (finite == 0).to(tl.int32), mask=mask)
 
 
 @triton.jit

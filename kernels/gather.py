@@ -27,14 +27,17 @@ def _gather_kernel(
     PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
+    INDEXED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """One piece of one row: channel, then kernel row, then kernel column.
 
     Positions are flat indices over (example, output row, output column); what the
-    padding adds is zero.
+    padding adds is zero. Without INDEXED, every position is wanted.
     """
-    position = tl.load(index_ptr + tl.program_id(0))
+    position = tl.program_id(0).to(tl.int64)
+    if INDEXED:
+        position = tl.load(index_ptr + position)
     out_w = position % OUT_WIDTH
     out_h = (position // OUT_WIDTH) % OUT_HEIGHT
     example = position // (OUT_WIDTH * OUT_HEIGHT)

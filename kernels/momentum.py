@@ -112,6 +112,8 @@ def _momentum_project_kernel(
         if UPDATE:
             g_bias = tl.where(finite, g_bias, 0.0)
             m = (beta * v + g_bias).to(M_DTYPE)
+            # Several threads may hold the same row: all must have read it first.
+            tl.debug_barrier()
             tl.store(m_bias_ptr + layer_rows, m, mask=row_ok)
             v = m.to(tl.float32)
             if NESTEROV:

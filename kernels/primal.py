@@ -1,20 +1,19 @@
-"""Conjugate gradients on the rows themselves, for samples that form a matrix.
+"""Conjugate gradients on the rows themselves.
 
-Two launches an iteration, with nothing between them: partial sums that one launch
-leaves behind are added up, in order, by whoever needs them in the next. Scalars of rows
-have one slot an iteration, so that no program writes what another may still read.
+Two launches an iteration (three where the positions are split), with nothing between
+them: partial sums that one launch leaves behind are added up, in order, by whoever
+needs them in the next. Scalars of rows have one slot an iteration: no program writes
+what another may still read. Vectors are stored in the column order of `samples`.
+
+With DEPTHWISE a row sees one channel, and no matrix product serves one channel: all
+groups of a layer count as one problem, and taps are summed one by one.
 """
 
 import triton
 import triton.language as tl
 
-from .common import (
-    count_anomalies,
-    layer_pointer,
-    load_scalar,
-    ordered_sum,
-    problem_base,
-)
+from .common import count_anomalies, layer_pointer, load_scalar, ordered_sum
+from .samples import load_window, native_column, product
 
 # (4 * 2^-23)^2: what is left of an exactly solved row is a few roundings of m.
 FLOOR: tl.constexpr = tl.constexpr(2.2737368e-13)
@@ -27,9 +26,27 @@ def _row_norms_kernel(
     N,
     D,
     GROUPS,
+    group_channels,
+    HEIGHT,
+    WIDTH,
+    OUT_HEIGHT,
+    OUT_WIDTH,
     stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
     ALIGN: tl.constexpr,
     X_DTYPE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    POINTWISE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -38,17 +55,189 @@ def _row_norms_kernel(
     problem = tl.program_id(1).to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
+    x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN)
+    x_ptr += group * group_channels * stride_xc
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         mask = (n < N)[:, None] & (d < D)[None, :]
-        x = tl.load(x_ptr + n[:, None] * stride_xn + d[None, :], mask=mask, other=0.0)
+        channel, tap = d, d
+        if not POINTWISE:
+            channel, tap = d % CHANNELS, d // CHANNELS
+        x = load_window(
+            x_ptr,
+            n[:, None],
+            channel[None, :],
+            tap[None, :],
+            mask,
+            HEIGHT,
+            WIDTH,
+            OUT_HEIGHT,
+            OUT_WIDTH,
+            stride_xn,
+            stride_xc,
+            stride_xh,
+            stride_xw,
+            KERNEL_W,
+            STRIDE_H,
+            STRIDE_W,
+            PAD_H,
+            PAD_W,
+            DILATION_H,
+            DILATION_W,
+            POINTWISE,
+        )
         x = x.to(tl.float32)
         total += tl.sum(x * x, axis=1)
     if HAS_BIAS:
         total += 1.0
     tl.store(norms_ptr + layer * N * GROUPS + n * GROUPS + group, total, mask=n < N)
+
+
+@triton.jit
+def _row_scale_kernel(
+    x_table_ptr,
+    y_table_ptr,
+    norms_ptr,
+    largest_ptr,
+    trace_ptr,
+    N,
+    R,
+    GROUPS,
+    P,
+    total,
+    split_length,
+    multiplier,
+    stride_yn,
+    stride_yr,
+    stride_yp,
+    HEIGHT,
+    WIDTH,
+    OUT_HEIGHT,
+    OUT_WIDTH,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    ALIGN: tl.constexpr,
+    X_DTYPE: tl.constexpr,
+    Y_DTYPE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DEPTHWISE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Largest ``|Y|`` of each row, and its trace in units of that, over one split.
+
+    One pass over Y: when a larger entry turns up, the trace so far is rescaled.
+    """
+    problem = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2).to(tl.int64)
+    layer, group = problem // GROUPS, problem % GROUPS
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_ok = rows < R
+    layer_rows = group * R + rows.to(tl.int64)
+    y_ptr = layer_pointer(y_table_ptr, layer, Y_DTYPE, ALIGN)
+    x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN)
+    begin = split * split_length
+    end = tl.minimum(begin + split_length, N)
+
+    largest = tl.zeros((BLOCK_R,), tl.float32)
+    trace = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        mask = (n < end)[:, None] & row_ok[None, :]
+        y_at = (n // P * stride_yn + n % P * stride_yp)[:, None]
+        y = tl.load(
+            y_ptr + y_at + (layer_rows * stride_yr)[None, :], mask=mask, other=0.0
+        )
+        y = y.to(tl.float32)
+        if DEPTHWISE:
+            norms = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+            channel = (rows // multiplier)[None, :]
+            for tap in range(TAPS):
+                x = load_window(
+                    x_ptr,
+                    n[:, None],
+                    channel,
+                    tap,
+                    mask,
+                    HEIGHT,
+                    WIDTH,
+                    OUT_HEIGHT,
+                    OUT_WIDTH,
+                    stride_xn,
+                    stride_xc,
+                    stride_xh,
+                    stride_xw,
+                    KERNEL_W,
+                    STRIDE_H,
+                    STRIDE_W,
+                    PAD_H,
+                    PAD_W,
+                    DILATION_H,
+                    DILATION_W,
+                    POINTWISE,
+                )
+                x = x.to(tl.float32)
+                norms += x * x
+            if HAS_BIAS:
+                norms += 1.0
+        else:
+            norms_at = layer * N * GROUPS + n * GROUPS + group
+            norms = tl.load(norms_ptr + norms_at, mask=n < end, other=0.0)[:, None]
+        larger = tl.maximum(largest, tl.max(tl.abs(y), axis=0))
+        unit = tl.where(larger == 0, 1.0, larger)
+        scaled = y / unit[None, :]
+        before = largest / unit
+        terms = tl.where(mask, scaled * scaled * norms, 0.0)
+        trace = trace * before * before + tl.sum(terms, axis=0)
+        largest = larger
+    at = split * total + problem * R + rows
+    tl.store(largest_ptr + at, largest, mask=row_ok)
+    tl.store(trace_ptr + at, trace, mask=row_ok)
+
+
+@triton.jit
+def _row_scale_sum_kernel(
+    largest_ptr,
+    trace_ptr,
+    inverse_ptr,
+    factor_ptr,
+    status_ptr,
+    total,
+    row_length,
+    SPLITS,
+    BLOCK: tl.constexpr,
+):
+    """What turns Y into Lambda: ``(Y inverse)^2 factor``; and the rows' status."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < total
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for i in range(SPLITS):
+        part = tl.load(largest_ptr + i * total + at, mask=mask, other=0.0)
+        largest = tl.maximum(largest, part)
+    unit = tl.where(largest == 0, 1.0, largest)
+    trace = tl.zeros((BLOCK,), tl.float32)
+    for i in range(SPLITS):
+        part = tl.load(largest_ptr + i * total + at, mask=mask, other=0.0) / unit
+        trace += tl.load(trace_ptr + i * total + at, mask=mask, other=0.0) * part * part
+    factor = row_length / trace
+    status = tl.where(tl.abs(factor) < float("inf"), 0, 1)
+    status = tl.where(tl.abs(trace) < float("inf"), status, 2)
+    tl.store(inverse_ptr + at, 1.0 / unit, mask=mask)
+    tl.store(factor_ptr + at, tl.where(status == 0, factor, 0.0), mask=mask)
+    tl.store(status_ptr + at, status, mask=mask)
 
 
 @triton.jit
@@ -68,9 +257,11 @@ def _step_length(
 @triton.jit
 def _primal_forward_kernel(
     x_table_ptr,
+    y_table_ptr,
     m_table_ptr,
     m_bias_table_ptr,
-    weights_ptr,
+    inverse_ptr,
+    factor_ptr,
     t_ptr,
     r_ptr,
     r_bias_ptr,
@@ -90,13 +281,39 @@ def _primal_forward_kernel(
     R,
     D,
     GROUPS,
+    P,
     total,
     rho_blocks,
+    group_channels,
+    multiplier,
+    stride_yn,
+    stride_yr,
+    stride_yp,
+    HEIGHT,
+    WIDTH,
+    OUT_HEIGHT,
+    OUT_WIDTH,
     stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
     ALIGN: tl.constexpr,
     M_DTYPE: tl.constexpr,
     X_DTYPE: tl.constexpr,
+    Y_DTYPE: tl.constexpr,
+    T_DTYPE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    POINTWISE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    DEPTHWISE: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -106,8 +323,8 @@ def _primal_forward_kernel(
 ):
     """``p = r + beta p``, then ``T = Lambda * (X p)`` and what ``p^T A p`` is made of.
 
-    Every program forms the p it needs; those of the first samples write it down. The
-    last iteration needs no T.
+    Every program forms the p it needs; those of the first samples write it down. Lambda
+    is formed from Y and never stored. The last iteration needs no T.
     """
     problem = tl.program_id(1).to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
@@ -119,7 +336,8 @@ def _primal_forward_kernel(
     layer_rows = group * R + rows.to(tl.int64)
     at = problem * R + rows
     writes = row_ok & (block_n == 0)
-    x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
+    x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN)
+    x_ptr += group * group_channels * stride_xc
     m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
 
     beta = tl.zeros((BLOCK_R,), tl.float32)
@@ -135,22 +353,87 @@ def _primal_forward_kernel(
 
     xp = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     pp = tl.zeros((BLOCK_R,), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        mask = row_ok[:, None] & (d < D)[None, :]
-        local = layer_rows[:, None] * D + d[None, :]
-        stored = (layer * GROUPS * R) * D + local
-        if FIRST:
-            p = tl.load(m_ptr + local, mask=mask, other=0.0).to(tl.float32)
-        else:
-            p = tl.load(r_ptr + stored, mask=mask, other=0.0)
-            p += beta[:, None] * tl.load(old_p_ptr + stored, mask=mask, other=0.0)
-        tl.store(p_ptr + stored, p, mask=mask & (block_n == 0))
-        pp += tl.sum(p * p, axis=1)
-        x_mask = (n < N)[:, None] & (d < D)[None, :]
-        x_at = n[:, None] * stride_xn + d[None, :]
-        x = tl.load(x_ptr + x_at, mask=x_mask, other=0.0).to(tl.float32)
-        xp = tl.dot(x, tl.trans(p), acc=xp, input_precision=PRECISION)
+    stored_rows = (layer * GROUPS * R + layer_rows) * D
+    if DEPTHWISE:
+        channel = (rows // multiplier)[None, :]
+        for tap in range(TAPS):
+            if FIRST:
+                p = tl.load(m_ptr + layer_rows * D + tap, mask=row_ok, other=0.0)
+                p = p.to(tl.float32)
+            else:
+                p = tl.load(r_ptr + stored_rows + tap, mask=row_ok, other=0.0)
+                old_p = tl.load(old_p_ptr + stored_rows + tap, mask=row_ok, other=0.0)
+                p += beta * old_p
+            tl.store(p_ptr + stored_rows + tap, p, mask=writes)
+            pp += p * p
+            mask = (n < N)[:, None] & row_ok[None, :]
+            x = load_window(
+                x_ptr,
+                n[:, None],
+                channel,
+                tap,
+                mask,
+                HEIGHT,
+                WIDTH,
+                OUT_HEIGHT,
+                OUT_WIDTH,
+                stride_xn,
+                stride_xc,
+                stride_xh,
+                stride_xw,
+                KERNEL_W,
+                STRIDE_H,
+                STRIDE_W,
+                PAD_H,
+                PAD_W,
+                DILATION_H,
+                DILATION_W,
+                POINTWISE,
+            )
+            xp += x.to(tl.float32) * p[None, :]
+    else:
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            mask = row_ok[:, None] & (d < D)[None, :]
+            stored = stored_rows[:, None] + d[None, :]
+            if FIRST:
+                local = (
+                    layer_rows[:, None] * D + native_column(d, CHANNELS, TAPS)[None, :]
+                )
+                p = tl.load(m_ptr + local, mask=mask, other=0.0).to(tl.float32)
+            else:
+                p = tl.load(r_ptr + stored, mask=mask, other=0.0)
+                p += beta[:, None] * tl.load(old_p_ptr + stored, mask=mask, other=0.0)
+            tl.store(p_ptr + stored, p, mask=mask & (block_n == 0))
+            pp += tl.sum(p * p, axis=1)
+            mask = (n < N)[:, None] & (d < D)[None, :]
+            channel, tap = d, d
+            if not POINTWISE:
+                channel, tap = d % CHANNELS, d // CHANNELS
+            x = load_window(
+                x_ptr,
+                n[:, None],
+                channel[None, :],
+                tap[None, :],
+                mask,
+                HEIGHT,
+                WIDTH,
+                OUT_HEIGHT,
+                OUT_WIDTH,
+                stride_xn,
+                stride_xc,
+                stride_xh,
+                stride_xw,
+                KERNEL_W,
+                STRIDE_H,
+                STRIDE_W,
+                PAD_H,
+                PAD_W,
+                DILATION_H,
+                DILATION_W,
+                POINTWISE,
+            )
+            xp = product(x, tl.trans(p), xp, PRECISION)
     if HAS_BIAS:
         if FIRST:
             m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
@@ -166,13 +449,86 @@ def _primal_forward_kernel(
     if FIRST:
         tl.store(rho_ptr + at, pp, mask=writes)
         tl.store(active_ptr + at, (pp > 0).to(tl.int8), mask=writes)
-    t_mask = (n < N)[:, None] & row_ok[None, :]
-    t_at = problem_base(problem, GROUPS, N, R) + n[:, None] * R * GROUPS + rows[None, :]
-    t = tl.load(weights_ptr + t_at, mask=t_mask, other=0.0) * xp
+    mask = (n < N)[:, None] & row_ok[None, :]
+    y_ptr = layer_pointer(y_table_ptr, layer, Y_DTYPE, ALIGN)
+    y_at = (n // P * stride_yn + n % P * stride_yp)[:, None]
+    y = tl.load(y_ptr + y_at + (layer_rows * stride_yr)[None, :], mask=mask, other=0.0)
+    y = y.to(tl.float32) * tl.load(inverse_ptr + at, mask=row_ok, other=0.0)[None, :]
+    factor = tl.load(factor_ptr + at, mask=row_ok, other=0.0)[None, :]
+    t = tl.where(factor > 0, y * y * factor, 0.0) * xp
     if not LAST:
-        tl.store(t_ptr + t_at, t, mask=t_mask)
-    pap = tl.sum(tl.where(t_mask, t * xp, 0.0), axis=0)
+        t_at = layer * N * GROUPS * R + n[:, None] * GROUPS * R + layer_rows[None, :]
+        tl.store(t_ptr + t_at, t.to(T_DTYPE), mask=mask)
+    pap = tl.sum(tl.where(mask, t * xp, 0.0), axis=0)
     tl.store(pap_partial_ptr + block_n.to(tl.int64) * total + at, pap, mask=row_ok)
+
+
+@triton.jit
+def _advance(
+    ap,
+    ap_bias,
+    alpha,
+    damping,
+    m_table_ptr,
+    m_bias_table_ptr,
+    p_ptr,
+    p_bias_ptr,
+    r_ptr,
+    r_bias_ptr,
+    z_ptr,
+    z_bias_ptr,
+    rho_partial_ptr,
+    layer,
+    layer_rows,
+    row_ok,
+    at,
+    block_d,
+    d,
+    R,
+    D,
+    GROUPS,
+    total,
+    ALIGN: tl.constexpr,
+    M_DTYPE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FIRST: tl.constexpr,
+):
+    """``z += alpha p``, ``r -= alpha A p`` and ``|r|^2`` on one tile of rows."""
+    mask = row_ok[:, None] & (d < D)[None, :]
+    stored = (layer * GROUPS * R + layer_rows)[:, None] * D + d[None, :]
+    writes = row_ok & (block_d == 0)
+    p = tl.load(p_ptr + stored, mask=mask, other=0.0)
+    z = alpha[:, None] * p
+    if FIRST:
+        m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
+        local = layer_rows[:, None] * D + native_column(d, CHANNELS, TAPS)[None, :]
+        r = tl.load(m_ptr + local, mask=mask, other=0.0).to(tl.float32)
+    else:
+        r = tl.load(r_ptr + stored, mask=mask, other=0.0)
+        z += tl.load(z_ptr + stored, mask=mask, other=0.0)
+    r -= alpha[:, None] * (ap + damping * p)
+    # Several threads may hold the same entry: all must have read it first.
+    tl.debug_barrier()
+    tl.store(z_ptr + stored, z, mask=mask)
+    tl.store(r_ptr + stored, r, mask=mask)
+    rho = tl.sum(tl.where(mask, r * r, 0.0), axis=1)
+    if HAS_BIAS:
+        p = tl.load(p_bias_ptr + at, mask=writes, other=0.0)
+        z = alpha * p
+        if FIRST:
+            m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
+            r = tl.load(m_bias_ptr + layer_rows, mask=writes, other=0.0).to(tl.float32)
+        else:
+            r = tl.load(r_bias_ptr + at, mask=writes, other=0.0)
+            z += tl.load(z_bias_ptr + at, mask=writes, other=0.0)
+        r -= alpha * (ap_bias + damping * p)
+        tl.debug_barrier()
+        tl.store(z_bias_ptr + at, z, mask=writes)
+        tl.store(r_bias_ptr + at, r, mask=writes)
+        rho += tl.where(writes, r * r, 0.0)
+    tl.store(rho_partial_ptr + block_d.to(tl.int64) * total + at, rho, mask=row_ok)
 
 
 @triton.jit
@@ -188,6 +544,8 @@ def _primal_adjoint_kernel(
     r_bias_ptr,
     z_ptr,
     z_bias_ptr,
+    ap_partial_ptr,
+    ap_bias_partial_ptr,
     rho_partial_ptr,
     pap_partial_ptr,
     pp_ptr,
@@ -200,20 +558,51 @@ def _primal_adjoint_kernel(
     D,
     GROUPS,
     total,
+    entries,
     pap_blocks,
+    split_length,
+    SPLITS,
+    group_channels,
+    multiplier,
+    HEIGHT,
+    WIDTH,
+    OUT_HEIGHT,
+    OUT_WIDTH,
     stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
     ALIGN: tl.constexpr,
     M_DTYPE: tl.constexpr,
     X_DTYPE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    POINTWISE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    DEPTHWISE: tl.constexpr,
     FIRST: tl.constexpr,
+    MULTIPLY: tl.constexpr,
+    ADVANCE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``X^T T``; alpha is known already, so ``z += alpha p``, ``r -= alpha A p``."""
+    """``X^T T``; alpha is known already, so ``z += alpha p``, ``r -= alpha A p``.
+
+    Where the positions are split, one launch multiplies (MULTIPLY) and leaves partial
+    products behind; a second adds them up in order and advances (ADVANCE). Else one
+    launch does both.
+    """
     problem = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2).to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
     blocks_d = tl.maximum(tl.cdiv(D, BLOCK_D), 1)
     block_d = tl.program_id(0) % blocks_d
@@ -223,75 +612,142 @@ def _primal_adjoint_kernel(
     at = problem * R + rows
     d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = row_ok[:, None] & (d < D)[None, :]
-    local = layer_rows[:, None] * D + d[None, :]
-    stored = (layer * GROUPS * R) * D + local
+    stored = (layer * GROUPS * R + layer_rows)[:, None] * D + d[None, :]
     writes = row_ok & (block_d == 0)
-    damping = load_scalar(scalars_ptr, 1)
 
-    alpha, rho, active = _step_length(
-        scalars_ptr,
-        pap_partial_ptr,
-        pp_ptr,
-        rho_ptr,
-        active_ptr,
-        pap_blocks,
-        total,
-        at,
-        row_ok,
-    )
-    tl.store(next_active_ptr + at, active.to(tl.int8), mask=writes)
-    # <z, m> is the sum of alpha rho: the search directions are conjugate.
-    zm = alpha * rho
-    if not FIRST:
-        zm += tl.load(zm_ptr + at, mask=writes, other=0.0)
-    tl.store(zm_ptr + at, zm, mask=writes)
-
-    x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
-    t_ptr += problem_base(problem, GROUPS, N, R)
     ap = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     ap_bias = tl.zeros((BLOCK_R,), tl.float32)
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        t = tl.load(
-            t_ptr + n[None, :] * R * GROUPS + rows[:, None],
-            mask=row_ok[:, None] & (n < N)[None, :],
-            other=0.0,
+    if MULTIPLY:
+        x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN)
+        x_ptr += group * group_channels * stride_xc
+        t_ptr += layer * N * GROUPS * R
+        begin = split * split_length
+        end = tl.minimum(begin + split_length, N)
+        for start in range(begin, end, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N).to(tl.int64)
+            if DEPTHWISE:
+                t_mask = (n < end)[:, None] & row_ok[None, :]
+                t_at = n[:, None] * GROUPS * R + layer_rows[None, :]
+                t = tl.load(t_ptr + t_at, mask=t_mask, other=0.0).to(tl.float32)
+                channel = (rows // multiplier)[None, :]
+                x = load_window(
+                    x_ptr,
+                    n[:, None],
+                    channel,
+                    block_d,
+                    t_mask,
+                    HEIGHT,
+                    WIDTH,
+                    OUT_HEIGHT,
+                    OUT_WIDTH,
+                    stride_xn,
+                    stride_xc,
+                    stride_xh,
+                    stride_xw,
+                    KERNEL_W,
+                    STRIDE_H,
+                    STRIDE_W,
+                    PAD_H,
+                    PAD_W,
+                    DILATION_H,
+                    DILATION_W,
+                    POINTWISE,
+                )
+                ap += tl.sum(t * x.to(tl.float32), axis=0)[:, None]
+                if HAS_BIAS:
+                    ap_bias += tl.sum(t, axis=0)
+            else:
+                t_mask = row_ok[:, None] & (n < end)[None, :]
+                t_at = n[None, :] * GROUPS * R + layer_rows[:, None]
+                t = tl.load(t_ptr + t_at, mask=t_mask, other=0.0)
+                x_mask = (n < end)[:, None] & (d < D)[None, :]
+                channel, tap = d, d
+                if not POINTWISE:
+                    channel, tap = d % CHANNELS, d // CHANNELS
+                x = load_window(
+                    x_ptr,
+                    n[:, None],
+                    channel[None, :],
+                    tap[None, :],
+                    x_mask,
+                    HEIGHT,
+                    WIDTH,
+                    OUT_HEIGHT,
+                    OUT_WIDTH,
+                    stride_xn,
+                    stride_xc,
+                    stride_xh,
+                    stride_xw,
+                    KERNEL_W,
+                    STRIDE_H,
+                    STRIDE_W,
+                    PAD_H,
+                    PAD_W,
+                    DILATION_H,
+                    DILATION_W,
+                    POINTWISE,
+                )
+                ap = product(t, x, ap, PRECISION)
+                if HAS_BIAS:
+                    ap_bias += tl.sum(t.to(tl.float32), axis=1)
+    if ADVANCE:
+        if not MULTIPLY:
+            ap = ordered_sum(ap_partial_ptr, SPLITS, entries, stored, mask)
+            if HAS_BIAS:
+                ap_bias = ordered_sum(ap_bias_partial_ptr, SPLITS, total, at, writes)
+        alpha, rho, active = _step_length(
+            scalars_ptr,
+            pap_partial_ptr,
+            pp_ptr,
+            rho_ptr,
+            active_ptr,
+            pap_blocks,
+            total,
+            at,
+            row_ok,
         )
-        x = tl.load(
-            x_ptr + n[:, None] * stride_xn + d[None, :],
-            mask=(n < N)[:, None] & (d < D)[None, :],
-            other=0.0,
+        tl.store(next_active_ptr + at, active.to(tl.int8), mask=writes)
+        # <z, m> is the sum of alpha rho: the search directions are conjugate.
+        zm = alpha * rho
+        if not FIRST:
+            zm += tl.load(zm_ptr + at, mask=writes, other=0.0)
+        tl.debug_barrier()
+        tl.store(zm_ptr + at, zm, mask=writes)
+        _advance(
+            ap,
+            ap_bias,
+            alpha,
+            load_scalar(scalars_ptr, 1),
+            m_table_ptr,
+            m_bias_table_ptr,
+            p_ptr,
+            p_bias_ptr,
+            r_ptr,
+            r_bias_ptr,
+            z_ptr,
+            z_bias_ptr,
+            rho_partial_ptr,
+            layer,
+            layer_rows,
+            row_ok,
+            at,
+            block_d,
+            d,
+            R,
+            D,
+            GROUPS,
+            total,
+            ALIGN,
+            M_DTYPE,
+            CHANNELS,
+            TAPS,
+            HAS_BIAS,
+            FIRST,
         )
-        ap = tl.dot(t, x.to(tl.float32), acc=ap, input_precision=PRECISION)
-        if HAS_BIAS:
-            ap_bias += tl.sum(t, axis=1)
-
-    p = tl.load(p_ptr + stored, mask=mask, other=0.0)
-    z = alpha[:, None] * p
-    if FIRST:
-        m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
-        r = tl.load(m_ptr + local, mask=mask, other=0.0).to(tl.float32)
     else:
-        r = tl.load(r_ptr + stored, mask=mask, other=0.0)
-        z += tl.load(z_ptr + stored, mask=mask, other=0.0)
-    r -= alpha[:, None] * (ap + damping * p)
-    tl.store(z_ptr + stored, z, mask=mask)
-    tl.store(r_ptr + stored, r, mask=mask)
-    rho = tl.sum(tl.where(mask, r * r, 0.0), axis=1)
-    if HAS_BIAS:
-        p = tl.load(p_bias_ptr + at, mask=writes, other=0.0)
-        z = alpha * p
-        if FIRST:
-            m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
-            r = tl.load(m_bias_ptr + layer_rows, mask=writes, other=0.0).to(tl.float32)
-        else:
-            r = tl.load(r_bias_ptr + at, mask=writes, other=0.0)
-            z += tl.load(z_bias_ptr + at, mask=writes, other=0.0)
-        r -= alpha * (ap_bias + damping * p)
-        tl.store(z_bias_ptr + at, z, mask=writes)
-        tl.store(r_bias_ptr + at, r, mask=writes)
-        rho += tl.where(writes, r * r, 0.0)
-    tl.store(rho_partial_ptr + block_d.to(tl.int64) * total + at, rho, mask=row_ok)
+        tl.store(ap_partial_ptr + split * entries + stored, ap, mask=mask)
+        if HAS_BIAS:
+            tl.store(ap_bias_partial_ptr + split * total + at, ap_bias, mask=writes)
 
 
 @triton.jit
@@ -322,6 +778,8 @@ def _primal_update_kernel(
     ALIGN: tl.constexpr,
     THETA_DTYPE: tl.constexpr,
     M_DTYPE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FIRST: tl.constexpr,
     STEP: tl.constexpr,
@@ -338,8 +796,8 @@ def _primal_update_kernel(
     layer_rows = group * R + rows.to(tl.int64)
     at = problem * R + rows
     d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    local = layer_rows[:, None] * D + d[None, :]
-    stored = (layer * GROUPS * R) * D + local
+    local = layer_rows[:, None] * D + native_column(d, CHANNELS, TAPS)[None, :]
+    stored = (layer * GROUPS * R + layer_rows)[:, None] * D + d[None, :]
 
     alpha, rho, _ = _step_length(
         scalars_ptr,
@@ -387,6 +845,7 @@ def _primal_update_kernel(
     if STEP:
         theta = tl.load(theta_ptr + local, mask=mask, other=0.0).to(tl.float32)
         z = decay * theta - lr * z
+    tl.debug_barrier()
     tl.store(theta_ptr + local, z.to(THETA_DTYPE), mask=mask)
     if HAS_BIAS:
         first = row_ok & (block_d == 0)
@@ -400,4 +859,5 @@ def _primal_update_kernel(
         if STEP:
             theta = tl.load(bias_ptr + layer_rows, mask=first, other=0.0)
             z = decay * theta.to(tl.float32) - lr * z
+        tl.debug_barrier()
         tl.store(bias_ptr + layer_rows, z.to(THETA_DTYPE), mask=first)

@@ -106,4 +106,6 @@ def _update_kernel(
         if STEP:
             theta = tl.load(bias_ptr + layer_rows, mask=first, other=0.0)
             z_bias = decay * theta.to(tl.float32) - lr * z_bias
+        # Several threads may hold the same row: all must have read it first.
+        tl.debug_barrier()
         tl.store(bias_ptr + layer_rows, z_bias.to(THETA_DTYPE), mask=first)

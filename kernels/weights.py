@@ -16,7 +16,10 @@ def _fisher_weights_kernel(
     R,
     GROUPS,
     row_length,
+    P,
     stride_yn,
+    stride_yr,
+    stride_yp,
     stride_norms_n,
     stride_norms_group,
     ALIGN: tl.constexpr,
@@ -35,7 +38,8 @@ def _fisher_weights_kernel(
     layer, group = problem // GROUPS, problem % GROUPS
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
-    y_ptr = layer_pointer(y_table_ptr, layer, Y_DTYPE, ALIGN) + group * R
+    y_ptr = layer_pointer(y_table_ptr, layer, Y_DTYPE, ALIGN)
+    y_ptr += group * R * stride_yr
     norms_ptr = layer_pointer(norms_table_ptr, layer, tl.float32, 4)
     norms_ptr += group * stride_norms_group
     weights_ptr += problem_base(problem, GROUPS, N, R)
@@ -44,9 +48,9 @@ def _fisher_weights_kernel(
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N).to(tl.int64)
         mask = (n < N)[:, None] & row_ok[None, :]
-        y = tl.load(
-            y_ptr + n[:, None] * stride_yn + rows[None, :], mask=mask, other=0.0
-        )
+        y_at = (n // P * stride_yn + n % P * stride_yp)[:, None]
+        y_at += rows[None, :].to(tl.int64) * stride_yr
+        y = tl.load(y_ptr + y_at, mask=mask, other=0.0)
         largest = tl.maximum(largest, tl.max(tl.abs(y.to(tl.float32)), axis=0))
     largest = tl.where(largest == 0, 1.0, largest)
 
@@ -54,9 +58,9 @@ def _fisher_weights_kernel(
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N).to(tl.int64)
         mask = (n < N)[:, None] & row_ok[None, :]
-        y = tl.load(
-            y_ptr + n[:, None] * stride_yn + rows[None, :], mask=mask, other=0.0
-        )
+        y_at = (n // P * stride_yn + n % P * stride_yp)[:, None]
+        y_at += rows[None, :].to(tl.int64) * stride_yr
+        y = tl.load(y_ptr + y_at, mask=mask, other=0.0)
         norms = tl.load(norms_ptr + n * stride_norms_n, mask=n < N, other=0.0)
         scaled = y.to(tl.float32) / largest[None, :]
         trace += tl.sum(scaled * scaled * norms[:, None], axis=0)
@@ -69,9 +73,9 @@ def _fisher_weights_kernel(
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N).to(tl.int64)
         mask = (n < N)[:, None] & row_ok[None, :]
-        y = tl.load(
-            y_ptr + n[:, None] * stride_yn + rows[None, :], mask=mask, other=0.0
-        )
+        y_at = (n // P * stride_yn + n % P * stride_yp)[:, None]
+        y_at += rows[None, :].to(tl.int64) * stride_yr
+        y = tl.load(y_ptr + y_at, mask=mask, other=0.0)
         scaled = y.to(tl.float32) / largest[None, :]
         weights = tl.where(
             (status == 0)[None, :], scaled * scaled * factor[None, :], 0.0

@@ -57,8 +57,9 @@ def test_a_real_step_makes_the_launches_that_are_counted():
         nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 30), nn.Linear(30, 2)
     )
     options = {"sample_size": 9, "sampling": "positions"}
-    opt = frog_triton.FROG(net, backend="triton", **options)
-    net(torch.randn(16, 20)).square().sum().backward()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    opt = frog_triton.FROG(net.to(device), backend="triton", **options)
+    net(torch.randn(16, 20, device=device)).square().sum().backward()
     with recording() as launches:
         opt.step()
     counted = frog_triton.cost(net, **options)
@@ -67,7 +68,7 @@ def test_a_real_step_makes_the_launches_that_are_counted():
 
 
 def test_positions_of_a_model_come_from_a_batch():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.Flatten(), nn.Linear(8 * 9, 2))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.Flatten(), nn.Linear(8 * 9, 2))
     inputs = torch.randn(2, 3, 8, 8)
     counted = frog_triton.cost(net, inputs, sample_size=4)
     assert [line.layer.samples for line in counted.layers] == [4 * 9]

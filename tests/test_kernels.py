@@ -82,6 +82,14 @@ def wide(xs):
     return [x.to(torch.float64) for x in xs]
 
 
+def lambda_of(weights):
+    """Lambda ``(L, n, R, P)`` out of the form the primal kernels take."""
+    ys = torch.stack([y.float() for y in weights.ys])
+    shape = (*weights.inverse.shape[:1], 1, -1, 1)
+    inverse, factor = weights.inverse.view(shape), weights.factor.view(shape)
+    return torch.where(factor > 0, (ys * inverse) ** 2 * factor, 0)
+
+
 def error(actual, expected):
     actual, expected = actual.double(), expected.double()
     if expected.numel() == 0:
@@ -128,14 +136,8 @@ def test_gram_splits_a_long_reduction_in_order():
     assert torch.equal(first, triton_ops.gram(xs))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-@pytest.mark.parametrize("size", SIZES)
-def test_row_norms(size, dtype):
-    xs, *_ = layers(*size, x_dtype=dtype)
-    for ours, theirs in zip(
-        triton_ops.row_norms(xs), torch_ops.row_norms(wide(xs)), strict=True
-    ):
-        assert error(ours, theirs) < 1e-6  # measured: 1e-7
+def norms_of(xs):
+    return [x.row_norms() for x in xs]
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -146,7 +148,7 @@ def test_fisher_weights(size, dtype):
     if r > 4:
         ys[0][:, 2] = 0
         ys[1][:, 3] *= 1e-6 if dtype == F16 else 1e-25
-    norms = torch_ops.row_norms(wide(xs))
+    norms = norms_of(wide(xs))
     expected, statuses = torch_ops.fisher_weights(
         [y.double() for y in ys], norms, d + 1
     )
@@ -159,11 +161,27 @@ def test_fisher_weights(size, dtype):
         assert status[0, 2] == torch_ops.NO_GRADIENT and not actual[0, :, 2].any()
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("size", [*SIZES, (2000, 3, 5, 1)])
+def test_row_weights(size, dtype):
+    _, d, r, _ = size
+    xs, ys, *_ = layers(*size, x_dtype=dtype)
+    if r > 4:
+        ys[0][:, 2] = 0
+        ys[1][:, 3] *= 1e-6 if dtype == F16 else 1e-25
+        ys[1][0, 1] = float("nan")
+    exact = [y.double() for y in ys]
+    expected, statuses = torch_ops.row_weights(wide(xs), exact, d + 1)
+    actual, status = triton_ops.row_weights(xs, ys, d + 1)
+    assert error(lambda_of(actual), expected) < 2e-6  # measured: 2e-7
+    assert torch.equal(status, statuses)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_of_samples_that_are_not_finite(bad):
     xs, ys, *_ = layers(6, 5, 40, 2)
     ys[0][3, 1] = bad
-    norms = [norm.float() for norm in torch_ops.row_norms(xs)]
+    norms = [norm.float() for norm in norms_of(xs)]
     norms[1][2, 1] = bad  # a sample of the second group: rows 20 to 39
     weights, status = triton_ops.fisher_weights(ys, norms, 6)
     expected = torch.zeros_like(status)
@@ -244,7 +262,7 @@ def gram_inputs(n, d, r, groups, dtype=torch.float64):
         ms[1].weight[3], ms[1].bias[3] = 0, 0
     xs, ms, ys = wide(xs), double(ms), [y.double() for y in ys]
     k = torch_ops.gram(xs)
-    weights, status = torch_ops.fisher_weights(ys, torch_ops.row_norms(xs), d + 1)
+    weights, status = torch_ops.fisher_weights(ys, norms_of(xs), d + 1)
     _, _, c, squares = torch_ops.momentum_project_(xs, ms, None, 0.0, False)
     weights = weights.view(2, n, groups, -1).transpose(1, 2)
     return [t.to(dtype) for t in (k, c, weights, squares)], status

@@ -149,13 +149,23 @@ def update_config(n: int) -> UpdateConfig:
     return UpdateConfig(BLOCK_N=min(power_of_two(n), 32), num_stages=3)
 
 
-def forward_config(n: int) -> ForwardConfig:
+def scale_config(n: int) -> WeightsConfig:
+    """Tiles of samples by rows, of which a program sees many."""
+    return WeightsConfig(BLOCK_N=min(power_of_two(n), 64), BLOCK_R=16)
+
+
+def forward_config(n: int, depthwise: bool = False) -> ForwardConfig:
     """Tiles of samples by rows."""
+    if depthwise:
+        return ForwardConfig(BLOCK_N=min(power_of_two(n), 64), BLOCK_D=16)
     return ForwardConfig(BLOCK_N=min(power_of_two(n), 64))
 
 
-def adjoint_config(n: int) -> AdjointConfig:
-    """Tiles of rows by weights."""
+def adjoint_config(n: int, depthwise: bool = False) -> AdjointConfig:
+    """Tiles of rows by weights; of a depthwise layer, rows by one weight."""
+    if depthwise:
+        block_n = min(power_of_two(n), 64)
+        return AdjointConfig(BLOCK_N=block_n, BLOCK_R=32, BLOCK_D=1)
     return AdjointConfig(BLOCK_N=min(power_of_two(n), 32), num_warps=8)
 
 

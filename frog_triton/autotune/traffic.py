@@ -2,7 +2,7 @@
 
 Bytes are the least that device memory must deliver: each input read once, each output
 written once, whatever a kernel finds in its caches when it reads again. Operations
-count a multiply-add as two, and a tf32x3 product as the one product it stands for.
+count a multiply-add as two.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ GPUS = {
     "rtx4090": GPU(1.008e12, 82.6e12, 165e12, 89),
 }
 
-TF32X3 = 3
-"""Tensor-core products that one float32-accurate product takes."""
+PRICES = {"tf32x3": 3.0, "tf32": 1.0, "bf16": 0.5, "bf16_tf32": 0.5}
+"""tf32 products that one product takes, by precision."""
 
 _SIZES = {tl.float32: 4, tl.bfloat16: 2, tl.float16: 2}
 
@@ -53,11 +53,14 @@ class Work:
 
     Attributes:
         operations: floating-point operations of matrix products.
+        tf32_operations: the same in units of one tf32 tensor-core operation: a bfloat16
+            product counts half, one with float32's accuracy (tf32x3) three times.
         bytes: through device memory.
         launches: how many.
     """
 
     operations: int = 0
+    tf32_operations: float = 0.0
     bytes: int = 0
     launches: int = 0
 
@@ -65,13 +68,14 @@ class Work:
         """Both, one after the other."""
         return Work(
             self.operations + other.operations,
+            self.tf32_operations + other.tf32_operations,
             self.bytes + other.bytes,
             self.launches + other.launches,
         )
 
     def floor(self, gpu: GPU) -> float:
         """Microseconds below which no GPU of this kind can do it."""
-        compute = TF32X3 * self.operations / gpu.tf32
+        compute = self.tf32_operations / gpu.tf32
         return 1e6 * max(compute, self.bytes / gpu.bandwidth)
 
 
@@ -84,7 +88,8 @@ def work(name: str, args: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
         grid: of the launch.
     """
     operations, moved = _COUNTS[name](_Sizes(args, grid))
-    return Work(operations, moved, 1)
+    price = PRICES[args.get("PRECISION", "tf32")]
+    return Work(operations, price * operations, moved, 1)
 
 
 class _Sizes:
@@ -99,10 +104,22 @@ class _Sizes:
         # Totals over all problems of the launch.
         self.rows = args.get("R", 0) * self.problems
         self.row_entries = (args.get("D", 0) + args.get("HAS_BIAS", 0)) * self.rows
-        self.x_entries = self.n * args.get("D", 0) * self.problems
+        self.x_entries = self._activations()
         self.products = 2 * self.n * args.get("D", 0) * self.rows
         self.nr = self.n * self.rows
         self.nn = self.n * self.n * self.problems
+
+    def _activations(self) -> int:
+        """Entries of the activations: of a matrix, or of images behind windows."""
+        args = self.args
+        if args.get("POINTWISE", True):
+            return self.n * int(args.get("D", 0)) * self.problems
+        examples = self.n // (args["OUT_HEIGHT"] * args["OUT_WIDTH"])
+        channels = args.get("group_channels", 0) * self.g
+        if args.get("DEPTHWISE"):
+            channels = args["R"] // args["multiplier"]
+        image = args["HEIGHT"] * args["WIDTH"]
+        return int(examples * image * channels * self.layers)
 
     def size(self, name: str) -> int:
         """Bytes of an entry of the tensor with this dtype argument."""
@@ -160,16 +177,36 @@ def _norms(s: _Sizes) -> tuple[int, int]:
     return 0, s.x_entries * s.size("X_DTYPE") + 4 * s.n * s.problems
 
 
+def _scale(s: _Sizes) -> tuple[int, int]:
+    x = s.x_entries * s.size("X_DTYPE") if s.args["DEPTHWISE"] else 4 * s.n * s.problems
+    splits = -(-s.n // s.args["split_length"])
+    return 0, x + s.nr * s.size("Y_DTYPE") + 8 * splits * s.rows
+
+
+def _scale_sum(s: _Sizes) -> tuple[int, int]:
+    return 0, 4 * s.args["total"] * (2 * s.args["SPLITS"] + 3)
+
+
 def _forward(s: _Sizes) -> tuple[int, int]:
     vectors = 4 + s.size("M_DTYPE") if s.args["FIRST"] else 3 * 4
     moved = vectors * s.row_entries + s.x_entries * s.size("X_DTYPE")
-    return s.products, moved + 4 * s.nr * (1 if s.args["LAST"] else 2) + 12 * s.rows
+    moved += s.nr * s.size("Y_DTYPE") + 16 * s.rows
+    return s.products, moved + s.nr * s.size("T_DTYPE") * (not s.args["LAST"])
 
 
 def _adjoint(s: _Sizes) -> tuple[int, int]:
-    old = s.size("M_DTYPE") if s.args["FIRST"] else 2 * 4
-    moved = (old + 3 * 4) * s.row_entries + s.x_entries * s.size("X_DTYPE")
-    return s.products, moved + 4 * s.nr + 12 * s.rows
+    operations = moved = 0
+    partial = 4 * s.args["SPLITS"] * s.row_entries
+    if s.args["MULTIPLY"]:
+        operations = s.products
+        moved = s.x_entries * s.size("X_DTYPE")
+        moved += s.nr * s.args["t_ptr"].element_size()
+    if s.args["ADVANCE"]:
+        old = s.size("M_DTYPE") if s.args["FIRST"] else 2 * 4
+        moved += (old + 3 * 4) * s.row_entries + 12 * s.rows
+    if s.args["MULTIPLY"] != s.args["ADVANCE"]:
+        moved += partial
+    return operations, moved
 
 
 def _finish(s: _Sizes) -> tuple[int, int]:
@@ -188,6 +225,8 @@ _COUNTS: dict[str, Callable[[_Sizes], tuple[int, int]]] = {
     "_update_kernel": _update,
     "_gather_kernel": _gather,
     "_row_norms_kernel": _norms,
+    "_row_scale_kernel": _scale,
+    "_row_scale_sum_kernel": _scale_sum,
     "_primal_forward_kernel": _forward,
     "_primal_adjoint_kernel": _adjoint,
     "_primal_update_kernel": _finish,

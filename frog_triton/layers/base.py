@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.types import Rows, written_out
+from ..ops.types import Rows, Window, written_out
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class LinearMap(ABC):
         bias: whether the homogeneous coordinate takes part.
         pointwise: whether each position sees one input position, so that writing the
             rows out repeats nothing.
+        x: the samples.
+        window: of a convolution in one or two dimensions over whole examples; None
+            for all other maps.
+        output_shape: spatial shape of the output.
     """
 
     samples: int
@@ -66,6 +70,9 @@ class LinearMap(ABC):
     groups: int
     bias: bool
     pointwise: bool
+    x: Tensor
+    window: Window | None = None
+    output_shape: tuple[int, ...] = ()
 
     @abstractmethod
     def apply(self, v: Rows) -> Tensor:
@@ -86,6 +93,10 @@ class LinearMap(ABC):
     @abstractmethod
     def matrix(self) -> MatrixMap:
         """The same map with its ``n * P`` rows written out."""
+
+    def explicit(self, x: Tensor) -> MatrixMap:
+        """The same map, given its rows ``(N, groups * D)``."""
+        return MatrixMap(x, self.groups, self.bias)
 
     @property
     @abstractmethod

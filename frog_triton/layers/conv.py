@@ -8,6 +8,7 @@ once, and everything after sees an unpadded convolution.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, cast
@@ -49,6 +50,10 @@ class ConvMap(LinearMap):
         self.spec = spec
         self.bias = bias
         self.pointwise = set(spec.kernel) == {1}
+        if len(spec.kernel) <= 2:
+            self.window = Window(
+                spec.kernel, spec.stride, spec.dilation, spec.padding, "zeros"
+            )
         self.samples = x.shape[0]
         self.groups = spec.groups
         self.dim = x.shape[1] // spec.groups * torch.Size(spec.kernel).numel()
@@ -71,19 +76,20 @@ class ConvMap(LinearMap):
 
     def apply_adjoint(self, t: Tensor) -> Rows:  # noqa: D102
         rows = t.shape[1]
-        _, weight, _ = torch.ops.aten.convolution_backward(
-            t.view(self.samples, rows, *self.output_shape),
-            self.x,
-            self.x.new_empty(()).expand(self._weight_shape(rows)),
-            None,
-            self.spec.stride,
-            self.spec.padding,
-            self.spec.dilation,
-            False,
-            [0] * len(self.spec.kernel),
-            self.groups,
-            (False, True, False),
-        )
+        with _exact(self.x):
+            _, weight, _ = torch.ops.aten.convolution_backward(
+                t.view(self.samples, rows, *self.output_shape),
+                self.x,
+                self.x.new_empty(()).expand(self._weight_shape(rows)),
+                None,
+                self.spec.stride,
+                self.spec.padding,
+                self.spec.dilation,
+                False,
+                [0] * len(self.spec.kernel),
+                self.groups,
+                (False, True, False),
+            )
         weight = weight.reshape(rows, self.dim)
         return Rows(weight, t.sum((0, 2)) if self.bias else None)
 
@@ -131,17 +137,28 @@ class ConvMap(LinearMap):
         self, x: Tensor, weight: Tensor, groups: int, bias: Tensor | None = None
     ) -> Tensor:
         spec = self.spec
-        return torch.convolution(
-            x,
-            weight,
-            bias,
-            spec.stride,
-            spec.padding,
-            spec.dilation,
-            False,
-            [0] * len(spec.kernel),
-            groups,
-        )
+        with _exact(x):
+            return torch.convolution(
+                x,
+                weight,
+                bias,
+                spec.stride,
+                spec.padding,
+                spec.dilation,
+                False,
+                [0] * len(spec.kernel),
+                groups,
+            )
+
+
+def _exact(x: Tensor) -> AbstractContextManager[None]:
+    """CuDNN in float32, and the same bits every time."""
+    if not x.is_cuda:
+        return nullcontext()
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
+        enabled=True, deterministic=True, allow_tf32=False
+    )
+    return flags
 
 
 class ConvAdapter(LayerAdapter):

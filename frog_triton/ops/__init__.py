@@ -40,19 +40,11 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleTyp
         )
     if not available:
         raise ValueError("backend='triton' needs triton: pip install triton")
-    if device.type != "cuda" and not _interpreted():
+    backends = importlib.import_module(".triton_common", __name__)
+    if device.type != "cuda" and not backends.interpreted():
         raise ValueError(
             f"the Triton backend takes CUDA tensors, got {device.type}; use "
             "backend='torch', or set TRITON_INTERPRET=1 before Python starts to run "
             "the kernels on the CPU, slowly"
         )
     return importlib.import_module(".triton_ops", __name__)
-
-
-def _interpreted() -> bool:
-    """Whether TRITON_INTERPRET=1 was set when the kernels were built."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    from ..kernels.common import _sum_splits_kernel
-
-    return isinstance(_sum_splits_kernel, InterpretedFunction)

@@ -7,10 +7,12 @@ makes: `recording` collects them, with or without running them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from ..autotune.config import Config
 
@@ -75,4 +77,8 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, **args: Any) -> N
         current.launches.append(Launch(kernel, grid, args, config))
         if not current.run:
             return
-    kernel[grid](**args, **config.options())
+    first = next(a for a in args.values() if isinstance(a, torch.Tensor))
+    # Triton launches on the current device, which need not be the tensors'.
+    on_device = torch.cuda.device(first.device) if first.is_cuda else nullcontext()
+    with on_device:
+        kernel[grid](**args, **config.options())

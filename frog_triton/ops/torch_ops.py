@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .types import Rows, SampleMap, Window, stack_rows
+from .types import Rows, SampleMap, Window, stack_rows, written_out
 
 GROUPS_LAYERS = False  # one layer at a time: stacking would only copy
 
@@ -102,9 +102,24 @@ def momentum_project_(
     return ms, finite, torch.stack(c), torch.stack([m.dot(m) for m in ms])
 
 
-def row_norms(xs: Sequence[SampleMap]) -> list[Tensor]:
-    """``|x|^2`` of each layer, one more with a bias: ``(n, groups, P)``."""
-    return [x.row_norms() for x in xs]
+def write_out(
+    xs: Sequence[SampleMap], ys: Sequence[Tensor]
+) -> tuple[list[SampleMap], list[Tensor]]:
+    """Samples as matrices, a row for each position of each example."""
+    return [x.matrix() for x in xs], [written_out(y) for y in ys]
+
+
+def row_weights(
+    xs: Sequence[SampleMap], ys: Sequence[Tensor], row_length: int
+) -> tuple[Tensor, Tensor]:
+    """Lambda in the form that `cg_forward_` takes, and the rows' status.
+
+    Args:
+        xs: samples of each layer.
+        ys: output gradients ``(n, R, P)`` of each layer.
+        row_length: D of the paper, the bias included.
+    """
+    return fisher_weights(ys, [x.row_norms() for x in xs], row_length)
 
 
 def fisher_weights(

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
+from ..kernels.common import _sum_splits_kernel
 from .types import Rows, SampleMap
 
 DTYPES = {
@@ -18,6 +20,11 @@ DTYPES = {
 
 PRECISION = "tf32x3"
 """Of products with float32 operands: three tensor-core products, float32's accuracy."""
+
+
+def interpreted() -> bool:
+    """Whether the kernels were built for Triton's interpreter (TRITON_INTERPRET=1)."""
+    return isinstance(_sum_splits_kernel, InterpretedFunction)
 
 
 def flat_samples(xs: Sequence[SampleMap]) -> tuple[SampleMap, list[Tensor]]:

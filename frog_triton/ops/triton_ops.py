@@ -8,6 +8,7 @@ weights and the vectors of CG are float32. Arrays over samples and rows are stor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,7 +60,8 @@ __all__ = [
     "momentum_",
     "momentum_project_",
     "prepare",
-    "row_norms",
+    "row_weights",
+    "write_out",
 ]
 
 GROUPS_LAYERS = True
@@ -72,11 +74,11 @@ _PROGRAMS = 256
 def prepare(x: SampleMap, y: Tensor, dtype: torch.dtype) -> tuple[SampleMap, Tensor]:
     """See `torch_ops.prepare`: 16-bit samples stay so, and 1x1 windows are written out.
 
-    Other windows over whole images go through torch's convolutions.
+    Windows in three dimensions go through torch's convolutions.
     """
     if x.pointwise:
         x, y = x.matrix(), written_out(y)
-    if not _is_matrix(x) or x.dtype not in DTYPES:
+    if not triton_primal.serves(x) or x.dtype not in DTYPES:
         x = x.to(dtype)
     return x, y
 
@@ -184,23 +186,39 @@ def _momentum(
     return list(vs), finite, _by_group(c, groups), m_squared
 
 
-def row_norms(xs: Sequence[SampleMap]) -> list[Tensor]:
-    """See `torch_ops.row_norms`; one launch."""
-    if all(map(_is_matrix, xs)):
-        return triton_primal.row_norms(xs)
-    return torch_ops.row_norms(xs)
+def write_out(
+    xs: Sequence[SampleMap], ys: Sequence[Tensor]
+) -> tuple[list[SampleMap], list[Tensor]]:
+    """See `torch_ops.write_out`; a launch for each layer that is not a matrix yet."""
+    maps: list[SampleMap] = []
+    for x in xs:
+        if x.window is None:
+            maps.append(x.matrix())
+        else:
+            maps.append(x.explicit(_gather(x.x, None, x.output_shape, x.window)))
+    return maps, list(ys)
+
+
+def row_weights(
+    xs: Sequence[SampleMap], ys: Sequence[Tensor], row_length: int
+) -> tuple[Any, Tensor]:
+    """See `torch_ops.row_weights`; three launches, two for depthwise layers."""
+    if all(map(triton_primal.serves, xs)):
+        return triton_primal.row_weights(xs, ys, row_length)
+    return torch_ops.row_weights(xs, ys, row_length)
 
 
 def fisher_weights(
     ys: Sequence[Tensor], norms: Sequence[Tensor], row_length: int
 ) -> tuple[Tensor, Tensor]:
-    """See `torch_ops.fisher_weights`; one launch."""
+    """See `torch_ops.fisher_weights`; one launch. Weights are ``(L, n * P, R, 1)``."""
     y = ys[0]
-    if y.shape[2] != 1 or y.dtype not in DTYPES:
+    if y.dtype not in DTYPES:
+        ys = [written_out(y) for y in ys]
         return torch_ops.fisher_weights(ys, norms, row_length)
-    layers, n, rows, groups = len(ys), y.shape[0], y.shape[1], norms[0].shape[1]
-    ys = [y if y.stride(1) == 1 else y.contiguous() for y in ys]
-    if len({y.stride(0) for y in ys}) > 1:
+    n, layers, groups = y.shape[0] * y.shape[2], len(ys), norms[0].shape[1]
+    rows = y.shape[1]
+    if len({y.stride() for y in ys}) > 1:
         ys = [y.contiguous() for y in ys]
     tables = Tables([ys, norms])
     weights = y.new_empty(layers, n, rows, 1, dtype=torch.float32)
@@ -218,7 +236,10 @@ def fisher_weights(
         R=rows // groups,
         GROUPS=groups,
         row_length=row_length,
+        P=y.shape[2],
         stride_yn=ys[0].stride(0),
+        stride_yr=ys[0].stride(1),
+        stride_yp=ys[0].stride(2),
         stride_norms_n=norms[0].stride(0),
         stride_norms_group=norms[0].stride(1),
         ALIGN=tables.align,
@@ -405,15 +426,16 @@ def cg_start(
     xs: Sequence[SampleMap], ms: Sequence[Rows], status: Tensor, iters: int
 ) -> CGState | PrimalState:
     """See `torch_ops.cg_start`."""
-    if all(map(_is_matrix, xs)):
+    if all(map(triton_primal.serves, xs)):
         return triton_primal.start(xs, ms, status, iters)
-    # Whole images: no kernel yet, so torch's convolutions.
+    # Three dimensions: torch's convolutions.
+    ms = [m.to(torch.float32) for m in ms]
     return torch_ops.cg_start(xs, ms, status, iters)
 
 
 def cg_forward_(
     xs: Sequence[SampleMap],
-    weights: Tensor,
+    weights: Any,
     state: CGState | PrimalState,
     damping: float | Tensor,
     last: bool,
@@ -422,7 +444,7 @@ def cg_forward_(
     if isinstance(state, CGState):
         torch_ops.cg_forward_(xs, weights, state, damping, last)
     else:
-        triton_primal.forward(xs, weights, state, damping, last)
+        triton_primal.forward(weights, state, damping, last)
 
 
 def cg_adjoint_(
@@ -432,7 +454,7 @@ def cg_adjoint_(
     if isinstance(state, CGState):
         torch_ops.cg_adjoint_(xs, state, damping)
     else:
-        triton_primal.adjoint(xs, state, damping)
+        triton_primal.adjoint(state, damping)
 
 
 def cg_rows(state: CGState | PrimalState) -> Rows:
@@ -465,9 +487,17 @@ def gather_patches(
     x: Tensor, index: Tensor, output_shape: Sequence[int], window: Window
 ) -> Tensor:
     """See `torch_ops.gather_patches`; one launch for zero padding in 1 or 2 axes."""
-    spatial = x.ndim - 2
-    if spatial > 2 or window.padding_mode != "zeros":
+    if x.ndim > 4 or window.padding_mode != "zeros":
         return torch_ops.gather_patches(x, index, output_shape, window)
+    return _gather(x, index, output_shape, window)
+
+
+def _gather(
+    x: Tensor, index: Tensor | None, output_shape: Sequence[int], window: Window
+) -> Tensor:
+    """Patch rows at drawn positions, or at all of them."""
+    spatial = x.ndim - 2
+    count = x.shape[0] * math.prod(output_shape) if index is None else index.numel()
     ones, zeros = (1,) * (2 - spatial), (0,) * (2 - spatial)
     kernel_h, kernel_w = (*ones, *window.kernel)
     stride_h, stride_w = (*ones, *window.stride)
@@ -477,16 +507,16 @@ def gather_patches(
     out_height, out_width = (*ones, *output_shape)
     stride_xh, stride_xw = (*zeros, *x.stride()[2:])
     row = x.shape[1] * kernel_h * kernel_w
-    out = x.new_empty(index.numel(), row)
+    out = x.new_empty(count, row)
     chosen = config.gather_config(row)
     launch(
         _gather_kernel,
-        (index.numel(), triton.cdiv(row, chosen.BLOCK_D)),
+        (count, triton.cdiv(row, chosen.BLOCK_D)),
         chosen,
         x_ptr=x,
-        index_ptr=index,
+        index_ptr=x if index is None else index,
         out_ptr=out,
-        N=index.numel(),
+        N=count,
         ROW=row,
         HEIGHT=height,
         WIDTH=width,
@@ -504,12 +534,9 @@ def gather_patches(
         PAD_W=pad_w,
         DILATION_H=dilation_h,
         DILATION_W=dilation_w,
+        INDEXED=index is not None,
     )
     return out
-
-
-def _is_matrix(x: SampleMap) -> bool:
-    return x.pointwise and x.matrix() is x
 
 
 def _dense_bias(rows: Rows) -> Rows:

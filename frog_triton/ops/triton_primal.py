@@ -1,4 +1,8 @@
-"""Launches of `kernels.primal`: conjugate gradients on the rows themselves."""
+"""Launches of `kernels.primal`: conjugate gradients on the rows themselves.
+
+Samples may be a matrix, or whole images of a one- or two-dimensional convolution, whose
+patches the kernels read where the activations lie.
+"""
 
 from __future__ import annotations
 
@@ -16,34 +20,230 @@ from ..kernels.primal import (
     _primal_forward_kernel,
     _primal_update_kernel,
     _row_norms_kernel,
+    _row_scale_kernel,
+    _row_scale_sum_kernel,
 )
 from .launch import launch
 from .tables import Tables
-from .triton_common import DTYPES, PRECISION, biases, flat_samples
+from .triton_common import DTYPES, PRECISION, biases, interpreted
 from .types import Rows, SampleMap
 
+# Programs that fill a large GPU about twice; a constant, so that results do not depend
+# on the card.
+_PROGRAMS = 256
 
-def row_norms(xs: Sequence[SampleMap]) -> list[Tensor]:
-    """``|x|^2`` of each layer; one launch."""
-    x, samples = flat_samples(xs)
-    norms = samples[0].new_empty(len(xs), x.samples, x.groups, 1, dtype=torch.float32)
-    chosen = config.NormsConfig()
-    tables = Tables([samples])
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of layers of one geometry, as the kernels address them.
+
+    Attributes:
+        map: of the first layer, for its sizes.
+        tensors: activations of each layer, all of the same shape and strides.
+        depthwise: rows a channel where each row sees one channel of an image, else 0.
+        n: positions, of all examples.
+        rows: R.
+        window: arguments that describe the window.
+    """
+
+    map: SampleMap
+    tensors: list[Tensor]
+    depthwise: int
+    n: int
+    rows: int
+    window: dict[str, Any]
+
+    @property
+    def groups(self) -> int:
+        """Problems a layer falls into: depthwise layers are one."""
+        return 1 if self.depthwise else self.map.groups
+
+    @property
+    def problem_rows(self) -> int:
+        """Rows of a problem."""
+        return self.rows // self.groups
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Arguments that all kernels here take."""
+        return {
+            "N": self.n,
+            "R": self.problem_rows,
+            "D": self.map.dim,
+            "GROUPS": self.groups,
+        }
+
+    @property
+    def taps(self) -> dict[str, int]:
+        """The column order."""
+        return {key: self.window[key] for key in ("CHANNELS", "TAPS")}
+
+
+def serves(x: SampleMap) -> bool:
+    """Whether the kernels can read these samples in place."""
+    return (x.pointwise and x.matrix() is x) or (x.window is not None)
+
+
+def samples(xs: Sequence[SampleMap], rows: int) -> Samples:
+    """Describe the samples of layers of one geometry with `rows` rows."""
+    x = xs[0]
+    tensors = [m.x for m in xs]
+    if len({t.stride() for t in tensors}) > 1:
+        tensors = [t.contiguous() for t in tensors]
+    first, spec = tensors[0], x.window
+    if spec is None or first.ndim == 2:
+        n, channels, taps, depthwise = x.samples, x.dim, 1, 0
+        place = (1, 1, 1, 1, *first.stride(), 0, 0)
+        window = (1, 1, 1, 0, 0, 1, 1, True)
+    else:
+        height, width = _two(first.shape[2:], 1)
+        kernel_h, kernel_w = _two(spec.kernel, 1)
+        stride, pads = _two(spec.stride, 1), _two(spec.pads, 0)
+        dilation = _two(spec.dilation, 1)
+        out_height, out_width = _two(x.output_shape, 1)
+        n = x.samples * x.positions
+        taps = kernel_h * kernel_w
+        channels = x.dim // taps
+        depthwise = rows // x.groups if channels == 1 and x.groups > 1 else 0
+        strides = (first.stride(0), first.stride(1), *_two(first.stride()[2:], 0))
+        place = (height, width, out_height, out_width, *strides)
+        window = (kernel_w, *stride, *pads, *dilation, False)
+    names = ("HEIGHT", "WIDTH", "OUT_HEIGHT", "OUT_WIDTH")
+    names += ("stride_xn", "stride_xc", "stride_xh", "stride_xw")
+    constants = ("KERNEL_W", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W")
+    constants += ("DILATION_H", "DILATION_W", "POINTWISE")
+    described = dict(zip(names, place, strict=True))
+    described |= dict(zip(constants, window, strict=True))
+    described |= {"CHANNELS": channels if taps > 1 else 1, "TAPS": taps}
+    return Samples(x, tensors, depthwise, n, rows, described)
+
+
+def _two(values: Sequence[int], filler: int) -> tuple[int, int]:
+    """One or two numbers as two: a signal is an image of height one."""
+    first, second = (*(filler,) * (2 - len(values)), *values)
+    return int(first), int(second)
+
+
+def product_precision(s: Samples) -> str:
+    """How products of these samples are computed.
+
+    A matrix: as float32. Images: bfloat16 as it is; float16, whose range is too small
+    for the rows, and float32 in tf32; float32 to its full precision where
+    `torch.backends.cudnn.allow_tf32` is off.
+    """
+    if s.window["POINTWISE"]:
+        return PRECISION
+    dtype = s.tensors[0].dtype
+    if dtype == torch.bfloat16:
+        return "bf16_tf32" if interpreted() else "bf16"
+    if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+        return PRECISION
+    return "tf32"
+
+
+@dataclass(frozen=True)
+class RowWeights:
+    """Lambda as ``(Y inverse)^2 factor``, formed where it is needed.
+
+    Attributes:
+        ys: output gradients of each layer ``(n, R, P)``, all of the same strides.
+        inverse: ``(L, R)``, one over the largest ``|Y|``.
+        factor: ``(L, R)``, zero in rows that take the identity Fisher.
+    """
+
+    ys: list[Tensor]
+    inverse: Tensor
+    factor: Tensor
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """Arguments that address Y."""
+        n, r, p = self.ys[0].stride()
+        return {
+            "P": self.ys[0].shape[2],
+            "stride_yn": n,
+            "stride_yr": r,
+            "stride_yp": p,
+        }
+
+
+def row_weights(
+    xs: Sequence[SampleMap], ys: Sequence[Tensor], row_length: int
+) -> tuple[RowWeights, Tensor]:
+    """Lambda, and the rows' status; three launches, two for depthwise layers."""
+    rows, layers = ys[0].shape[1], len(xs)
+    s = samples(xs, rows)
+    if len({y.stride() for y in ys}) > 1:
+        ys = [y.contiguous() for y in ys]
+    y = ys[0]
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return y.new_empty(shape, dtype=dtype)
+
+    norms = empty(layers, s.n, s.map.groups) if not s.depthwise else empty(1)
+    tables = Tables([s.tensors, ys])
+    problems = layers * s.groups
+    if not s.depthwise:
+        chosen = config.NormsConfig()
+        launch(
+            _row_norms_kernel,
+            (triton.cdiv(s.n, chosen.BLOCK_N), problems),
+            chosen,
+            x_table_ptr=tables[0],
+            norms_ptr=norms,
+            N=s.n,
+            D=s.map.dim,
+            GROUPS=s.groups,
+            group_channels=_group_channels(s),
+            **s.window,
+            ALIGN=tables.align,
+            X_DTYPE=DTYPES[s.tensors[0].dtype],
+            HAS_BIAS=s.map.bias,
+        )
+    scaling = config.scale_config(s.n)
+    blocks_r = triton.cdiv(s.problem_rows, scaling.BLOCK_R)
+    splits, length = _splits(s.n, blocks_r * problems, 4 * scaling.BLOCK_N)
+    largest, trace = empty(splits, layers, rows), empty(splits, layers, rows)
+    weights = RowWeights(list(ys), empty(layers, rows), empty(layers, rows))
+    status = empty(layers, rows, dtype=torch.int32)
     launch(
-        _row_norms_kernel,
-        (triton.cdiv(x.samples, chosen.BLOCK_N), len(xs) * x.groups),
-        chosen,
+        _row_scale_kernel,
+        (blocks_r, problems, splits),
+        scaling,
         x_table_ptr=tables[0],
+        y_table_ptr=tables[1],
         norms_ptr=norms,
-        N=x.samples,
-        D=x.dim,
-        GROUPS=x.groups,
-        stride_xn=samples[0].stride(0),
+        largest_ptr=largest,
+        trace_ptr=trace,
+        N=s.n,
+        R=s.problem_rows,
+        GROUPS=s.groups,
+        total=layers * rows,
+        split_length=length,
+        multiplier=max(1, s.depthwise),
+        **weights.strides,
+        **s.window,
         ALIGN=tables.align,
-        X_DTYPE=DTYPES[samples[0].dtype],
-        HAS_BIAS=x.bias,
+        X_DTYPE=DTYPES[s.tensors[0].dtype],
+        Y_DTYPE=DTYPES[y.dtype],
+        HAS_BIAS=s.map.bias,
+        DEPTHWISE=s.depthwise > 0,
     )
-    return list(norms)
+    summing = config.SumConfig(BLOCK=256)
+    launch(
+        _row_scale_sum_kernel,
+        (triton.cdiv(layers * rows, summing.BLOCK),),
+        summing,
+        largest_ptr=largest,
+        trace_ptr=trace,
+        inverse_ptr=weights.inverse,
+        factor_ptr=weights.factor,
+        status_ptr=status,
+        total=layers * rows,
+        row_length=row_length,
+        SPLITS=splits,
+    )
+    return weights, status
 
 
 @dataclass
@@ -51,24 +251,25 @@ class PrimalState:
     """Scratch memory of a solve.
 
     Attributes:
+        samples: of the layers.
         ms: right-hand sides of each layer.
         status: of the rows ``(L, R)``.
-        groups: of the layers.
         iteration: how many forward products have been made.
         vectors: p of even and of odd iterations, r and z, each ``(L, R, D)``.
-        t: ``Lambda * (X p)`` ``(L, N, R)``.
+        t: ``Lambda * (X p)`` ``(L, N, R)``, in the type of its next product.
         pap: partial sums of ``p^T Lambda p`` ``(blocks, L, R)``.
         rho_partial: partial sums of ``|r|^2`` ``(blocks, L, R)``.
         rho: ``|r|^2`` before each iteration ``(iters, L, R)``.
         active: rows that move, before and after each step length ``(2 iters, L, R)``.
         pp: ``|p|^2`` ``(L, R)``.
         zm: ``<z, m>`` so far ``(L, R)``.
+        ap: partial ``X^T T`` where the positions are split ``(splits, L, R, D)``.
         damping: tau of the last iteration, for the last step.
     """
 
+    samples: Samples
     ms: Sequence[Rows]
     status: Tensor
-    groups: int
     iteration: int
     vectors: list[Rows]
     t: Tensor
@@ -78,6 +279,7 @@ class PrimalState:
     active: Tensor
     pp: Tensor
     zm: Tensor
+    ap: Rows | None = None
     damping: float | Tensor = 0.0
 
 
@@ -85,59 +287,66 @@ def start(
     xs: Sequence[SampleMap], ms: Sequence[Rows], status: Tensor, iters: int
 ) -> PrimalState:
     """Scratch for `iters` iterations; nothing is launched."""
-    x, m = xs[0], ms[0]
+    m = ms[0]
     layers, (rows, dim) = len(ms), m.weight.shape
+    s = samples(xs, rows)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return m.weight.new_empty(shape, dtype=dtype)
 
-    blocks_n = triton.cdiv(x.samples, config.forward_config(x.samples).BLOCK_N)
-    blocks_d = max(1, triton.cdiv(dim, config.adjoint_config(x.samples).BLOCK_D))
-    vectors = [
-        Rows(empty(layers, rows, dim), None if m.bias is None else empty(layers, rows))
-        for _ in range(4)
-    ]
+    def vector(*leading: int) -> Rows:
+        bias = None if m.bias is None else empty(*leading, layers, rows)
+        return Rows(empty(*leading, layers, rows, dim), bias)
+
+    forward_blocks = config.forward_config(s.n, s.depthwise > 0)
+    adjoint_blocks = config.adjoint_config(s.n, s.depthwise > 0)
+    blocks_n = triton.cdiv(s.n, forward_blocks.BLOCK_N)
+    blocks_d = max(1, triton.cdiv(dim, adjoint_blocks.BLOCK_D))
+    programs = triton.cdiv(s.problem_rows, adjoint_blocks.BLOCK_R) * blocks_d
+    programs *= layers * s.groups
+    splits, _ = _splits(s.n, programs, 16 * adjoint_blocks.BLOCK_N)
+    rounded = product_precision(s).startswith("bf16") and not s.depthwise
+    t_dtype = torch.bfloat16 if rounded else torch.float32
     return PrimalState(
+        s,
         ms,
         status,
-        x.groups,
         0,
-        vectors,
-        empty(layers, x.samples, rows),
+        [vector() for _ in range(4)],
+        empty(layers, s.n, rows, dtype=t_dtype),
         empty(blocks_n, layers, rows),
         empty(blocks_d, layers, rows),
         empty(iters, layers, rows),
         empty(2 * iters, layers, rows, dtype=torch.int8),
         empty(layers, rows),
         empty(layers, rows),
+        vector(splits) if splits > 1 else None,
     )
 
 
 def forward(
-    xs: Sequence[SampleMap],
-    weights: Tensor,
-    state: PrimalState,
-    damping: float | Tensor,
-    last: bool,
+    weights: RowWeights, state: PrimalState, damping: float | Tensor, last: bool
 ) -> None:
     """``p = r + beta p`` and ``T = Lambda * (X p)``; one launch."""
-    x, samples = flat_samples(xs)
-    m = state.ms[0]
-    rows, dim = m.weight.shape
+    s, m = state.samples, state.ms[0]
     k = state.iteration
     before = max(k - 1, 0)
     p, old_p, (r, _) = state.vectors[k % 2], state.vectors[1 - k % 2], state.vectors[2:]
-    chosen = config.forward_config(x.samples)
-    blocks_r = triton.cdiv(rows // x.groups, chosen.BLOCK_R)
-    tables = Tables([samples, [m.weight for m in state.ms], biases(state.ms)])
+    chosen = config.forward_config(s.n, s.depthwise > 0)
+    blocks_r = triton.cdiv(s.problem_rows, chosen.BLOCK_R)
+    tables = Tables(
+        [s.tensors, weights.ys, [m.weight for m in state.ms], biases(state.ms)]
+    )
     launch(
         _primal_forward_kernel,
-        (blocks_r * state.pap.shape[0], len(xs) * x.groups),
+        (blocks_r * state.pap.shape[0], len(state.ms) * s.groups),
         chosen,
         x_table_ptr=tables[0],
-        m_table_ptr=tables[1],
-        m_bias_table_ptr=tables[2],
-        weights_ptr=weights,
+        y_table_ptr=tables[1],
+        m_table_ptr=tables[2],
+        m_bias_table_ptr=tables[3],
+        inverse_ptr=weights.inverse,
+        factor_ptr=weights.factor,
         t_ptr=state.t,
         r_ptr=r.weight,
         r_bias_ptr=_bias(r),
@@ -153,75 +362,92 @@ def forward(
         rho_ptr=state.rho[k],
         old_active_ptr=state.active[2 * before + 1],
         active_ptr=state.active[2 * k],
-        N=x.samples,
-        R=rows // x.groups,
-        D=dim,
-        GROUPS=x.groups,
+        **s.sizes,
+        **weights.strides,
         total=state.pp.numel(),
         rho_blocks=state.rho_partial.shape[0],
-        stride_xn=samples[0].stride(0),
+        group_channels=_group_channels(s),
+        multiplier=max(1, s.depthwise),
+        **s.window,
         ALIGN=tables.align,
         M_DTYPE=DTYPES[m.weight.dtype],
-        X_DTYPE=DTYPES[samples[0].dtype],
+        X_DTYPE=DTYPES[s.tensors[0].dtype],
+        Y_DTYPE=DTYPES[weights.ys[0].dtype],
+        T_DTYPE=DTYPES[state.t.dtype],
         HAS_BIAS=m.bias is not None,
+        DEPTHWISE=s.depthwise > 0,
         FIRST=k == 0,
         LAST=last,
-        PRECISION=PRECISION,
+        PRECISION=product_precision(s),
     )
     state.iteration += 1
     state.damping = damping
 
 
-def adjoint(
-    xs: Sequence[SampleMap], state: PrimalState, damping: float | Tensor
-) -> None:
-    """``z += alpha p`` and ``r -= alpha A p``; one launch."""
-    x, samples = flat_samples(xs)
-    m = state.ms[0]
-    rows, dim = m.weight.shape
+def adjoint(state: PrimalState, damping: float | Tensor) -> None:
+    """``z += alpha p`` and ``r -= alpha A p``; one launch, two where N is split."""
+    s, m = state.samples, state.ms[0]
     k = state.iteration - 1
     p, (r, z) = state.vectors[k % 2], state.vectors[2:]
-    chosen = config.adjoint_config(x.samples)
-    blocks_r = triton.cdiv(rows // x.groups, chosen.BLOCK_R)
+    chosen = config.adjoint_config(s.n, s.depthwise > 0)
+    blocks = triton.cdiv(s.problem_rows, chosen.BLOCK_R) * state.rho_partial.shape[0]
+    problems = len(state.ms) * s.groups
+    splits, length = _splits(s.n, blocks * problems, 16 * chosen.BLOCK_N)
     tables = Tables(
-        [samples, [m.weight for m in state.ms], biases(state.ms)], [0.0, damping]
+        [s.tensors, [m.weight for m in state.ms], biases(state.ms)], [0.0, damping]
     )
-    launch(
-        _primal_adjoint_kernel,
-        (blocks_r * state.rho_partial.shape[0], len(xs) * x.groups),
-        chosen,
-        x_table_ptr=tables[0],
-        m_table_ptr=tables[1],
-        m_bias_table_ptr=tables[2],
-        scalars_ptr=tables.scalars,
-        t_ptr=state.t,
-        p_ptr=p.weight,
-        p_bias_ptr=_bias(p),
-        r_ptr=r.weight,
-        r_bias_ptr=_bias(r),
-        z_ptr=z.weight,
-        z_bias_ptr=_bias(z),
-        rho_partial_ptr=state.rho_partial,
-        pap_partial_ptr=state.pap,
-        pp_ptr=state.pp,
-        rho_ptr=state.rho[k],
-        active_ptr=state.active[2 * k],
-        next_active_ptr=state.active[2 * k + 1],
-        zm_ptr=state.zm,
-        N=x.samples,
-        R=rows // x.groups,
-        D=dim,
-        GROUPS=x.groups,
-        total=state.pp.numel(),
-        pap_blocks=state.pap.shape[0],
-        stride_xn=samples[0].stride(0),
-        ALIGN=tables.align,
-        M_DTYPE=DTYPES[m.weight.dtype],
-        X_DTYPE=DTYPES[samples[0].dtype],
-        HAS_BIAS=m.bias is not None,
-        FIRST=k == 0,
-        PRECISION=PRECISION,
-    )
+    partial = z if state.ap is None else state.ap
+
+    def run(multiply: bool, advance: bool, count: int) -> None:
+        launch(
+            _primal_adjoint_kernel,
+            (blocks, problems, count),
+            chosen,
+            x_table_ptr=tables[0],
+            m_table_ptr=tables[1],
+            m_bias_table_ptr=tables[2],
+            scalars_ptr=tables.scalars,
+            t_ptr=state.t,
+            p_ptr=p.weight,
+            p_bias_ptr=_bias(p),
+            r_ptr=r.weight,
+            r_bias_ptr=_bias(r),
+            z_ptr=z.weight,
+            z_bias_ptr=_bias(z),
+            ap_partial_ptr=partial.weight,
+            ap_bias_partial_ptr=_bias(partial),
+            rho_partial_ptr=state.rho_partial,
+            pap_partial_ptr=state.pap,
+            pp_ptr=state.pp,
+            rho_ptr=state.rho[k],
+            active_ptr=state.active[2 * k],
+            next_active_ptr=state.active[2 * k + 1],
+            zm_ptr=state.zm,
+            **s.sizes,
+            total=state.pp.numel(),
+            entries=p.weight.numel(),
+            pap_blocks=state.pap.shape[0],
+            split_length=length,
+            SPLITS=splits,
+            group_channels=_group_channels(s),
+            multiplier=max(1, s.depthwise),
+            **s.window,
+            ALIGN=tables.align,
+            M_DTYPE=DTYPES[m.weight.dtype],
+            X_DTYPE=DTYPES[s.tensors[0].dtype],
+            HAS_BIAS=m.bias is not None,
+            DEPTHWISE=s.depthwise > 0,
+            FIRST=k == 0,
+            MULTIPLY=multiply,
+            ADVANCE=advance,
+            PRECISION=product_precision(s),
+        )
+
+    if state.ap is None:
+        run(True, True, 1)
+    else:
+        run(True, False, splits)
+        run(False, True, 1)
 
 
 def finish(
@@ -234,12 +460,12 @@ def finish(
     step: bool,
 ) -> None:
     """The last ``z += alpha p`` and equation (5), or z written out; one launch."""
-    m = state.ms[0]
-    rows, dim = m.weight.shape
+    s, m = state.samples, state.ms[0]
+    dim = m.weight.shape[1]
     k = state.iteration - 1
     p, z = state.vectors[k % 2], state.vectors[3]
     chosen = config.FinishConfig()
-    blocks_r = triton.cdiv(rows // state.groups, chosen.BLOCK_R)
+    blocks_r = triton.cdiv(s.problem_rows, chosen.BLOCK_R)
     blocks_d = max(1, triton.cdiv(dim, chosen.BLOCK_D))
     tables = Tables(
         [
@@ -253,7 +479,7 @@ def finish(
     )
     launch(
         _primal_update_kernel,
-        (blocks_r * blocks_d, len(thetas) * state.groups),
+        (blocks_r * blocks_d, len(thetas) * s.groups),
         chosen,
         theta_table_ptr=tables[0],
         theta_bias_table_ptr=tables[1],
@@ -273,18 +499,31 @@ def finish(
         zm_ptr=state.zm,
         status_ptr=state.status,
         finite_ptr=finite.view(torch.int8) if step else finite,
-        R=rows // state.groups,
+        R=s.problem_rows,
         D=dim,
-        GROUPS=state.groups,
+        GROUPS=s.groups,
         total=state.pp.numel(),
         pap_blocks=state.pap.shape[0],
         ALIGN=tables.align,
         THETA_DTYPE=DTYPES[thetas[0].weight.dtype],
         M_DTYPE=DTYPES[m.weight.dtype],
+        **s.taps,
         HAS_BIAS=m.bias is not None,
         FIRST=k == 0,
         STEP=step,
     )
+
+
+def _splits(n: int, programs: int, least: int) -> tuple[int, int]:
+    """How many pieces of at least `least` positions fill the GPU, and their length."""
+    splits = max(1, min(triton.cdiv(_PROGRAMS, programs), n // least))
+    length = triton.cdiv(triton.cdiv(n, splits), 16) * 16
+    return triton.cdiv(n, length), length
+
+
+def _group_channels(s: Samples) -> int:
+    """Channels (of a matrix: columns) of a group."""
+    return 0 if s.depthwise else s.map.dim // s.window["TAPS"]
 
 
 def _bias(rows: Rows) -> Any:

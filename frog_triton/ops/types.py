@@ -110,6 +110,9 @@ class SampleMap(Protocol):
     groups: int
     bias: bool
     pointwise: bool
+    x: Tensor
+    window: Window | None
+    output_shape: tuple[int, ...]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,6 +129,9 @@ class SampleMap(Protocol):
 
     def to(self, dtype: torch.dtype) -> SampleMap:
         """The same samples in another dtype."""
+
+    def explicit(self, x: Tensor) -> MatrixSamples:
+        """The same map, given its rows ``(N, groups * D)``."""
 
     def matrix(self) -> MatrixSamples:
         """The same map with its rows written out."""

@@ -69,9 +69,7 @@ def solve(
         ms, finite = ops.momentum_(
             batch.ms, batch.grads, batch.momentum, batch.nesterov
         )
-    weights, status = ops.fisher_weights(
-        batch.ys, ops.row_norms(batch.xs), batch.row_length
-    )
+    weights, status = ops.row_weights(batch.xs, batch.ys, batch.row_length)
     state = ops.cg_start(batch.xs, ms, status, iters)
     for iteration in range(iters):
         last = iteration + 1 == iters

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from ..ops.types import Rows, SampleMap, written_out
+from ..ops.types import Rows, SampleMap
 from .base import Batch
 
 
@@ -76,8 +76,7 @@ def solve(
     ops: ModuleType, batch: Batch, damping: float | Tensor, iters: int
 ) -> GramSolution:
     """Coordinates of ``z / sqrt(<z, m>)`` after `iters` iterations from zero."""
-    xs = [x.matrix() for x in batch.xs]
-    ys = [written_out(y) for y in batch.ys]
+    xs, ys = ops.write_out(batch.xs, batch.ys)
     k = ops.gram(xs)
     # The diagonal of K is the |x|^2 of the trace, equation (3).
     norms = k.diagonal(dim1=-2, dim2=-1).mT.unsqueeze(-1)
