@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -21,24 +21,50 @@ import triton
 
 from ..autotune.offline import compile_launch
 from ..cost import LayerShape, step_launches
+from ..layers.conv import ConvSpec
 from ..ops import triton_ops
-from ..ops.launch import recording
+from ..ops.launch import Launch, recording
 from ..ops.types import Window
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
-def launches(samples: int, dtype: str, formulation: str) -> Iterator[Any]:
-    """One launch of each kind in a step on two layers of 768 by 768."""
-    shape = LayerShape("", 768, 768, samples)
-    seen = set()
-    for launch in step_launches(shape, 2, formulation, sample_dtype=DTYPES[dtype]):
+def _conv(
+    rows: int, channels: int, groups: int, samples: int, bias: bool
+) -> LayerShape:
+    """A 3x3 convolution over maps of 8 by 8."""
+    spec = ConvSpec((3, 3), (1, 1), (1, 1), (1, 1), groups)
+    dim = 9 * channels // groups
+    image = (channels, 8, 8)
+    return LayerShape("", rows, dim, 64 * samples, groups, bias, image, spec)
+
+
+SHAPES: dict[str, Callable[[int], LayerShape]] = {
+    "linear": lambda n: LayerShape("", 768, 768, n),
+    "ragged": lambda n: LayerShape("", 100, 147, n, bias=False),
+    "grouped": lambda n: LayerShape("", 64, 9, n, groups=64),
+    "conv": lambda n: _conv(128, 128, 1, n, True),
+    "stem": lambda n: _conv(64, 3, 1, n, False),
+    "grouped-conv": lambda n: _conv(128, 128, 4, n, True),
+    "depthwise": lambda n: _conv(128, 128, 128, n, True),
+}
+"""Layers by name, as functions of the samples (of a convolution: examples)."""
+
+
+def launches(samples: int, dtype: str, formulation: str, shape: str) -> list[Launch]:
+    """One launch of each kind in a step on two layers of a shape."""
+    made = step_launches(
+        SHAPES[shape](samples), 2, formulation, sample_dtype=DTYPES[dtype]
+    )
+    kinds = {}
+    for launch in [*made, *gather(samples, dtype)]:
         flags = {k: v for k, v in launch.args.items() if isinstance(v, bool)}
-        kind = (launch.name, *sorted(flags.items()))
-        if kind not in seen:
-            seen.add(kind)
-            yield launch
-    yield from gather(samples, dtype)
+        kinds.setdefault((launch.name, *sorted(flags.items())), launch)
+    return list(kinds.values())
 
 
 def gather(samples: int, dtype: str) -> list[Any]:
@@ -51,10 +77,13 @@ def gather(samples: int, dtype: str) -> list[Any]:
     return made
 
 
-def compile_one(job: tuple[int, int, str, str, int]) -> dict[str, Any]:
-    """Compile one launch of a job ``(capability, samples, dtype, formulation, i)``."""
-    capability, samples, dtype, formulation, i = job
-    launch = list(launches(samples, dtype, formulation))[i]
+Job = tuple[int, int, str, str, str, int]
+
+
+def compile_one(job: Job) -> dict[str, Any]:
+    """Compile a launch: capability, samples, dtype, formulation, shape, which one."""
+    capability, samples, dtype, formulation, shape, i = job
+    launch = launches(samples, dtype, formulation, shape)[i]
     resources = compile_launch(
         launch.kernel, launch.args, launch.config.options(), capability
     )
@@ -64,10 +93,22 @@ def compile_one(job: tuple[int, int, str, str, int]) -> dict[str, Any]:
         "samples": samples,
         "dtype": dtype,
         "formulation": formulation,
+        "shape": shape,
+        "multiplies": _multiplies(launch.args),
         "triton": triton.__version__,
         "config": launch.config.options(),
         **asdict(resources),
     }
+
+
+def _multiplies(args: Mapping[str, Any]) -> bool:
+    """Whether the launch has matrix products."""
+    return (
+        "PRECISION" in args
+        and args.get("PROJECT", True)
+        and args.get("MULTIPLY", True)
+        and not args.get("DEPTHWISE", False)
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -75,17 +116,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--samples", type=int, nargs="+", default=[16, 64, 128, 256])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"]
+    )
     parser.add_argument(
         "--formulation", nargs="+", choices=("gram", "primal"), default=["gram"]
     )
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["linear"])
     args = parser.parse_args(argv)
     jobs = [
-        (capability, samples, dtype, formulation, i)
+        (capability, samples, dtype, formulation, shape, i)
         for samples in args.samples
         for dtype in args.dtype
         for formulation in args.formulation
-        for i in range(len(list(launches(samples, dtype, formulation))))
+        for shape in args.shape
+        for i in range(len(launches(samples, dtype, formulation, shape)))
         for capability in args.capability
     ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:

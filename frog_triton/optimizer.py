@@ -155,6 +155,7 @@ class FROG(Optimizer):
         self._layer_of: dict[nn.Parameter, Layer] = {}
         self._anomalies: dict[str, Tensor] = {}
         self._warned: set[str] = set()
+        self._solved: dict[str, str] = {}
         self._stepped = False
         self.capture = SampleCapture(size, sampling, seed, backend)
         groups = self._split(user_groups(model, params), defaults)
@@ -291,7 +292,9 @@ class FROG(Optimizer):
             # All is gathered before anything is changed.
             for group, steps in [(g, self._gather(g)) for g in self.param_groups]:
                 if group["updated_by"] == "frog":
-                    step_layers(steps, group, self.formulation, self._anomalies)
+                    self._solved |= step_layers(
+                        steps, group, self.formulation, self._anomalies
+                    )
                 else:
                     params = [p for p in group["params"] if p.grad is not None]
                     states = [self.state[p] for p in params]
@@ -440,13 +443,9 @@ class FROG(Optimizer):
         self._reroute([name_of[name] for name in unhooked if name in name_of])
         order = {name: i for i, name in enumerate(unhooked)}
         for group in self.param_groups:
-            names = [self._plan.names[p] for p in group["params"]]
-            late = [
-                p for p, n in zip(group["params"], names, strict=True) if n in order
-            ]
-            first = [
-                p for p, n in zip(group["params"], names, strict=True) if n not in order
-            ]
+            params = group["params"]
+            late = [p for p in params if self._plan.names[p] in order]
+            first = [p for p in params if self._plan.names[p] not in order]
             late.sort(key=lambda p: order[self._plan.names[p]])
             group["params"] = first + late
 
@@ -471,6 +470,8 @@ class FROG(Optimizer):
     def describe(self, file: Any = None) -> RoutingTable:
         """Print, and return, who updates each parameter and why.
 
+        After a step, also the formulation that each layer was solved in.
+
         Args:
             file: where to print; standard output by default.
         """
@@ -480,11 +481,16 @@ class FROG(Optimizer):
             for p in group["params"]
         }
         table = RoutingTable(
-            Route(name, tuple(p.shape), updated_by.get(p, "-"), self._plan.reasons[p])
+            Route(name, tuple(p.shape), updated_by.get(p, "-"), self._reason(p))
             for p, name in self._plan.names.items()
         )
         print(table, file=file)
         return table
+
+    def _reason(self, param: nn.Parameter) -> str:
+        layer = self._layer_of.get(param)
+        solved = "" if layer is None else self._solved.get(layer.name, "")
+        return self._plan.reasons[param] + (f"; {solved}" if solved else "")
 
     def anomalies(self) -> dict[str, dict[str, int]]:
         """Rows met so far that were not finite; reading them waits for the device.

@@ -108,7 +108,7 @@ def step_layers(
     group: dict[str, Any],
     formulation: str,
     counts: Mapping[str, Tensor],
-) -> None:
+) -> dict[str, str]:
     """Momentum, solve and update of all layers, those of one geometry together.
 
     Args:
@@ -117,7 +117,11 @@ def step_layers(
         formulation: ``"primal"``, ``"gram"`` or ``"auto"``.
         counts: of each layer by name, int32 ``(2, R)``: how often a row has met
             samples, and a gradient, that are not finite; updated in place.
+
+    Returns:
+        How each layer was solved, in words.
     """
+    solved: dict[str, str] = {}
     buckets: dict[Hashable, list[LayerStep]] = {}
     for step in steps:
         buckets.setdefault(step.key, []).append(step)
@@ -143,6 +147,10 @@ def step_layers(
             group["lr"],
             group["weight_decay"],
         )
+        for step in bucket:
+            count = step.x.samples * step.x.positions
+            solved[step.layer.name] = f"{solution.formulation}, N = {count}"
+    return solved
 
 
 def no_samples(layer: Layer, bias: bool, dtype: torch.dtype) -> Samples:

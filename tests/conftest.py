@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -21,13 +22,32 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every `empty` is full of NaN, so that what a kernel leaves unwritten shows."""
+
+    def poison(make):
+        @functools.wraps(make)
+        def wrapper(*args, **kwargs):
+            out = make(*args, **kwargs)
+            if out.is_floating_point():
+                out.fill_(float("nan"))
+            return out
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         for (
             item
         ) in items:  # the kernels' own tests run on the GPU, so `-m gpu` has them
-            if item.path.stem == "test_kernels":
+            if item.path.stem in ("test_kernels", "test_conv_kernels"):
                 item.add_marker("gpu")
     else:
         skip = pytest.mark.skip(reason="no NVIDIA GPU here")

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import frog_triton
 from frog_triton.autotune.traffic import GPUS
-from frog_triton.benchmarks import bench_step
+from frog_triton.benchmarks import bench_kernels, bench_step
+from frog_triton.benchmarks.models import resnet
 from frog_triton.benchmarks.shapes import gpt2_small, resnet50
 from frog_triton.cost import LayerShape, step_launches
 from frog_triton.ops.launch import recording
@@ -65,6 +66,47 @@ def test_a_real_step_makes_the_launches_that_are_counted():
     counted = frog_triton.cost(net, **options)
     assert counted.launches == len(launches)
     assert [line.shared_by for line in counted.layers] == [2, 2, 1]
+
+
+def test_resnet18_takes_few_launches():
+    """Whole examples, the paper's estimator, k = 4: 20 convolutions, 11 geometries."""
+    counted = frog_triton.cost(
+        resnet(18),
+        torch.zeros(1, 3, 32, 32),
+        sample_size=64,
+        sample_dtype=torch.bfloat16,
+    )
+    geometries = {(line.layer.rows, line.layer.dim) for line in counted.layers}
+    assert len(counted.layers) == 20 and len(geometries) == 11
+    # Momentum, norms, scale (2), k forward, k - 1 adjoint (2 each where positions are
+    # split), update; in Gram space a gather for each layer and six or five more.
+    assert counted.launches == 148
+    solved = {line.layer.name: line.formulation for line in counted.layers}
+    assert solved["3.body.0"] == "primal" and solved["10.body.3"] == "gram"
+
+
+def test_describe_tells_the_formulation():
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 70, 3), nn.Flatten(), nn.Linear(280, 2)
+    )
+    opt = frog_triton.FROG(net, sample_size=2)
+    net(torch.randn(2, 3, 6, 6)).square().sum().backward()
+    opt.step()
+    reasons = {r.name: r.reason for r in opt.describe()}
+    assert reasons["0.weight"] == "Conv2d; primal, N = 32"
+    assert reasons["1.bias"] == "Conv2d; gram, N = 8"
+    assert reasons["3.weight"] == "output layer"
+
+
+def test_bench_kernels_without_a_gpu(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    out = tmp_path / "kernels.json"
+    bench_kernels.main(["--model", "resnet18", "--json", str(out)])
+    assert "no time measured" in capsys.readouterr().out
+    content = json.loads(out.read_text())
+    assert len(content["results"]) == 11
+    assert all("solve_us" not in r and r["floor_us"] > 0 for r in content["results"])
 
 
 def test_positions_of_a_model_come_from_a_batch():

@@ -1,6 +1,5 @@
 """Every kernel against float64 at ragged sizes: Triton's interpreter, or a GPU."""
 
-import functools
 import inspect
 
 import numpy as np
@@ -15,6 +14,7 @@ from frog_triton.ops import torch_ops, triton_ops
 from frog_triton.ops.launch import recording
 from frog_triton.ops.types import Rows, Window
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # (N, D, R, groups): none a multiple of a block, 1 among each.
@@ -28,25 +28,6 @@ SIZES = [
     (300, 21, 5, 1),
 ]
 TOLERANCE = {F32: 2e-6, BF16: 1e-2, F16: 2e-3}
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Every `empty` is full of NaN, so that what a kernel leaves unwritten shows."""
-
-    def poison(make):
-        @functools.wraps(make)
-        def wrapper(*args, **kwargs):
-            out = make(*args, **kwargs)
-            if out.is_floating_point():
-                out.fill_(float("nan"))
-            return out
-
-        return wrapper
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
 
 
 def randn(*shape, dtype=F32, seed=0):

@@ -12,15 +12,6 @@ from frog_triton.autotune.offline import SHARED_LIMITS
 
 ROOT = Path(__file__).parents[1]
 OLDEST_TRITON = ROOT / ".venv" / "triton-3.6"
-MULTIPLY = {
-    "_gram_kernel",
-    "_gram_cg_kernel",
-    "_gram_cg_tiled_kernel",
-    "_momentum_project_kernel",
-    "_update_kernel",
-    "_primal_forward_kernel",
-    "_primal_adjoint_kernel",
-}
 
 
 def compiled(*arguments, path=None):
@@ -45,20 +36,27 @@ def check(results):
         what = f"{r['kernel']} on sm_{r['capability']}, {r['samples']} {r['dtype']}"
         assert r["spilled"] == 0, what
         assert r["shared"] <= SHARED_LIMITS[r["capability"]], what
-        projects = (
-            r["formulation"] == "gram" or r["kernel"] != "_momentum_project_kernel"
-        )
-        if r["kernel"] in MULTIPLY and projects:
-            assert r["tensor_core"] > 0, what
+        assert r["tensor_core"] > 0 or not r["multiplies"], what
         # Warp-group instructions take 64 rows at a time.
         tiles = r["config"].get("BLOCK_N", 0) >= 64 or r["kernel"] == "_update_kernel"
-        if r["capability"] == 90 and r["kernel"] in MULTIPLY and projects and tiles:
+        if r["capability"] == 90 and r["multiplies"] and tiles:
             assert r["wgmma"] > 0, what
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gram_kernels(dtype):
     check(compiled("--samples", "16", "64", "128", "256", "--dtype", dtype))
+
+
+def test_convolution_kernels():
+    shapes = ("conv", "stem", "grouped-conv", "depthwise")
+    check(compiled("--samples", "16", "--formulation", "primal", "--shape", *shapes))
+
+
+def test_ragged_and_grouped_layers():
+    arguments = ("--samples", "32", "--formulation", "gram", "primal")
+    arguments += ("--shape", "ragged", "grouped", "--dtype", "float16")
+    check(compiled(*arguments, "--capability", "90"))
 
 
 def test_primal_kernels():

@@ -431,3 +431,86 @@ def test_moving_the_model_after_construction():
     F.cross_entropy(net(x.float().cuda()), y.cuda()).backward()
     opt.step()
     assert opt.state[net.fc.weight]["momentum_buffer"].is_cuda
+
+
+def test_a_step_inside_autocast_is_the_step_outside():
+    def run(inside):
+        torch.manual_seed(0)
+        net = Net()
+        opt = FROG(net)
+        x, y = batch(0)
+        F.cross_entropy(net(x.float()), y).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            opt.step()
+        return [p.detach() for p in net.parameters()]
+
+    for a, b in zip(run(True), run(False), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_closed_optimizer_takes_no_step():
+    net = Net().double()
+    opt = FROG(net)
+    x, y = batch(0)
+    F.cross_entropy(net(x), y).backward()
+    opt.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        opt.step()
+
+
+def test_an_empty_batch_says_nothing():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    opt = FROG(net)
+    before = net[0].weight.clone()
+    net(torch.zeros(0, 3)).sum().backward()
+    with pytest.warns(UserWarning, match="no samples"):
+        opt.step()
+    torch.testing.assert_close(net[0].weight, before * (1 - 2e-2 * 1e-5))
+
+
+def test_frozen_weight_in_another_layout():
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 2))
+    net[0].to(memory_format=torch.channels_last)
+    opt = FROG(net)
+    net[0].weight.requires_grad_(False)
+    before = net[0].bias.clone()
+    net(torch.randn(4, 2, 4, 4)).square().sum().backward()
+    opt.step()
+    assert not torch.equal(before, net[0].bias)
+
+
+def test_state_of_layers_that_were_let_go_at_different_steps():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ("inner", "a", "b", "head"):
+                setattr(self, name, nn.Linear(4, 4))
+
+        def forward(self, x, both):
+            x = F.linear(torch.tanh(self.inner(x)), self.b.weight, self.b.bias)
+            if both:
+                x = F.linear(torch.tanh(x), self.a.weight, self.a.bias)
+            return self.head(torch.tanh(x))
+
+    net = Model()
+    opt = FROG(net)
+    for both in (False, True):
+        net(torch.randn(5, 4), both).square().sum().backward()
+        with pytest.warns(UserWarning, match="without calling the module"):
+            opt.step()
+    other = Model()
+    second = FROG(other)
+    second.load_state_dict(opt.state_dict())
+    for name in ("a", "b"):
+        ours, theirs = net.get_submodule(name), other.get_submodule(name)
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            saved, loaded = opt.state[p], second.state[q]
+            assert torch.equal(saved["momentum_buffer"], loaded["momentum_buffer"])
+
+
+def test_bfloat16_momentum_in_three_dimensions():
+    net = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Flatten(), nn.Linear(16, 2))
+    opt = FROG(net, momentum_dtype=torch.bfloat16, backend="auto")
+    net(torch.randn(3, 1, 4, 4, 4)).square().sum().backward()
+    opt.step()
+    assert torch.isfinite(net[0].weight).all()

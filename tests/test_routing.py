@@ -156,6 +156,13 @@ def test_bias_in_another_group():
     opt.step()
 
 
+def test_bias_of_another_dtype():
+    net = body()
+    net["stem"].weight.data = net["stem"].weight.data.bfloat16()
+    found = routes(FROG(net))
+    assert found["stem.bias"] == ("sgd", "of another dtype than its weight")
+
+
 def test_the_model_may_be_a_layer():
     layer = nn.Linear(3, 2)
     with pytest.warns(UserWarning, match="preconditions no parameter"):

@@ -151,14 +151,16 @@ def update_config(n: int) -> UpdateConfig:
 
 def scale_config(n: int) -> WeightsConfig:
     """Tiles of samples by rows, of which a program sees many."""
-    return WeightsConfig(BLOCK_N=min(power_of_two(n), 64), BLOCK_R=16)
+    return WeightsConfig(BLOCK_N=min(power_of_two(n), 64), BLOCK_R=16, num_warps=8)
 
 
 def forward_config(n: int, depthwise: bool = False) -> ForwardConfig:
     """Tiles of samples by rows."""
     if depthwise:
         return ForwardConfig(BLOCK_N=min(power_of_two(n), 64), BLOCK_D=16)
-    return ForwardConfig(BLOCK_N=min(power_of_two(n), 64))
+    if n <= 32:
+        return ForwardConfig(BLOCK_N=power_of_two(n), BLOCK_R=16)
+    return ForwardConfig(num_warps=8)
 
 
 def adjoint_config(n: int, depthwise: bool = False) -> AdjointConfig:

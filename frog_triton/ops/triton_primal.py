@@ -304,7 +304,7 @@ def start(
     blocks_d = max(1, triton.cdiv(dim, adjoint_blocks.BLOCK_D))
     programs = triton.cdiv(s.problem_rows, adjoint_blocks.BLOCK_R) * blocks_d
     programs *= layers * s.groups
-    splits, _ = _splits(s.n, programs, 16 * adjoint_blocks.BLOCK_N)
+    splits, _ = _splits(s.n, programs, 8 * adjoint_blocks.BLOCK_N)
     rounded = product_precision(s).startswith("bf16") and not s.depthwise
     t_dtype = torch.bfloat16 if rounded else torch.float32
     return PrimalState(
@@ -392,7 +392,7 @@ def adjoint(state: PrimalState, damping: float | Tensor) -> None:
     chosen = config.adjoint_config(s.n, s.depthwise > 0)
     blocks = triton.cdiv(s.problem_rows, chosen.BLOCK_R) * state.rho_partial.shape[0]
     problems = len(state.ms) * s.groups
-    splits, length = _splits(s.n, blocks * problems, 16 * chosen.BLOCK_N)
+    splits, length = _splits(s.n, blocks * problems, 8 * chosen.BLOCK_N)
     tables = Tables(
         [s.tensors, [m.weight for m in state.ms], biases(state.ms)], [0.0, damping]
     )

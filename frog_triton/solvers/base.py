@@ -41,9 +41,14 @@ class Solution(Protocol):
     """Normalised directions ``z / sqrt(<z, m>)`` of a batch.
 
     Attributes:
+        formulation: ``"primal"`` or ``"gram"``.
         status: how each row was solved ``(L, R)``; see `torch_ops.FISHER`.
         finite: rows whose gradient is finite ``(L, R)``; the others do not move.
     """
+
+    @property
+    def formulation(self) -> str:
+        """``"primal"`` or ``"gram"``."""
 
     @property
     def status(self) -> Tensor:

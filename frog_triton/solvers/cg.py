@@ -27,12 +27,14 @@ class PrimalSolution:
         state: from its ``cg_start``.
         status: how each row was solved ``(L, R)``; see `torch_ops.FISHER`.
         finite: rows whose gradient is finite ``(L, R)``.
+        formulation: ``"primal"``.
     """
 
     ops: ModuleType
     state: Any
     status: Tensor
     finite: Tensor
+    formulation: str = "primal"
 
     def rows(self) -> Rows:
         """The directions, ``(L, R, D)``."""

@@ -28,6 +28,7 @@ class GramSolution:
         u: ``(L, groups, N, R / groups)``.
         status: how each row was solved ``(L, R)``; see `torch_ops.FISHER`.
         finite: rows whose gradient is finite ``(L, R)``.
+        formulation: ``"gram"``.
     """
 
     ops: ModuleType
@@ -37,6 +38,7 @@ class GramSolution:
     u: Tensor
     status: Tensor
     finite: Tensor
+    formulation: str = "gram"
 
     def rows(self) -> Rows:
         """The directions, ``(L, R, D)``."""
