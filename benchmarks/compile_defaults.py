@@ -60,7 +60,7 @@ def launches(samples: int, dtype: str, formulation: str, shape: str) -> list[Lau
     made = step_launches(
         SHAPES[shape](samples), 2, formulation, sample_dtype=DTYPES[dtype]
     )
-    kinds = {}
+    kinds: dict[Any, Launch] = {}
     for launch in [*made, *gather(samples, dtype)]:
         flags = {k: v for k, v in launch.args.items() if isinstance(v, bool)}
         kinds.setdefault((launch.name, *sorted(flags.items())), launch)

@@ -32,6 +32,16 @@ from .types import Rows, SampleMap
 # on the card.
 _PROGRAMS = 256
 
+# Names of the arguments that say where activations lie, and how the window moves.
+_PLACE = (
+    *("HEIGHT", "WIDTH", "OUT_HEIGHT", "OUT_WIDTH"),
+    *("stride_xn", "stride_xc", "stride_xh", "stride_xw"),
+)
+_WINDOW = (
+    *("KERNEL_W", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W"),
+    *("DILATION_H", "DILATION_W", "POINTWISE"),
+)
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -108,12 +118,8 @@ def samples(xs: Sequence[SampleMap], rows: int) -> Samples:
         strides = (first.stride(0), first.stride(1), *_two(first.stride()[2:], 0))
         place = (height, width, out_height, out_width, *strides)
         window = (kernel_w, *stride, *pads, *dilation, False)
-    names = ("HEIGHT", "WIDTH", "OUT_HEIGHT", "OUT_WIDTH")
-    names += ("stride_xn", "stride_xc", "stride_xh", "stride_xw")
-    constants = ("KERNEL_W", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W")
-    constants += ("DILATION_H", "DILATION_W", "POINTWISE")
-    described = dict(zip(names, place, strict=True))
-    described |= dict(zip(constants, window, strict=True))
+    described = dict(zip(_PLACE, place, strict=True))
+    described |= dict(zip(_WINDOW, window, strict=True))
     described |= {"CHANNELS": channels if taps > 1 else 1, "TAPS": taps}
     return Samples(x, tensors, depthwise, n, rows, described)
 
