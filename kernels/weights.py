@@ -1,9 +1,15 @@
-"""Sampled-Fisher weights, equations (3) and (4)."""
+"""Sampled-Fisher weights, equations (3) and (4).
+
+Solves in Gram space have few samples and store Lambda (`_fisher_weights_kernel`).
+Solves on the rows may have many: they store what turns Y into Lambda, two numbers a row
+(`_row_scale_kernel`), from the norms of the rows of X (`_row_norms_kernel`).
+"""
 
 import triton
 import triton.language as tl
 
 from .common import is_finite, layer_pointer, problem_base
+from .samples import load_window
 
 
 @triton.jit
@@ -82,3 +88,224 @@ def _fisher_weights_kernel(
         )
         at = n[:, None] * R * GROUPS + rows[None, :]
         tl.store(weights_ptr + at, weights, mask=mask)
+
+
+@triton.jit
+def _row_norms_kernel(
+    x_table_ptr,
+    norms_ptr,
+    N,
+    D,
+    GROUPS,
+    group_channels,
+    HEIGHT,
+    WIDTH,
+    OUT_HEIGHT,
+    OUT_WIDTH,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    ALIGN: tl.constexpr,
+    X_DTYPE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``|x|^2``, one more with a bias: ``(layers, N, groups)``."""
+    problem = tl.program_id(1).to(tl.int64)
+    layer, group = problem // GROUPS, problem % GROUPS
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN)
+    x_ptr += group * group_channels * stride_xc
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        mask = (n < N)[:, None] & (d < D)[None, :]
+        channel, tap = d, d
+        if not POINTWISE:
+            channel, tap = d % CHANNELS, d // CHANNELS
+        x = load_window(
+            x_ptr,
+            n[:, None],
+            channel[None, :],
+            tap[None, :],
+            mask,
+            HEIGHT,
+            WIDTH,
+            OUT_HEIGHT,
+            OUT_WIDTH,
+            stride_xn,
+            stride_xc,
+            stride_xh,
+            stride_xw,
+            KERNEL_W,
+            STRIDE_H,
+            STRIDE_W,
+            PAD_H,
+            PAD_W,
+            DILATION_H,
+            DILATION_W,
+            POINTWISE,
+        )
+        x = x.to(tl.float32)
+        total += tl.sum(x * x, axis=1)
+    if HAS_BIAS:
+        total += 1.0
+    tl.store(norms_ptr + layer * N * GROUPS + n * GROUPS + group, total, mask=n < N)
+
+
+@triton.jit
+def _row_scale_kernel(
+    x_table_ptr,
+    y_table_ptr,
+    norms_ptr,
+    largest_ptr,
+    trace_ptr,
+    N,
+    R,
+    GROUPS,
+    P,
+    total,
+    split_length,
+    multiplier,
+    stride_yn,
+    stride_yr,
+    stride_yp,
+    HEIGHT,
+    WIDTH,
+    OUT_HEIGHT,
+    OUT_WIDTH,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    ALIGN: tl.constexpr,
+    X_DTYPE: tl.constexpr,
+    Y_DTYPE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DEPTHWISE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Largest ``|Y|`` of each row, and its trace in units of that, over one split.
+
+    One pass over Y: when a larger entry turns up, the trace so far is rescaled.
+    """
+    problem = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2).to(tl.int64)
+    layer, group = problem // GROUPS, problem % GROUPS
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_ok = rows < R
+    layer_rows = group * R + rows.to(tl.int64)
+    y_ptr = layer_pointer(y_table_ptr, layer, Y_DTYPE, ALIGN)
+    x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN)
+    begin = split * split_length
+    end = tl.minimum(begin + split_length, N)
+
+    largest = tl.zeros((BLOCK_R,), tl.float32)
+    trace = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        mask = (n < end)[:, None] & row_ok[None, :]
+        y_at = (n // P * stride_yn + n % P * stride_yp)[:, None]
+        y = tl.load(
+            y_ptr + y_at + (layer_rows * stride_yr)[None, :], mask=mask, other=0.0
+        )
+        y = y.to(tl.float32)
+        if DEPTHWISE:
+            norms = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+            channel = (rows // multiplier)[None, :]
+            for tap in range(TAPS):
+                x = load_window(
+                    x_ptr,
+                    n[:, None],
+                    channel,
+                    tap,
+                    mask,
+                    HEIGHT,
+                    WIDTH,
+                    OUT_HEIGHT,
+                    OUT_WIDTH,
+                    stride_xn,
+                    stride_xc,
+                    stride_xh,
+                    stride_xw,
+                    KERNEL_W,
+                    STRIDE_H,
+                    STRIDE_W,
+                    PAD_H,
+                    PAD_W,
+                    DILATION_H,
+                    DILATION_W,
+                    POINTWISE,
+                )
+                x = x.to(tl.float32)
+                norms += x * x
+            if HAS_BIAS:
+                norms += 1.0
+        else:
+            norms_at = layer * N * GROUPS + n * GROUPS + group
+            norms = tl.load(norms_ptr + norms_at, mask=n < end, other=0.0)[:, None]
+        larger = tl.maximum(largest, tl.max(tl.abs(y), axis=0))
+        unit = tl.where(larger == 0, 1.0, larger)
+        scaled = y / unit[None, :]
+        before = largest / unit
+        terms = tl.where(mask, scaled * scaled * norms, 0.0)
+        trace = trace * before * before + tl.sum(terms, axis=0)
+        largest = larger
+    at = split * total + problem * R + rows
+    tl.store(largest_ptr + at, largest, mask=row_ok)
+    tl.store(trace_ptr + at, trace, mask=row_ok)
+
+
+@triton.jit
+def _row_scale_sum_kernel(
+    largest_ptr,
+    trace_ptr,
+    inverse_ptr,
+    factor_ptr,
+    status_ptr,
+    total,
+    row_length,
+    SPLITS,
+    BLOCK: tl.constexpr,
+):
+    """What turns Y into Lambda: ``(Y inverse)^2 factor``; and the rows' status."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < total
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for i in range(SPLITS):
+        part = tl.load(largest_ptr + i * total + at, mask=mask, other=0.0)
+        largest = tl.maximum(largest, part)
+    unit = tl.where(largest == 0, 1.0, largest)
+    trace = tl.zeros((BLOCK,), tl.float32)
+    for i in range(SPLITS):
+        part = tl.load(largest_ptr + i * total + at, mask=mask, other=0.0) / unit
+        trace += tl.load(trace_ptr + i * total + at, mask=mask, other=0.0) * part * part
+    factor = row_length / trace
+    status = tl.where(tl.abs(factor) < float("inf"), 0, 1)
+    status = tl.where(tl.abs(trace) < float("inf"), status, 2)
+    tl.store(inverse_ptr + at, 1.0 / unit, mask=mask)
+    tl.store(factor_ptr + at, tl.where(status == 0, factor, 0.0), mask=mask)
+    tl.store(status_ptr + at, status, mask=mask)

@@ -41,6 +41,38 @@ def test_precondition_at_real_sizes(n, d, r, dtype, formulation):
 
 
 @pytest.mark.parametrize("formulation", ["gram", "primal"])
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    # Not measured yet. bfloat16 rounds p and T; float16 goes through tf32.
+    [(torch.float32, None), (torch.bfloat16, 5e-2), (torch.float16, 5e-3)],
+)
+@pytest.mark.parametrize(
+    ("channels", "rows", "size", "stride"),
+    [(3, 64, 32, 1), (64, 64, 32, 1), (128, 256, 16, 2), (512, 512, 4, 1)],
+)
+def test_convolutions_at_resnet_sizes(
+    channels, rows, size, stride, dtype, limit, formulation, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    module = nn.Conv2d(channels, rows, 3, stride, padding=1, bias=False)
+    small = nn.Conv2d(channels, ROWS, 3, stride, padding=1, bias=False)
+    out = (size - 1) // stride + 1
+    x = randn(8, channels, size, size, seed=0, dtype=dtype)
+    y = randn(8, rows, out, out, seed=1, dtype=dtype)
+    x, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, y))
+    m = randn(rows, channels, 3, 3, seed=2)
+    expected, _ = oracles.precondition(small, x, y[:, :ROWS], m[:ROWS], None, 1e-2, 4)
+    errors = {}
+    for backend in ("torch", "triton"):
+        options = {"damping": 1e-2, "formulation": formulation, "backend": backend}
+        z, _ = precondition(module, x, y, m, **options)
+        errors[backend] = oracles.relative_error(z[:ROWS], expected)
+    if limit is None:
+        limit = 2 * errors["torch"] + 4e-6
+    assert errors["triton"] < limit
+
+
+@pytest.mark.parametrize("formulation", ["gram", "primal"])
 def test_same_bits_twice(formulation):
     module = nn.Linear(768, 2304)
     inputs = (

@@ -125,8 +125,12 @@ def weights_config(n: int) -> WeightsConfig:
 def project_config(n: int) -> ProjectConfig:
     """Up to 128 samples beside a block of rows."""
     block_n = min(power_of_two(n), 128)
-    num_warps = 8 if block_n == 128 else 4
-    return ProjectConfig(BLOCK_N=block_n, num_warps=num_warps, num_stages=3)
+    return ProjectConfig(
+        BLOCK_N=block_n,
+        BLOCK_R=16 if block_n <= 32 else 32,
+        num_warps=8 if block_n == 128 else 4,
+        num_stages=3,
+    )
 
 
 def gram_config(n: int) -> GramConfig:

@@ -38,6 +38,7 @@ from .triton_common import (
     write_back,
 )
 from .triton_primal import PrimalState
+from .triton_samples import serves
 from .types import Rows, SampleMap, Window, written_out
 
 __all__ = [
@@ -78,7 +79,7 @@ def prepare(x: SampleMap, y: Tensor, dtype: torch.dtype) -> tuple[SampleMap, Ten
     """
     if x.pointwise:
         x, y = x.matrix(), written_out(y)
-    if not triton_primal.serves(x) or x.dtype not in DTYPES:
+    if not serves(x) or x.dtype not in DTYPES:
         x = x.to(dtype)
     return x, y
 
@@ -203,7 +204,7 @@ def row_weights(
     xs: Sequence[SampleMap], ys: Sequence[Tensor], row_length: int
 ) -> tuple[Any, Tensor]:
     """See `torch_ops.row_weights`; three launches, two for depthwise layers."""
-    if all(map(triton_primal.serves, xs)):
+    if all(map(serves, xs)):
         return triton_primal.row_weights(xs, ys, row_length)
     return torch_ops.row_weights(xs, ys, row_length)
 
@@ -426,7 +427,7 @@ def cg_start(
     xs: Sequence[SampleMap], ms: Sequence[Rows], status: Tensor, iters: int
 ) -> CGState | PrimalState:
     """See `torch_ops.cg_start`."""
-    if all(map(triton_primal.serves, xs)):
+    if all(map(serves, xs)):
         return triton_primal.start(xs, ms, status, iters)
     # Three dimensions: torch's convolutions.
     ms = [m.to(torch.float32) for m in ms]

@@ -1,0 +1,137 @@
+"""Samples as the kernels address them, explicit or implicit.
+
+They may be a matrix, or whole images of a one- or two-dimensional convolution, whose
+patches the kernels read where the activations lie. A kernel for the hardware's own
+im2col copies would be one more way to describe them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .triton_common import PRECISION, interpreted
+from .types import SampleMap
+
+# Names of the arguments that say where activations lie, and how the window moves.
+_PLACE = (
+    *("HEIGHT", "WIDTH", "OUT_HEIGHT", "OUT_WIDTH"),
+    *("stride_xn", "stride_xc", "stride_xh", "stride_xw"),
+)
+_WINDOW = (
+    *("KERNEL_W", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W"),
+    *("DILATION_H", "DILATION_W", "POINTWISE"),
+)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of layers of one geometry, as the kernels address them.
+
+    Attributes:
+        map: of the first layer, for its sizes.
+        tensors: activations of each layer, all of the same shape and strides.
+        depthwise: rows a channel where each row sees one channel of an image, else 0.
+        n: positions, of all examples.
+        rows: R.
+        window: arguments that describe the window.
+    """
+
+    map: SampleMap
+    tensors: list[Tensor]
+    depthwise: int
+    n: int
+    rows: int
+    window: dict[str, Any]
+
+    @property
+    def groups(self) -> int:
+        """Problems a layer falls into: depthwise layers are one."""
+        return 1 if self.depthwise else self.map.groups
+
+    @property
+    def problem_rows(self) -> int:
+        """Rows of a problem."""
+        return self.rows // self.groups
+
+    @property
+    def group_channels(self) -> int:
+        """Channels (of a matrix: columns) of a group."""
+        return 0 if self.depthwise else self.map.dim // int(self.window["TAPS"])
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Arguments that all kernels here take."""
+        return {
+            "N": self.n,
+            "R": self.problem_rows,
+            "D": self.map.dim,
+            "GROUPS": self.groups,
+        }
+
+    @property
+    def taps(self) -> dict[str, int]:
+        """The column order."""
+        return {key: self.window[key] for key in ("CHANNELS", "TAPS")}
+
+
+def serves(x: SampleMap) -> bool:
+    """Whether the kernels can read these samples in place."""
+    return (x.pointwise and x.matrix() is x) or (x.window is not None)
+
+
+def samples(xs: Sequence[SampleMap], rows: int) -> Samples:
+    """Describe the samples of layers of one geometry with `rows` rows."""
+    x = xs[0]
+    tensors = [m.x for m in xs]
+    if len({t.stride() for t in tensors}) > 1:
+        tensors = [t.contiguous() for t in tensors]
+    first, spec = tensors[0], x.window
+    if spec is None or first.ndim == 2:
+        n, channels, taps, depthwise = x.samples, x.dim, 1, 0
+        place = (1, 1, 1, 1, *first.stride(), 0, 0)
+        window = (1, 1, 1, 0, 0, 1, 1, True)
+    else:
+        height, width = _two(first.shape[2:], 1)
+        kernel_h, kernel_w = _two(spec.kernel, 1)
+        stride, pads = _two(spec.stride, 1), _two(spec.pads, 0)
+        dilation = _two(spec.dilation, 1)
+        out_height, out_width = _two(x.output_shape, 1)
+        n = x.samples * x.positions
+        taps = kernel_h * kernel_w
+        channels = x.dim // taps
+        depthwise = rows // x.groups if channels == 1 and x.groups > 1 else 0
+        strides = (first.stride(0), first.stride(1), *_two(first.stride()[2:], 0))
+        place = (height, width, out_height, out_width, *strides)
+        window = (kernel_w, *stride, *pads, *dilation, False)
+    described = dict(zip(_PLACE, place, strict=True))
+    described |= dict(zip(_WINDOW, window, strict=True))
+    described |= {"CHANNELS": channels if taps > 1 else 1, "TAPS": taps}
+    return Samples(x, tensors, depthwise, n, rows, described)
+
+
+def _two(values: Sequence[int], filler: int) -> tuple[int, int]:
+    """One or two numbers as two: a signal is an image of height one."""
+    first, second = (*(filler,) * (2 - len(values)), *values)
+    return int(first), int(second)
+
+
+def product_precision(s: Samples) -> str:
+    """How products of these samples are computed.
+
+    A matrix: as float32. Images: bfloat16 as it is; float16, whose range is too small
+    for the rows, and float32 in tf32; float32 to its full precision where
+    `torch.backends.cudnn.allow_tf32` is off.
+    """
+    if s.window["POINTWISE"]:
+        return PRECISION
+    dtype = s.tensors[0].dtype
+    if dtype == torch.bfloat16:
+        return "bf16_tf32" if interpreted() else "bf16"
+    if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+        return PRECISION
+    return "tf32"
