@@ -101,7 +101,7 @@ def test_backends_have_equal_signatures():
 def test_gram(size, dtype):
     xs, *_ = layers(*size, x_dtype=dtype)
     expected = torch_ops.gram(wide(xs))
-    # 16-bit products are exact in float32. Measured: 3e-7.
+    # 16-bit products are exact in float32. Measured: 1e-7.
     assert error(triton_ops.gram(xs), expected) < 2e-6
 
 
@@ -208,7 +208,7 @@ def test_momentum_and_projection(size, nesterov, how):
     actual, is_finite, c, squares = triton_ops.momentum_project_(
         xs, ms, gs, 0.9, nesterov
     )
-    limit = TOLERANCE[dtype]  # measured: 2e-7 and 2e-3
+    limit = TOLERANCE[dtype]  # measured: 6e-8, and 4e-3 in bfloat16
     for i, (ours, theirs) in enumerate(zip(actual, vs, strict=True)):
         assert error(ours.weight, theirs.weight) < limit
         assert error(ours.bias, theirs.bias) < limit
@@ -223,7 +223,7 @@ def test_momentum_and_projection(size, nesterov, how):
     _, _, c64, squares64 = torch_ops.momentum_project_(
         wide(xs), double(actual), None, 0.0, False
     )
-    assert error(c, c64) < 2e-6  # measured: 2e-7
+    assert error(c, c64) < 2e-6  # measured: 1e-7
     assert error(squares, squares64) < 2e-6
 
 
@@ -254,12 +254,13 @@ def gram_inputs(n, d, r, groups, dtype=torch.float64):
 def test_gram_cg(size, iters):
     inputs, status = gram_inputs(*size)
     single = [t.float() for t in inputs]
-    damping = 0.1
+    # Many iterations amplify rounding in any CG unless the damping is large.
+    damping = 0.1 if iters <= 4 else 5.0
     expected = torch_ops.gram_cg(*inputs, status, damping, iters)
     baseline = torch_ops.gram_cg(*single, status, damping, iters)
     actual = triton_ops.gram_cg(*single, status.int(), damping, iters)
     for ours, torchs, exact in zip(actual, baseline, expected, strict=True):
-        # Measured: at most 1.5 times torch's own error, or 4e-6 where that is less.
+        # Measured: 1.9 times torch's own error at most where that is 2e-4, else 3e-7.
         assert error(ours, exact) < 2 * error(torchs, exact) + 1e-5
 
 
@@ -294,7 +295,7 @@ def test_update(size, x_dtype, theta_dtype):
     triton_ops.gram_update_(thetas, xs, ms, s, u, *rest)
     assert [c.sum() for c in counts] == [6 * r + 1, 6 * r + 1]
     assert counts[0][0, 0] == 4 and counts[1][1, r // 2] == 4
-    limit = TOLERANCE[theta_dtype]  # measured: 3e-7 and 2e-3
+    limit = TOLERANCE[theta_dtype]  # measured: 4e-3 in bfloat16
     for ours, theirs in zip(thetas, expected, strict=True):
         assert error(ours.weight, theirs.weight) < limit
         assert error(ours.bias, theirs.bias) < limit
@@ -358,16 +359,18 @@ def linear_problem(n, d, r, x_dtype=F32):
 
 
 @pytest.mark.parametrize("formulation", ["gram", "primal"])
-@pytest.mark.parametrize("iters", [1, 2, 4])
+@pytest.mark.parametrize("iters", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("size", [(1, 1, 1), (5, 19, 7), (33, 40, 35), (150, 17, 9)])
 def test_precondition_matches_the_oracle_as_closely_as_torch(size, iters, formulation):
     problem = linear_problem(*size)
-    expected = oracles.precondition(*problem, 1e-2, iters)
-    options = {"damping": 1e-2, "cg_iters": iters, "formulation": formulation}
+    # Many iterations amplify rounding in any CG unless the damping is large.
+    damping = 1e-2 if iters <= 4 else 5.0
+    expected = oracles.precondition(*problem, damping, iters)
+    options = {"damping": damping, "cg_iters": iters, "formulation": formulation}
     ours = precondition(*problem, **options, backend="triton")
     torchs = precondition(*problem, **options, backend="torch")
     for a, b, exact in zip(ours, torchs, expected, strict=True):
-        # Measured: at most 1.6 times torch's own error, or 2e-6 where that is less.
+        # Measured: no more than torch's own error, or 3e-7 where that is less.
         limit = 2 * oracles.relative_error(b, exact) + 4e-6
         assert oracles.relative_error(a, exact) < limit
 
@@ -380,7 +383,7 @@ def test_16_bit_samples_are_used_as_they_are(dtype, formulation):
     actual, _ = precondition(
         module, x, y, m, mb, damping=1e-2, formulation=formulation, backend="triton"
     )
-    assert oracles.relative_error(actual, expected) < 2e-5  # measured: 2e-6
+    assert oracles.relative_error(actual, expected) < 2e-5  # measured: 3e-7
 
 
 @pytest.mark.parametrize("formulation", ["gram", "primal"])
@@ -455,16 +458,19 @@ def test_optimizer_steps_like_float64(options):
     exact = run("torch", torch.float64, "cpu")
     torchs = run("torch", F32, DEVICE)
     ours = run("triton", F32, DEVICE)
-    # Measured: within 1.3 times torch's own error, about 3e-5.
+    # Measured: no more than twice torch's own error, 8e-6.
     assert error(ours, exact) < 2 * error(torchs, exact) + 1e-5
 
 
-def test_bfloat16_momentum_and_parameters():
+@pytest.mark.parametrize("sampling", ["examples", "positions"])
+@pytest.mark.parametrize("formulation", ["gram", "primal"])
+def test_bfloat16_momentum_and_parameters(formulation, sampling):
     net = Net().to(DEVICE, BF16)
     opt = FROG(
         net,
         backend="triton",
-        sampling="positions",
+        sampling=sampling,
+        formulation=formulation,
         momentum_dtype=BF16,
     )
     before = net.blocks[0].weight.clone()
