@@ -20,7 +20,7 @@ import torch
 import triton
 
 from ..autotune.offline import compile_launch
-from ..cost import LayerShape, step_launches
+from ..launches import LayerShape, step_launches
 from ..layers.conv import ConvSpec
 from ..ops import triton_ops
 from ..ops.launch import Launch, recording

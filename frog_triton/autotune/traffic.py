@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-import triton.language as tl
+import torch
 
 
 @dataclass(frozen=True)
@@ -19,32 +20,67 @@ class GPU:
     """Datasheet rates.
 
     Attributes:
+        name: as the driver reports it, or a part of that.
         bandwidth: of device memory, bytes per second.
         tf32: dense tf32 tensor-core operations per second.
         bf16: dense bf16 tensor-core operations per second.
         capability: compute capability.
+        processors: streaming multiprocessors.
+        launch_us: microseconds from one launch to the next where both are short. An
+            assumption: none has been measured.
     """
 
+    name: str
     bandwidth: float
     tf32: float
     bf16: float
     capability: int
+    processors: int
+    launch_us: float = 5.0
 
 
 # NVIDIA's datasheets, dense rates: A100 80 GB SXM, H100 SXM, H200 SXM, B200 (HGX),
 # RTX 4090.
 GPUS = {
-    "a100": GPU(2.039e12, 156e12, 312e12, 80),
-    "h100": GPU(3.35e12, 494e12, 989e12, 90),
-    "h200": GPU(4.8e12, 494e12, 989e12, 90),
-    "b200": GPU(8.0e12, 1.1e15, 2.25e15, 100),
-    "rtx4090": GPU(1.008e12, 82.6e12, 165e12, 89),
+    "a100": GPU("A100", 2.039e12, 156e12, 312e12, 80, 108),
+    "h100": GPU("H100", 3.35e12, 494e12, 989e12, 90, 132),
+    "h200": GPU("H200", 4.8e12, 494e12, 989e12, 90, 132),
+    "b200": GPU("B200", 8.0e12, 1.1e15, 2.25e15, 100, 148),
+    "rtx4090": GPU("RTX 4090", 1.008e12, 82.6e12, 165e12, 89, 128),
 }
+
+
+@lru_cache(maxsize=64)
+def detect(device: torch.device) -> GPU | None:
+    """The GPU that a device is, or the one nearest to it; None for a CPU.
+
+    A GPU that is not listed takes the rates of the newest listed one that is not
+    newer, scaled by their numbers of processors.
+    """
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    for gpu in GPUS.values():
+        if gpu.name in found.name:
+            return gpu
+    capability = 10 * found.major + found.minor
+    older = [gpu for gpu in GPUS.values() if gpu.capability <= capability]
+    near = max(older or GPUS.values(), key=lambda gpu: gpu.capability)
+    share = found.multi_processor_count / near.processors
+    return GPU(
+        found.name,
+        near.bandwidth * share,
+        near.tf32 * share,
+        near.bf16 * share,
+        capability,
+        found.multi_processor_count,
+    )
+
 
 PRICES = {"tf32x3": 3.0, "tf32": 1.0, "bf16": 0.5, "bf16_tf32": 0.5}
 """tf32 products that one product takes, by precision."""
 
-_SIZES = {tl.float32: 4, tl.bfloat16: 2, tl.float16: 2}
+_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -118,12 +154,14 @@ class _Sizes:
         channels = args.get("group_channels", 0) * self.g
         if args.get("DEPTHWISE"):
             channels = args["R"] // args["multiplier"]
-        image = args["HEIGHT"] * args["WIDTH"]
-        return int(examples * image * channels * self.layers)
+        # A stride beyond the kernel skips positions.
+        read = args["OUT_HEIGHT"] * args["OUT_WIDTH"] * args["TAPS"]
+        read = min(read, args["HEIGHT"] * args["WIDTH"])
+        return int(examples * read * channels * self.layers)
 
     def size(self, name: str) -> int:
         """Bytes of an entry of the tensor with this dtype argument."""
-        return _SIZES[self.args[name]]
+        return _SIZES[str(self.args[name])]
 
 
 def _weights(s: _Sizes) -> tuple[int, int]:

@@ -38,7 +38,7 @@ from .triton_common import (
     write_back,
 )
 from .triton_primal import PrimalState
-from .triton_samples import serves
+from .triton_samples import matrix_view, serves
 from .types import Rows, SampleMap, Window, written_out
 
 __all__ = [
@@ -73,11 +73,12 @@ _PROGRAMS = 256
 
 
 def prepare(x: SampleMap, y: Tensor, dtype: torch.dtype) -> tuple[SampleMap, Tensor]:
-    """See `torch_ops.prepare`: 16-bit samples stay so, and 1x1 windows are written out.
+    """See `torch_ops.prepare`: 16-bit samples stay so, images where they lie.
 
-    Windows in three dimensions go through torch's convolutions.
+    Windows in three dimensions go through torch's convolutions, unless they have one
+    tap.
     """
-    if x.pointwise:
+    if x.pointwise and x.window is None:
         x, y = x.matrix(), written_out(y)
     if not serves(x) or x.dtype not in DTYPES:
         x = x.to(dtype)
@@ -193,10 +194,10 @@ def write_out(
     """See `torch_ops.write_out`; a launch for each layer that is not a matrix yet."""
     maps: list[SampleMap] = []
     for x in xs:
-        if x.window is None:
-            maps.append(x.matrix())
-        else:
-            maps.append(x.explicit(_gather(x.x, None, x.output_shape, x.window)))
+        rows = matrix_view(x)
+        if rows is None and x.window is not None:
+            rows = _gather(x.x, None, x.output_shape, x.window)
+        maps.append(x.matrix() if rows is None else x.explicit(rows))
     return maps, list(ys)
 
 
