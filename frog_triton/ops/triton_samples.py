@@ -64,6 +64,20 @@ class Samples:
         return 0 if self.depthwise else self.map.dim // int(self.window["TAPS"])
 
     @property
+    def kind(self) -> str:
+        """How samples are addressed, in a word."""
+        if self.depthwise:
+            return "depthwise"
+        return "matrix" if self.window["POINTWISE"] else "window"
+
+    @property
+    def key(self) -> dict[str, int]:
+        """Sizes that matter to speed, for `tuned`."""
+        problems = len(self.tensors) * self.groups
+        sizes = {"n": self.n, "r": self.problem_rows, "d": self.map.dim}
+        return {**sizes, "p": problems}
+
+    @property
     def sizes(self) -> dict[str, Any]:
         """Arguments that all kernels here take."""
         return {
