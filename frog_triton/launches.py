@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -60,6 +62,89 @@ def shape_of(batch: Batch) -> LayerShape:
     return shape
 
 
+Make = Callable[[tuple[int, ...], torch.dtype], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that a step for layers of one geometry takes.
+
+    Attributes:
+        batch: samples, momentum and gradients.
+        params: theta of each layer.
+        counts: anomaly counters of each layer.
+        formulation: ``"primal"`` or ``"gram"``.
+        iters: k.
+    """
+
+    batch: Batch
+    params: list[Rows]
+    counts: list[Tensor]
+    formulation: str
+    iters: int
+
+    def step(self, backend: ModuleType) -> None:
+        """Momentum, solve and update, as `FROG.step` makes them."""
+        rows = self.batch.ms[0].weight
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        pairs = zip(self.batch.xs, self.batch.ys, strict=True)
+        prepared = [backend.prepare(x, y, dtype) for x, y in pairs]
+        xs, ys = [x for x, _ in prepared], [y for _, y in prepared]
+        batch = replace(self.batch, xs=xs, ys=ys)
+        solution = FORMULATIONS[self.formulation](backend, batch, 1e-4, self.iters)
+        solution.update_(self.params, self.counts, 2e-2, 1e-5)
+
+
+def step_problem(
+    shape: LayerShape,
+    count: int,
+    formulation: str,
+    iters: int,
+    nesterov: bool,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    make: Make,
+) -> Problem:
+    """A step for layers of one geometry.
+
+    Args:
+        shape: of each layer.
+        count: how many layers.
+        formulation: ``"primal"`` or ``"gram"``.
+        iters: k.
+        nesterov: whether the momentum is Nesterov's.
+        dtypes: of samples, parameters and momentum.
+        make: gives a tensor of a shape and dtype; where its values matter, they should
+            be normally distributed.
+    """
+    sample_dtype, param_dtype, momentum_dtype = dtypes
+    n, r, d, groups = shape.samples, shape.rows, shape.dim, shape.groups
+
+    def rows(dtype: torch.dtype) -> list[Rows]:
+        bias = [make((r,), dtype) if shape.bias else None for _ in range(count)]
+        return [Rows(make((r, d), dtype), b) for b in bias]
+
+    def samples(*size: int) -> list[Tensor]:
+        return [make(size, sample_dtype) for _ in range(count)]
+
+    xs: list[LinearMap]
+    if shape.conv is None or shape.image is None:
+        ys = samples(n, r, 1)
+        xs = [MatrixMap(x, groups, shape.bias) for x in samples(n, groups * d)]
+    else:
+        meta = torch.empty(1, *shape.image, device="meta")
+        one = ConvMap(meta, shape.conv, False)
+        examples = n // one.positions
+        ys = samples(examples, r, one.positions)
+        images = samples(examples, *shape.image)
+        if len(shape.image) == 3:  # as fast training has them
+            images = [x.to(memory_format=torch.channels_last) for x in images]
+        xs = [ConvMap(x, shape.conv, shape.bias) for x in images]
+    batch = Batch(xs, ys, rows(momentum_dtype), rows(param_dtype), 0.9, nesterov)
+    params = rows(param_dtype)
+    counts = [make((2, r), torch.float32).int().zero_() for _ in range(count)]
+    return Problem(batch, params, counts, formulation, iters)
+
+
 def step_launches(
     shape: LayerShape,
     count: int,
@@ -84,43 +169,16 @@ def step_launches(
     """
     from .ops import triton_ops  # Triton need not be installed for torch's backend
 
-    n, r, d, groups = shape.samples, shape.rows, shape.dim, shape.groups
-
-    def empty(*size: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    def rows(dtype: torch.dtype) -> list[Rows]:
-        bias = [empty(r, dtype=dtype) if shape.bias else None for _ in range(count)]
-        return [Rows(empty(r, d, dtype=dtype), b) for b in bias]
-
-    def samples(*size: int) -> list[Tensor]:
-        return [empty(*size, dtype=sample_dtype) for _ in range(count)]
-
-    xs: list[LinearMap]
-    if shape.conv is None or shape.image is None:
-        ys = samples(n, r, 1)
-        xs = [MatrixMap(x, groups, shape.bias) for x in samples(n, groups * d)]
-    else:
-        one = ConvMap(empty(1, *shape.image, dtype=sample_dtype), shape.conv, False)
-        examples = n // one.positions
-        ys = samples(examples, r, one.positions)
-        images = samples(examples, *shape.image)
-        if len(shape.image) == 3:  # as fast training has them
-            images = [x.to(memory_format=torch.channels_last) for x in images]
-        xs = [ConvMap(x, shape.conv, shape.bias) for x in images]
-    prepared = [
-        triton_ops.prepare(x, y, torch.float32) for x, y in zip(xs, ys, strict=True)
-    ]
-    batch = Batch(
-        [x for x, _ in prepared],
-        [y for _, y in prepared],
-        rows(momentum_dtype),
-        rows(param_dtype),
-        0.9,
+    dtypes = (sample_dtype, param_dtype, momentum_dtype)
+    problem = step_problem(
+        shape,
+        count,
+        formulation,
+        cg_iters,
         nesterov,
+        dtypes,
+        lambda size, dtype: torch.empty(size, dtype=dtype, device="meta"),
     )
     with recording(run=False) as launches:
-        solution = FORMULATIONS[formulation](triton_ops, batch, 1e-4, cg_iters)
-        counts = [empty(2, r, dtype=torch.int32) for _ in range(count)]
-        solution.update_(rows(param_dtype), counts, 2e-2, 1e-5)
+        problem.step(triton_ops)
     return launches

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -94,6 +94,21 @@ def kernel_key(
     rounded = [f"{letter}{bucket(size)}" for letter, size in sizes.items()]
     types = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     return " ".join([name, *rounded, *types, *([kind] if kind else [])])
+
+
+def layer_key(shape: Any, count: int, iters: int, dtype: torch.dtype) -> str:
+    """Sizes of layers of one geometry, rounded up, for their formulation.
+
+    Args:
+        shape: a `frog_triton.launches.LayerShape`.
+        count: how many layers.
+        iters: k.
+        dtype: of the samples.
+    """
+    sizes = {"n": shape.samples, "r": shape.rows, "d": shape.dim, "g": shape.groups}
+    kind = "matrix" if shape.conv is None else "images"
+    sizes |= {"c": count, "k": iters}
+    return kernel_key("layer", sizes, (dtype,), kind)
 
 
 def kernel_of(key: str) -> str:

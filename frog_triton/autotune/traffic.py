@@ -123,12 +123,12 @@ def work(name: str, args: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
         args: of the launch.
         grid: of the launch.
     """
-    operations, moved = _COUNTS[name](_Sizes(args, grid))
+    operations, moved = _COUNTS[name](Sizes(args, grid))
     price = PRICES[args.get("PRECISION", "tf32")]
     return Work(operations, price * operations, moved, 1)
 
 
-class _Sizes:
+class Sizes:
     """Sizes of a launch under the symbols of the formulas below."""
 
     def __init__(self, args: Mapping[str, Any], grid: tuple[int, ...]) -> None:
@@ -164,12 +164,12 @@ class _Sizes:
         return _SIZES[str(self.args[name])]
 
 
-def _weights(s: _Sizes) -> tuple[int, int]:
+def _weights(s: Sizes) -> tuple[int, int]:
     y = s.nr * s.size("Y_DTYPE")
     return 0, y + 4 * s.nr + 4 * s.n * s.problems + 4 * s.rows
 
 
-def _project(s: _Sizes) -> tuple[int, int]:
+def _project(s: Sizes) -> tuple[int, int]:
     moved = s.row_entries * s.size("M_DTYPE") + 5 * s.rows
     if s.args["UPDATE"]:
         moved += s.row_entries * (s.size("G_DTYPE") + s.size("M_DTYPE"))
@@ -179,60 +179,60 @@ def _project(s: _Sizes) -> tuple[int, int]:
     return s.products, moved + s.x_entries * s.size("X_DTYPE") + 4 * s.nr
 
 
-def _gram(s: _Sizes) -> tuple[int, int]:
+def _gram(s: Sizes) -> tuple[int, int]:
     splits = -(-s.args["D"] // max(1, s.args["split_length"])) or 1
     operations = 2 * s.n * s.n * s.args["D"] * s.problems
     return operations, s.x_entries * s.size("X_DTYPE") + 4 * splits * s.nn
 
 
-def _sum(s: _Sizes) -> tuple[int, int]:
+def _sum(s: Sizes) -> tuple[int, int]:
     return 0, 4 * s.args["numel"] * (s.args["SPLITS"] + 1)
 
 
-def _cg(s: _Sizes) -> tuple[int, int]:
+def _cg(s: Sizes) -> tuple[int, int]:
     operations = 2 * (s.args["ITERS"] - 1) * s.n * s.nr
     return operations, 4 * (s.nn + 3 * s.nr + 3 * s.rows)
 
 
-def _cg_tiled(s: _Sizes) -> tuple[int, int]:
+def _cg_tiled(s: Sizes) -> tuple[int, int]:
     operations, moved = _cg(s)
     return operations, moved + 4 * 4 * s.nr  # scratch, written back once
 
 
-def _update(s: _Sizes) -> tuple[int, int]:
+def _update(s: Sizes) -> tuple[int, int]:
     theta = (1 + s.args["STEP"]) * s.size("THETA_DTYPE")
     moved = s.row_entries * (s.size("M_DTYPE") + theta)
     moved += s.x_entries * s.size("X_DTYPE") + 4 * s.nr + 5 * s.rows
     return s.products, moved
 
 
-def _gather(s: _Sizes) -> tuple[int, int]:
+def _gather(s: Sizes) -> tuple[int, int]:
     size = s.args["out_ptr"].element_size()
     return 0, s.n * (2 * s.args["ROW"] * size + 8)
 
 
-def _norms(s: _Sizes) -> tuple[int, int]:
+def _norms(s: Sizes) -> tuple[int, int]:
     return 0, s.x_entries * s.size("X_DTYPE") + 4 * s.n * s.problems
 
 
-def _scale(s: _Sizes) -> tuple[int, int]:
+def _scale(s: Sizes) -> tuple[int, int]:
     x = s.x_entries * s.size("X_DTYPE") if s.args["DEPTHWISE"] else 4 * s.n * s.problems
     splits = -(-s.n // s.args["split_length"])
     return 0, x + s.nr * s.size("Y_DTYPE") + 8 * splits * s.rows
 
 
-def _scale_sum(s: _Sizes) -> tuple[int, int]:
+def _scale_sum(s: Sizes) -> tuple[int, int]:
     return 0, 4 * s.args["total"] * (2 * s.args["SPLITS"] + 3)
 
 
-def _forward(s: _Sizes) -> tuple[int, int]:
+def _forward(s: Sizes) -> tuple[int, int]:
     vectors = 4 + s.size("M_DTYPE") if s.args["FIRST"] else 3 * 4
     moved = vectors * s.row_entries + s.x_entries * s.size("X_DTYPE")
     moved += s.nr * s.size("Y_DTYPE") + 16 * s.rows
     return s.products, moved + s.nr * s.size("T_DTYPE") * (not s.args["LAST"])
 
 
-def _adjoint(s: _Sizes) -> tuple[int, int]:
+def _adjoint(s: Sizes) -> tuple[int, int]:
     operations = moved = 0
     partial = 4 * s.args["SPLITS"] * s.row_entries
     if s.args["MULTIPLY"]:
@@ -247,13 +247,13 @@ def _adjoint(s: _Sizes) -> tuple[int, int]:
     return operations, moved
 
 
-def _finish(s: _Sizes) -> tuple[int, int]:
+def _finish(s: Sizes) -> tuple[int, int]:
     theta = (1 + s.args["STEP"]) * s.size("THETA_DTYPE")
     vectors = 4 if s.args["FIRST"] else 2 * 4
     return 0, (theta + vectors) * s.row_entries + 24 * s.rows
 
 
-_COUNTS: dict[str, Callable[[_Sizes], tuple[int, int]]] = {
+_COUNTS: dict[str, Callable[[Sizes], tuple[int, int]]] = {
     "_fisher_weights_kernel": _weights,
     "_momentum_project_kernel": _project,
     "_gram_kernel": _gram,
