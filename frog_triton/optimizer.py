@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import ops
+from .autotune.tuning import Tuning
 from .capture import SAMPLINGS, SampleCapture
 from .fallback import FALLBACKS
 from .groups import check_group, param_list, user_groups
 from .preconditioner import check_solver_options
 from .routing import Exclusion, Layer, Plan, Route, RoutingTable, route
-from .step import LayerStep, Samples, layer_step, no_samples, step_layers
+from .step import LayerStep, Samples, layer_step, no_samples, step_layers, tuned
 
 STATE_VERSION = 1
 MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -75,6 +77,11 @@ class FROG(Optimizer):
         seed: of the sampling, which never touches the global random state.
         formulation: ``"primal"``, ``"gram"``, or ``"auto"``, whichever counts cheaper.
         backend: ``"torch"``, ``"triton"`` or ``"auto"``.
+        autotune: block sizes of the kernels: ``"cached"`` takes those that
+            ``frog-triton autotune`` has found on this GPU, else those shipped for it,
+            else defaults; ``"now"`` finds what is missing at the first step, in up to
+            four minutes; ``"off"`` takes the defaults.
+        autotune_dir: folder of what was found. None: the user's cache folder.
 
     Raises:
         ValueError: an option out of range, an exclusion that matches nothing, a float64
@@ -108,6 +115,8 @@ class FROG(Optimizer):
         seed: int = 0,
         formulation: str = "auto",
         backend: str = "auto",
+        autotune: str = "cached",
+        autotune_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -143,6 +152,7 @@ class FROG(Optimizer):
             "cg_iters": cg_iters,
         }
         check_solver_options(damping, cg_iters, formulation, backend)
+        self._tuning = Tuning(autotune, autotune_dir)
         self.formulation = formulation
         self.backend = backend
         self._model = model
@@ -290,11 +300,13 @@ class FROG(Optimizer):
         # Products in a lower precision are for the model, not for its optimizer.
         with _no_autocast(self.param_groups):
             # All is gathered before anything is changed.
-            for group, steps in [(g, self._gather(g)) for g in self.param_groups]:
+            gathered = [(group, self._gather(group)) for group in self.param_groups]
+            for group, steps in gathered:
                 if group["updated_by"] == "frog":
-                    self._solved |= step_layers(
-                        steps, group, self.formulation, self._anomalies
-                    )
+                    with tuned(self._tuning, gathered):
+                        self._solved |= step_layers(
+                            steps, group, self.formulation, self._anomalies
+                        )
                 else:
                     params = [p for p in group["params"] if p.grad is not None]
                     states = [self.state[p] for p in params]

@@ -116,7 +116,8 @@ def count_programs(
         return count // grid[1] * int(args["N"])
     if "programs" in values and args.get("MULTIPLY", True):
         length = args["N"] if kernel != "_gram_kernel" else args["D"]
-        most = max(1, length // (8 * values.get("BLOCK_N", 32)))
+        least = 256 if kernel == "_gram_kernel" else 8 * values["BLOCK_N"]
+        most = max(1, length // least)
         count *= max(1, min(values["programs"] // count, most))
     return count
 
