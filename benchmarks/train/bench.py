@@ -23,7 +23,7 @@ from ..environment import environment
 from . import report
 from .arguments import above_zero, positive
 from .loop import SCHEDULES, Job, Run, best_setting
-from .peers import Peer, reference
+from .peers import PEERS, Peer, reference
 from .runner import train_all
 from .tasks import Task
 from .workloads import WORKLOADS, Workload
@@ -44,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tar of images or an .npz; characters: a text file",
     )
     parser.add_argument(
-        "--peers", nargs="+", metavar="NAME", help="who takes part (default: all)"
+        "--peers",
+        nargs="+",
+        metavar="NAME",
+        help=f"who takes part (default: all): {', '.join(PEERS)}, and what the "
+        "workload adds",
     )
     parser.add_argument(
         "--reference",
@@ -91,6 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the comparison; returns the exit code: 0 done, 2 wrong arguments."""
+    from rich.console import Console
+
     console = Console()
     workload = _overridden(WORKLOADS[args.workload], args)
     out = args.out or Path("runs/bench") / workload.name
@@ -151,6 +157,8 @@ def _peers(
             )
         else:
             chosen.append(offered[name])
+    if not chosen:
+        raise ValueError("no optimizer is left to be run")
     return chosen
 
 
@@ -189,14 +197,7 @@ class _Bench:
     def run(self) -> list[Run]:
         """All runs of this command, those of the grid included."""
         grids = {peer.name: self._grid(peer) for peer in self.peers}
-        sizes = {len(grid) for grid in grids.values()}
-        self.console.print(
-            f"{self.task.title}: {self.workload.about}; each of {len(self.peers)} "
-            f"optimizers tries {max(sizes)} settings for {self.workload.grid_epochs} "
-            f"epochs with seed 0; the best runs {self.workload.epochs} epochs with "
-            f"{self.args.seeds} seeds",
-            highlight=False,
-        )
+        self._print_plan(grids)
         tried = self._train([job for grid in grids.values() for job in grid])
         chosen = {}
         for peer in self.peers:
@@ -217,6 +218,18 @@ class _Bench:
             ]
         )
         return [*tried, *best]
+
+    def _print_plan(self, grids: dict[str, list[Job]]) -> None:
+        self.console.print(
+            f"{self.task.title}: {self.workload.about}. Grids of learning rate/weight "
+            f"decay, {self.workload.grid_epochs} epochs with seed 0 each; then the "
+            f"best of each for {self.workload.epochs} epochs with {self.args.seeds} "
+            "seeds:",
+            highlight=False,
+        )
+        for name, grid in grids.items():
+            cells = "   ".join(f"{job.lr:g}/{job.weight_decay:g}" for job in grid)
+            self.console.print(f"  {name:18} {cells}", highlight=False)
 
     def _grid(self, peer: Peer) -> list[Job]:
         decays = peer.weight_decays[: self.args.weight_decays]
@@ -247,6 +260,7 @@ class _Bench:
             for job, setting in zip(jobs, settings, strict=True)
             if setting not in held
         ]
+
         train_all(new, self.console, self._keep)
         return [next(r for r in self.known if r.settings == s) for s in settings]
 
@@ -266,7 +280,7 @@ class _Bench:
         edge = chosen[0] in (peer.lrs[0], peer.lrs[-1])
         note = "  (the best learning rate lies at the edge of the grid)" if edge else ""
         self.console.print(
-            f"{peer.name:18} lr/weight decay: {'   '.join(cells)}{note}",
+            f"{peer.name:18} {'   '.join(cells)}{note}",
             highlight=False,
         )
 
@@ -274,7 +288,7 @@ class _Bench:
 def write(out: Path, workload: Workload, runs: Sequence[Run], console: Console) -> None:
     """Write and print the table, and draw the curves, of the longest runs."""
     best = report.at_best(runs, workload.deciding_target)
-    console.print(_rendered(report.rows(best, workload.targets), workload.name))
+    _print_table(report.rows(best, workload.targets), workload.name, console)
     out.mkdir(parents=True, exist_ok=True)
     table = report.markdown(report.detailed_rows(best, workload.targets))
     (out / "table.md").write_text(table + "\n")
@@ -282,11 +296,12 @@ def write(out: Path, workload: Workload, runs: Sequence[Run], console: Console) 
     console.print(f"wrote table.md and curves.png to {out}, beside runs.jsonl")
 
 
-def _rendered(rows: Sequence[Sequence[str]], title: str) -> Table:
+def _print_table(rows: Sequence[Sequence[str]], title: str, console: Console) -> None:
+
     table = Table(*rows[0], title=title)
     for row in rows[1:]:
         table.add_row(*row)
-    return table
+    console.print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

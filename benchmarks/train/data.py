@@ -61,16 +61,18 @@ class Dataset:
     def _augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Shift by up to an eighth of the width; flip where that is allowed."""
         n, _, height, width = x.shape
-        on = {"device": x.device}
+        device = x.device
         reach = max(1, width // 8)
         padded = torch.nn.functional.pad(x, [reach] * 4)
-        shift = torch.randint(0, 2 * reach + 1, (2, n, 1), generator=generator, **on)
-        rows = shift[0] + torch.arange(height, **on)
-        columns = shift[1] + torch.arange(width, **on)
+        shift = torch.randint(
+            0, 2 * reach + 1, (2, n, 1), generator=generator, device=device
+        )
+        rows = shift[0] + torch.arange(height, device=device)
+        columns = shift[1] + torch.arange(width, device=device)
         if self.flip:
-            mirrored = torch.rand(n, 1, generator=generator, **on) < 0.5
+            mirrored = torch.rand(n, 1, generator=generator, device=device) < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
-        image = torch.arange(n, **on)[:, None, None]
+        image = torch.arange(n, device=device)[:, None, None]
         # Index tensors around the channel slice put channels last.
         return padded[image, :, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
 

@@ -24,8 +24,9 @@ class MatrixView:
         """Point the matrix's gradient at the weight's."""
         grad = self.weight.grad
         if grad is not None:
-            same_order = torch.empty_like(self.weight).copy_(grad)
-            grad = _flat(same_order)
+            if grad.stride() != self.weight.stride():
+                grad = torch.empty_like(self.weight).copy_(grad)
+            grad = _flat(grad)
         self.matrix.grad = grad
 
 
@@ -57,7 +58,7 @@ class Joint(torch.optim.Optimizer):
         super().__init__(list(model.parameters()), {})
         self.param_groups = [group for part in parts for group in part.param_groups]
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step each part."""
         loss = None if closure is None else closure()
         for view in self._views:

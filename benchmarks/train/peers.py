@@ -98,7 +98,7 @@ def _muon(
     hidden = [
         module.weight
         for module in model.modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.shape[0] > 1
+        if isinstance(module, nn.Linear | nn.Conv2d)
     ][:-1]  # the last is the output layer
     views = [MatrixView(p) for p in hidden]
     chosen = {id(p) for p in hidden}
@@ -128,7 +128,9 @@ def _shampoo(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     )
 
 
-def _singd(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def _singd(
+    model: nn.Module, lr: float, weight_decay: float, loss_average: str = "batch"
+) -> torch.optim.Optimizer:
     """Linear layers and convolutions by SINGD, norms and embeddings by SGD."""
     from singd.optim.optimizer import SINGD
 
@@ -138,6 +140,7 @@ def _singd(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Opti
         params=layers,
         lr=lr,
         weight_decay=weight_decay,
+        loss_average=loss_average,
         normalize_lr_cov=True,
         T=10,
     )

@@ -166,10 +166,13 @@ def write_json(
 
 
 def append(path: Path, run: Run) -> None:
-    """Add a run to a file of JSON lines."""
+    """Add a run to a file of JSON lines, in place of a torn line at its end."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(run)) + "\n")
+    with path.open("a+b") as file:
+        file.seek(0)
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+        file.write(json.dumps(asdict(run)).encode() + b"\n")
 
 
 def read(path: Path) -> list[Run]:

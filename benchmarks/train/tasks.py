@@ -121,11 +121,11 @@ class ImageTask(Task):
     def model(self) -> nn.Module:  # noqa: D102
         x = self.data.train_x
         model = self.network(x.shape[1], self.data.classes, x.shape[-1])
-        # Convolutions of a GPU's tensor cores read channels last.
-        layout = (
-            torch.channels_last if x.device.type == "cuda" else torch.contiguous_format
-        )
-        return model.to(x.device, memory_format=layout)
+        if x.device.type == "cuda":  # convolutions on tensor cores read channels last
+            for param in model.parameters():
+                if param.ndim == 4:
+                    param.data = param.data.to(memory_format=torch.channels_last)
+        return model.to(x.device)
 
     def batches(  # noqa: D102
         self, generator: torch.Generator

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -102,10 +103,11 @@ def _for_text(peers: Sequence[Peer]) -> tuple[Peer, ...]:
         "AdamW": (3e-4, 1e-3, 3e-3, 1e-2),
         "SOAP": (3e-4, 1e-3, 3e-3, 1e-2),
     }
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "FROG": {"fallback": "adamw", "fallback_lr": 1e-3},
         "FROG positions": {"fallback": "adamw", "fallback_lr": 1e-3},
         "Muon": {"adamw_lr": 1e-3},
+        "SINGD": {"loss_average": "batch+sequence"},
     }
     return tuple(
         replace(peer, lrs=lrs.get(peer.name, peer.lrs)).with_options(
