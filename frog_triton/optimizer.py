@@ -18,10 +18,15 @@ from .fallback import FALLBACKS
 from .groups import check_group, param_list, user_groups
 from .preconditioner import check_solver_options
 from .routing import Exclusion, Layer, Plan, Route, RoutingTable, route
+from .state import (
+    MOMENTUM_DTYPES,
+    STATE_VERSION,
+    check_version,
+    move_state,
+    restore_dtypes,
+    row_state,
+)
 from .step import LayerStep, Samples, layer_step, no_samples, step_layers
-
-STATE_VERSION = 1
-MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 class FROG(Optimizer):
@@ -235,12 +240,8 @@ class FROG(Optimizer):
     ) -> dict[str, Tensor]:
         if group["updated_by"] != "frog":
             return FALLBACKS[group["updated_by"]].init_state(param)
-        dtype = self._momentum_dtype or torch.promote_types(param.dtype, torch.float32)
-        buffer = torch.zeros(param.shape, dtype=dtype, device=param.device)
-        state = {"momentum_buffer": buffer}
-        if self._layer_of[param].weight is param:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        return state
+        is_weight = self._layer_of[param].weight is param
+        return row_state(param, self._momentum_dtype, step=is_weight)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model, for instance of a layer put in later.
@@ -286,7 +287,7 @@ class FROG(Optimizer):
         self._check_grads()
         self._let_go_of_unhooked()
         for group in self.param_groups:
-            self._move_state([p for p in group["params"] if p.grad is not None])
+            move_state(self.state, [p for p in group["params"] if p.grad is not None])
         # Products in a lower precision are for the model, not for its optimizer.
         with _no_autocast(self.param_groups):
             # All is gathered before anything is changed.
@@ -385,14 +386,6 @@ class FROG(Optimizer):
                         self.state[param] = self._fresh_state(param, rest)
                         break
 
-    def _move_state(self, params: list[nn.Parameter]) -> None:
-        """Follow parameters that were moved to another device."""
-        for param in params:
-            state = self.state[param]
-            for key, value in state.items():
-                if key != "step" and value.device != param.device:
-                    state[key] = value.to(param.device)
-
     # -- state ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -415,21 +408,10 @@ class FROG(Optimizer):
         Raises:
             ValueError: written by a later version, or groups that do not match.
         """
-        version = state_dict.get("version", STATE_VERSION)
-        if version > STATE_VERSION:
-            raise ValueError(
-                f"this state_dict has version {version}, but this frog_triton reads up "
-                f"to {STATE_VERSION}: upgrade frog_triton"
-            )
+        check_version(state_dict)
         self._let_go_like(state_dict.get("unhooked", ()))
         super().load_state_dict(state_dict)
-        # torch casts state to the parameter's dtype; a momentum in float32 stays one.
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, param in zip(saved, params, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                if key != "step" and isinstance(value, Tensor):
-                    self.state[param][key] = value.to(param.device, copy=True)
+        restore_dtypes(self, state_dict)
         self._stepped = any(
             bool(state["step"] > 0) for state in self.state.values() if "step" in state
         )

@@ -3,8 +3,8 @@
 Indices come from hashing ``(seed, step, layer, call)``, never from a random
 generator with state, so a run resumed from a checkpoint draws what the
 uninterrupted run would have drawn, and the global random state is untouched.
-All arithmetic is on integers, hence identical on every device. A counter may be a tensor
-on the device, as the step is where a step must not wait for it: the key is one, too.
+All arithmetic is on integers, hence identical on every device. A counter may be a
+tensor on the device, as the step is where nothing may wait for it: then the key is one.
 """
 
 from __future__ import annotations
