@@ -9,6 +9,8 @@ tensor on the device, as the step is where nothing may wait for it: then the key
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,14 @@ _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment and multipliers
 _MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 Counter = int | Tensor
+
+
+@overload
+def counter_key(*counters: int) -> int: ...
+
+
+@overload
+def counter_key(*counters: Counter) -> Counter: ...
 
 
 def counter_key(*counters: Counter) -> Counter:
