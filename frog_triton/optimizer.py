@@ -295,7 +295,7 @@ class FROG(Optimizer):
             raise RuntimeError(
                 "this FROG is closed: its hooks are gone; build a new one"
             )
-        if torch.cuda.is_current_stream_capturing() and not self.capturable:
+        if not self.capturable and _capturing():
             raise RuntimeError("to capture step() in a CUDA graph: capturable=True")
         loss = None
         if closure is not None:
@@ -580,3 +580,8 @@ def _step_reader(this: weakref.ref[FROG], layer: Layer) -> Callable[[], Counter]
         return counter.to(torch.int64) if optimizer.capturable else int(counter)
 
     return step
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured; builds without CUDA cannot tell."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
