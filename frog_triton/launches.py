@@ -113,8 +113,8 @@ def step_problem(
         iters: k.
         nesterov: whether the momentum is Nesterov's.
         dtypes: of samples, parameters and momentum.
-        make: gives a tensor of a shape and dtype; where its values matter, they should
-            be normally distributed.
+        make: gives a tensor of a shape and dtype. Where values matter, they should be
+            normally distributed, integers zero.
     """
     sample_dtype, param_dtype, momentum_dtype = dtypes
     n, r, d, groups = shape.samples, shape.rows, shape.dim, shape.groups
@@ -141,7 +141,7 @@ def step_problem(
         xs = [ConvMap(x, shape.conv, shape.bias) for x in images]
     batch = Batch(xs, ys, rows(momentum_dtype), rows(param_dtype), 0.9, nesterov)
     params = rows(param_dtype)
-    counts = [make((2, r), torch.float32).int().zero_() for _ in range(count)]
+    counts = [make((2, r), torch.int32) for _ in range(count)]
     return Problem(batch, params, counts, formulation, iters)
 
 

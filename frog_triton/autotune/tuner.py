@@ -184,6 +184,8 @@ class Tuner:
         generator = torch.Generator(self.device).manual_seed(0)
 
         def make(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            if not dtype.is_floating_point:
+                return torch.zeros(size, dtype=dtype, device=self.device)
             value = torch.randn(size, generator=generator, device=self.device)
             value = value.to(dtype)
             return value.to(torch.float64) if wide else value

@@ -60,6 +60,24 @@ class Recording:
     launches: list[Launch]
 
 
+_CAPTURABLE: ContextVar[bool] = ContextVar("capturable", default=False)
+
+
+@contextmanager
+def capturable() -> Iterator[None]:
+    """Copy nothing from the host, so that a CUDA graph can capture this context."""
+    token = _CAPTURABLE.set(True)
+    try:
+        yield
+    finally:
+        _CAPTURABLE.reset(token)
+
+
+def is_capturable() -> bool:
+    """Whether what runs now must be capturable in a CUDA graph."""
+    return _CAPTURABLE.get()
+
+
 _RECORDING: ContextVar[Recording | None] = ContextVar("recording", default=None)
 
 
