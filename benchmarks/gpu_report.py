@@ -74,6 +74,8 @@ def stages(out: Path, reference: Path | None) -> list[Stage]:
     for bench in ("step", "kernels"):
         files = (f"--json={out / bench}.json", f"--plot={out / bench}.png")
         command = (*cli, "bench", bench, *files, "--cache-dir", tables)
+        if bench == "kernels":
+            command = (*command, "--budget", "60")
         found.append(Stage(f"bench-{bench}", command, 240, command))
     if reference is not None:
         command = ("-m", "frog_triton.benchmarks.reference", str(reference))
