@@ -59,6 +59,7 @@ def stages(out: Path, reference: Path | None) -> list[Stage]:
     tests = ("-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests"))
     cli = ("-m", "frog_triton")
     tables = str(out / "tables")
+    command: tuple[str, ...]
     found = [Stage("tests", tests, 300, (*tests, "--collect-only"))]
     for model in TUNED:
         json_ = ("--json", str(out / f"autotune-{model}.json"), "--dtype", "bfloat16")
@@ -79,9 +80,8 @@ def stages(out: Path, reference: Path | None) -> list[Stage]:
         found.append(Stage(f"bench-{bench}", command, 240, command))
     if reference is not None:
         command = ("-m", "frog_triton.benchmarks.reference", str(reference))
-        json_ = ("--json", str(out / "reference.json"))
-        small = ("--batch", "4")
-        found.append(Stage("reference", (*command, *json_), 120, (*command, *small)))
+        kept = (*command, "--json", str(out / "reference.json"))
+        found.append(Stage("reference", kept, 120, (*command, "--batch", "4")))
     return found
 
 
