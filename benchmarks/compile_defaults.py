@@ -20,7 +20,7 @@ import torch
 import triton
 
 from ..autotune.offline import compile_launch
-from ..launches import LayerShape, step_launches
+from ..launches import Bucket, LayerShape, step_launches
 from ..layers.conv import ConvSpec
 from ..ops import triton_ops
 from ..ops.launch import Launch, recording
@@ -60,9 +60,9 @@ SHAPES: dict[str, Callable[[int], LayerShape]] = {
 
 def launches(samples: int, dtype: str, formulation: str, shape: str) -> list[Launch]:
     """One launch of each kind in a step on two layers of a shape."""
-    made = step_launches(
-        SHAPES[shape](samples), 2, formulation, sample_dtype=DTYPES[dtype]
-    )
+    dtypes = (DTYPES[dtype], torch.float32, torch.float32)
+    bucket = Bucket(SHAPES[shape](samples), 2, dtypes=dtypes)
+    made = step_launches(bucket, formulation)
     kinds: dict[Any, Launch] = {}
     for launch in [*made, *gather(samples, dtype)]:
         flags = {k: v for k, v in launch.args.items() if isinstance(v, bool)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .autotune.traffic import GPUS, Work
 from .formulation import choose, count_works
-from .launches import LayerShape
+from .launches import Bucket, LayerShape
 from .layers import ConvMap, LinearMap, adapter_for
 from .routing import Exclusion, route
 
@@ -149,11 +149,9 @@ def cost(
     total = Work()
     floor = 0.0
     for key, members in buckets.items():
-        chosen = formulation
-        if chosen == "auto":
-            arguments = (key, len(members), cg_iters, nesterov, dtypes)
-            chosen = choose(*arguments, GPUS[gpu])
-        works = count_works(key, len(members), chosen, cg_iters, nesterov, dtypes)
+        bucket = Bucket(key, len(members), cg_iters, nesterov, dtypes)
+        chosen = choose(bucket, GPUS[gpu]) if formulation == "auto" else formulation
+        works = count_works(bucket, chosen)
         done = sum(works, Work())
         time = sum(w.floor(GPUS[gpu]) for w in works)
         total, floor = total + done, floor + time

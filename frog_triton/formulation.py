@@ -10,15 +10,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 
-import torch
-
 from .autotune.table import layer_key, tuned_formulation
 from .autotune.traffic import GPU, GPUS, Work, detect, work
-from .launches import LayerShape, shape_of, step_launches
+from .launches import Bucket, shape_of, step_launches
 from .solvers import FORMULATIONS, Batch
-
-DTypes = tuple[torch.dtype, torch.dtype, torch.dtype]
-"""Of the samples, the parameters and the momentum."""
 
 
 @dataclass(frozen=True)
@@ -78,74 +73,47 @@ def count_gram(n: int, d: int, r: int, groups: int, iters: int) -> Count:
     )
 
 
-def count_works(
-    shape: LayerShape,
-    count: int,
-    formulation: str,
-    iters: int,
-    nesterov: bool,
-    dtypes: DTypes,
-) -> list[Work]:
+def count_works(bucket: Bucket, formulation: str) -> list[Work]:
     """What each launch of a step does, for layers of one geometry.
 
     Args:
-        shape: of each layer.
-        count: how many layers.
+        bucket: the layers.
         formulation: ``"primal"`` or ``"gram"``.
-        iters: k.
-        nesterov: whether the momentum is Nesterov's.
-        dtypes: of samples, parameters and momentum.
     """
+    shape = bucket.shape
     if shape.volume and formulation == "primal":
         # Three dimensions have no kernel: torch's, counted from the formulas.
-        done = count_primal(shape.samples, shape.row_length, shape.rows, iters)
-        operations = count * done.operations
-        return [Work(operations, operations, count * 4 * done.elements, 0)]
-    launches = step_launches(shape, count, formulation, iters, nesterov, *dtypes)
+        done = count_primal(shape.samples, shape.row_length, shape.rows, bucket.iters)
+        operations = bucket.count * done.operations
+        return [Work(operations, operations, bucket.count * 4 * done.elements, 0)]
+    launches = step_launches(bucket, formulation)
     return [work(launch.name, launch.args, launch.grid) for launch in launches]
 
 
 @lru_cache(maxsize=4096)
-def predict(
-    shape: LayerShape,
-    count: int,
-    iters: int,
-    nesterov: bool,
-    dtypes: DTypes,
-    gpu: GPU,
-) -> dict[str, float]:
-    """Microseconds a step takes at least in each formulation: floors and launches.
-
-    Arguments are those of `count_works`; `gpu` says whose rates.
-    """
+def predict(bucket: Bucket, gpu: GPU) -> dict[str, float]:
+    """Microseconds a step takes at least in each formulation: floors and launches."""
     times = {}
     for formulation in FORMULATIONS:
-        works = count_works(shape, count, formulation, iters, nesterov, dtypes)
+        works = count_works(bucket, formulation)
         launches = sum(w.launches for w in works)
         times[formulation] = sum(w.floor(gpu) for w in works) + launches * gpu.launch_us
     return times
 
 
-def choose(
-    shape: LayerShape,
-    count: int,
-    iters: int,
-    nesterov: bool,
-    dtypes: DTypes,
-    gpu: GPU,
-) -> str:
+def choose(bucket: Bucket, gpu: GPU) -> str:
     """The formulation that was measured to be faster, or whose launches cost less.
 
     With more samples than weights in a row, Gram's coordinates are redundant and lose
     accuracy (measured: 9e-5 where the rows themselves have 7e-6 after three steps of a
     small net in float32), so the rows are solved for then.
     """
-    if shape.samples > shape.row_length:
+    if bucket.shape.samples > bucket.shape.row_length:
         return "primal"
-    known = tuned_formulation(layer_key(shape, count, iters, dtypes[0]))
+    known = tuned_formulation(layer_key(bucket))
     if known is not None:
         return known
-    times = predict(shape, count, iters, nesterov, dtypes, gpu)
+    times = predict(bucket, gpu)
     return min(times, key=lambda name: times[name])
 
 
@@ -169,4 +137,5 @@ def choose_formulation(backend: ModuleType, batch: Batch, iters: int) -> str:
     param = m if batch.grads is None else batch.grads[0].weight
     dtypes = (batch.xs[0].dtype, param.dtype, m.dtype)
     gpu = detect(m.device) or GPUS["h200"]
-    return choose(shape, len(batch.ms), iters, batch.nesterov, dtypes, gpu)
+    bucket = Bucket(shape, len(batch.ms), iters, batch.nesterov, dtypes)
+    return choose(bucket, gpu)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,55 @@ def shape_of(batch: Batch) -> LayerShape:
     return shape
 
 
+DTypes = tuple[torch.dtype, torch.dtype, torch.dtype]
+"""Of samples, parameters and momentum."""
+
+_SINGLE: DTypes = (torch.float32,) * 3
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Layers of one geometry, which share launches.
+
+    Attributes:
+        shape: of each layer.
+        count: how many.
+        iters: k.
+        nesterov: whether the momentum is Nesterov's.
+        dtypes: of samples, parameters and momentum.
+    """
+
+    shape: LayerShape
+    count: int = 1
+    iters: int = 4
+    nesterov: bool = False
+    dtypes: DTypes = _SINGLE
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**asdict(self), "dtypes": [str(d).split(".")[1] for d in self.dtypes]}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Bucket:
+        """What `to_json` gave."""
+        shape = dict(values["shape"])
+        if shape["conv"] is not None:
+            conv: dict[str, Any] = {
+                name: tuple(v) if isinstance(v, list) else v
+                for name, v in shape["conv"].items()
+            }
+            shape["conv"] = ConvSpec(**conv)
+            shape["image"] = tuple(shape["image"])
+        samples, params, momentum = (getattr(torch, d) for d in values["dtypes"])
+        return cls(
+            LayerShape(**shape),
+            values["count"],
+            values["iters"],
+            values["nesterov"],
+            (samples, params, momentum),
+        )
+
+
 Make = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
@@ -95,28 +145,17 @@ class Problem:
         solution.update_(self.params, self.counts, 2e-2, 1e-5)
 
 
-def step_problem(
-    shape: LayerShape,
-    count: int,
-    formulation: str,
-    iters: int,
-    nesterov: bool,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-    make: Make,
-) -> Problem:
+def step_problem(bucket: Bucket, formulation: str, make: Make) -> Problem:
     """A step for layers of one geometry.
 
     Args:
-        shape: of each layer.
-        count: how many layers.
+        bucket: the layers.
         formulation: ``"primal"`` or ``"gram"``.
-        iters: k.
-        nesterov: whether the momentum is Nesterov's.
-        dtypes: of samples, parameters and momentum.
         make: gives a tensor of a shape and dtype. Where values matter, they should be
             normally distributed, integers zero.
     """
-    sample_dtype, param_dtype, momentum_dtype = dtypes
+    shape, count = bucket.shape, bucket.count
+    sample_dtype, param_dtype, momentum_dtype = bucket.dtypes
     n, r, d, groups = shape.samples, shape.rows, shape.dim, shape.groups
 
     def rows(dtype: torch.dtype) -> list[Rows]:
@@ -139,44 +178,24 @@ def step_problem(
         if len(shape.image) == 3:  # as fast training has them
             images = [x.to(memory_format=torch.channels_last) for x in images]
         xs = [ConvMap(x, shape.conv, shape.bias) for x in images]
-    batch = Batch(xs, ys, rows(momentum_dtype), rows(param_dtype), 0.9, nesterov)
+    batch = Batch(xs, ys, rows(momentum_dtype), rows(param_dtype), 0.9, bucket.nesterov)
     params = rows(param_dtype)
     counts = [make((2, r), torch.int32) for _ in range(count)]
-    return Problem(batch, params, counts, formulation, iters)
+    return Problem(batch, params, counts, formulation, bucket.iters)
 
 
-def step_launches(
-    shape: LayerShape,
-    count: int,
-    formulation: str,
-    cg_iters: int = 4,
-    nesterov: bool = False,
-    sample_dtype: torch.dtype = torch.float32,
-    param_dtype: torch.dtype = torch.float32,
-    momentum_dtype: torch.dtype = torch.float32,
-) -> list[Launch]:
+def step_launches(bucket: Bucket, formulation: str) -> list[Launch]:
     """The launches of a step for layers of one geometry; their tensors have no memory.
 
     Args:
-        shape: of each layer.
-        count: how many layers.
+        bucket: the layers.
         formulation: ``"primal"`` or ``"gram"``.
-        cg_iters: k.
-        nesterov: whether the momentum is Nesterov's.
-        sample_dtype: of activations and output gradients.
-        param_dtype: of parameters and gradients.
-        momentum_dtype: of the momentum.
     """
     from .ops import triton_ops  # Triton need not be installed for torch's backend
 
-    dtypes = (sample_dtype, param_dtype, momentum_dtype)
     problem = step_problem(
-        shape,
-        count,
+        bucket,
         formulation,
-        cg_iters,
-        nesterov,
-        dtypes,
         lambda size, dtype: torch.empty(size, dtype=dtype, device="meta"),
     )
     with recording(run=False) as launches:

@@ -6,22 +6,19 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .autotune.tuning import Tuning
-from .launches import shape_of
+from .launches import Bucket, shape_of
 from .layers import LinearMap, MatrixMap
 from .ops.types import Rows
 from .preconditioner import solve
 from .routing import Layer
 from .solvers import Batch
-
-if TYPE_CHECKING:
-    from .autotune.jobs import Geometry
 
 Samples = tuple[LinearMap, Tensor]
 
@@ -170,19 +167,17 @@ def tuned(tuning: Tuning, gathered: Gathered) -> AbstractContextManager[None]:
         return nullcontext()
     return tuning.applied(
         devices[0],
-        lambda: [g for group, steps in gathered for g in geometries(steps, group)],
+        lambda: [b for group, steps in gathered for b in buckets_of(steps, group)],
     )
 
 
-def geometries(steps: Iterable[LayerStep], group: dict[str, Any]) -> list[Geometry]:
+def buckets_of(steps: Iterable[LayerStep], group: dict[str, Any]) -> list[Bucket]:
     """Layers that share launches, as the tuner wants to know them.
 
     Args:
         steps: from `layer_step`.
         group: hyperparameters.
     """
-    from .autotune.jobs import Geometry
-
     buckets: dict[Hashable, list[LayerStep]] = {}
     for step in steps:
         if step.backend.GROUPS_LAYERS:
@@ -195,7 +190,7 @@ def geometries(steps: Iterable[LayerStep], group: dict[str, Any]) -> list[Geomet
         dtypes = (first.x.dtype, param, momentum)
         named = replace(shape, name=first.layer.name)
         iters, nesterov = group["cg_iters"], group["nesterov"]
-        found.append(Geometry(named, len(bucket), iters, nesterov, dtypes))
+        found.append(Bucket(named, len(bucket), iters, nesterov, dtypes))
     return found
 
 

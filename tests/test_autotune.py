@@ -14,7 +14,7 @@ from torch import nn
 from frog_triton import FROG
 from frog_triton.autotune import space, tuner
 from frog_triton.autotune.config import ForwardConfig, GramConfig
-from frog_triton.autotune.jobs import Geometry, Job, compile_jobs, costliest
+from frog_triton.autotune.jobs import Job, compile_jobs, costliest
 from frog_triton.autotune.model import occupancy, predict
 from frog_triton.autotune.offline import Resources
 from frog_triton.autotune.shortlist import (
@@ -31,7 +31,7 @@ from frog_triton.autotune.tuner import Tuner, winner
 from frog_triton.autotune.tuning import Tuning
 from frog_triton.cli.autotune import to_json
 from frog_triton.formulation import choose
-from frog_triton.launches import LayerShape
+from frog_triton.launches import Bucket, LayerShape, step_launches
 from frog_triton.layers.conv import ConvSpec
 from frog_triton.ops.launch import recording
 
@@ -59,7 +59,7 @@ DEPTHWISE = LayerShape(
 
 
 def geometry(shape, count=2, dtype=BF16):
-    return Geometry(shape, count, 4, False, (dtype, F32, F32))
+    return Bucket(shape, count, 4, False, (dtype, F32, F32))
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -116,25 +116,25 @@ def test_keys_hold_for_batches_of_about_the_same_size():
 
 
 def test_launches_take_their_configurations_from_the_table():
-    default = {a.config.key: a.config for a in geometry(LINEAR).launches("gram")}
+    default = {a.config.key: a.config for a in step_launches(geometry(LINEAR), "gram")}
     key = next(k for k in default if k.startswith("gram n64"))
     changed = GramConfig(BLOCK_N=32, BLOCK_D=64, programs=512)
     with using(Table({key: changed})):
-        launches = {a.config.key: a for a in geometry(LINEAR).launches("gram")}
+        launches = {a.config.key: a for a in step_launches(geometry(LINEAR), "gram")}
     assert launches[key].config == changed != default[key]
     assert launches[key].grid[0] == 4  # tiles of 32 by 32
     others = [k for k in default if k != key]
     assert all(launches[k].config == default[k] for k in others if k)
     with using(Table({key: ForwardConfig()})):  # of another kernel: not taken
-        launches = {a.config.key: a for a in geometry(LINEAR).launches("gram")}
+        launches = {a.config.key: a for a in step_launches(geometry(LINEAR), "gram")}
     assert launches[key].config == default[key]
 
 
 def launch_of(shape, kernel, config=None, formulation="primal"):
-    made = geometry(shape).launches(formulation)
+    made = step_launches(geometry(shape), formulation)
     key = next(a.config.key for a in made if a.name == kernel)
     with using(Table({key: config} if config else {})):
-        made = geometry(shape).launches(formulation)
+        made = step_launches(geometry(shape), formulation)
     return costliest([a for a in made if a.config.key == key])
 
 
@@ -183,7 +183,7 @@ def test_occupancy_follows_the_scarcest_resource():
 def test_candidates_are_compiled_in_processes_of_their_own():
     asked = next(a for a in keys([geometry(LINEAR)]) if a.key.startswith("gram n"))
     good, big = GramConfig(), GramConfig(BLOCK_N=64, BLOCK_D=8)
-    jobs = [Job(asked.geometry, "gram", asked.key, c, 90) for c in (good, big)]
+    jobs = [Job(asked.bucket, "gram", asked.key, c, 90) for c in (good, big)]
     seen = []
     found = compile_jobs(jobs, workers=1, done=lambda: seen.append(1))
     assert found[0].registers > 0 and found[0].spilled == 0
@@ -271,7 +271,7 @@ def test_wrong_results_cannot_win(monkeypatch):
     )
     found, _ = tune(lambda groups: [[1.0] * 3 for _ in groups])
     report = found.reports[0]
-    default = geometry(SMALL, 2, F32).launches("gram")[-1].config
+    default = step_launches(geometry(SMALL, 2, F32), "gram")[-1].config
     assert report.chosen == default
     wrong = [c for c in report.candidates if c.config != default]
     assert wrong and all("wrong by" in c.verdict for c in wrong)
@@ -297,12 +297,12 @@ def test_formulations_are_timed_where_they_are_near(monkeypatch, near, gram_us, 
         return [[gram_us if is_gram else 9.0] * 3 for is_gram in gram]
 
     monkeypatch.setattr(tuner, "NEAR", near)
-    monkeypatch.setattr(tuner, "keys", lambda geometries: [])
+    monkeypatch.setattr(tuner, "keys", lambda buckets: [])
     _, table = tune(clock)
     assert list(table.formulations.values()) == chosen
     for formulation in chosen:
         with using(table):
-            found = choose(SMALL, 2, 4, False, (F32, F32, F32), H200)
+            found = choose(geometry(SMALL, 2, F32), H200)
         assert found == formulation
 
 
@@ -326,7 +326,7 @@ def test_a_table_that_is_there_is_used():
     opt = FROG(net, backend="triton", exclude_output_layer=False, sample_size=18)
     key = next(
         a.config.key
-        for a in geometry(LayerShape("", 20, 24, 18), 1, F32).launches("gram")
+        for a in step_launches(geometry(LayerShape("", 20, 24, 18), 1, F32), "gram")
         if a.name == "_update_kernel"
     )
     config = next(

@@ -16,12 +16,10 @@ from frog_triton.benchmarks.eager import eager_solve
 from frog_triton.benchmarks.models import resnet
 from frog_triton.benchmarks.shapes import gpt2_small, resnet50
 from frog_triton.formulation import count_works
-from frog_triton.launches import LayerShape, step_launches
+from frog_triton.launches import Bucket, LayerShape, step_launches
 from frog_triton.layers import adapter_for
 from frog_triton.layers.conv import ConvSpec
 from frog_triton.ops.launch import recording
-
-FLOATS = (torch.float32,) * 3
 
 
 @pytest.mark.parametrize("blocks", [1, 12, 48])
@@ -107,7 +105,7 @@ def test_the_formulation_with_the_lower_time_is_chosen():
     assert primal < gram and chosen(torch.bfloat16) == "primal"
     # Where a step is all launches, the formulation with fewer is chosen.
     small = LayerShape("", 16, 40, 32)
-    works = {f: count_works(small, 1, f, k, False, FLOATS) for f in ("gram", "primal")}
+    works = {f: count_works(Bucket(small), f) for f in ("gram", "primal")}
     assert len(works["gram"]) < len(works["primal"])
     assert frog_triton.cost([small]).layers[0].formulation == "gram"
 
@@ -257,5 +255,6 @@ class Launching(TorchDispatchMode):
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_torch_launches_nothing_beside_the_kernels(formulation, nesterov):
     with Launching() as mode:
-        step_launches(LayerShape("", 24, 40, 16), 3, formulation, nesterov=nesterov)
+        shape = LayerShape("", 24, 40, 16)
+        step_launches(Bucket(shape, 3, nesterov=nesterov), formulation)
     assert mode.found == []

@@ -11,15 +11,14 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from queue import Empty, Queue
 from typing import Any
 
 import torch
 
-from ..launches import LayerShape, step_launches
-from ..layers.conv import ConvSpec
+from ..launches import Bucket, step_launches
 from ..ops.launch import Launch
 from .config import Config
 from .offline import Resources, compile_launch
@@ -28,72 +27,18 @@ from .traffic import work
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """Layers of one geometry, as a step sees them.
-
-    Attributes:
-        shape: of each layer.
-        count: how many.
-        iters: k.
-        nesterov: whether the momentum is Nesterov's.
-        dtypes: of samples, parameters and momentum.
-    """
-
-    shape: LayerShape
-    count: int
-    iters: int
-    nesterov: bool
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
-
-    def launches(self, formulation: str) -> list[Launch]:
-        """A step's launches, on tensors without memory."""
-        return step_launches(
-            self.shape,
-            self.count,
-            formulation,
-            self.iters,
-            self.nesterov,
-            *self.dtypes,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return {**asdict(self), "dtypes": [str(d).split(".")[1] for d in self.dtypes]}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Geometry:
-        """What `to_json` gave."""
-        shape = dict(values["shape"])
-        if shape["conv"] is not None:
-            conv = shape["conv"]
-            lists: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in conv.items()
-            }
-            shape["conv"] = ConvSpec(**lists)
-            shape["image"] = tuple(shape["image"])
-        samples, params, momentum = (getattr(torch, d) for d in values["dtypes"])
-        return cls(
-            LayerShape(**shape),
-            values["count"],
-            values["iters"],
-            values["nesterov"],
-            (samples, params, momentum),
-        )
-
-
-@dataclass(frozen=True)
 class Job:
     """A candidate to compile.
 
     Attributes:
-        geometry: whose step launches it.
+        bucket: whose step launches it.
         formulation: ``"primal"`` or ``"gram"``.
         key: of the kernel.
         config: the candidate.
         capability: of the GPU.
     """
 
-    geometry: Geometry
+    bucket: Bucket
     formulation: str
     key: str
     config: Config
@@ -102,7 +47,7 @@ class Job:
     def compile(self) -> Resources:
         """Resources of the costliest launch that has the key."""
         with using(Table({self.key: self.config})):
-            launches = self.geometry.launches(self.formulation)
+            launches = step_launches(self.bucket, self.formulation)
         launch = costliest([a for a in launches if a.config.key == self.key])
         options = launch.config.options()
         return compile_launch(launch.kernel, launch.args, options, self.capability)
@@ -189,7 +134,7 @@ def _start() -> subprocess.Popen[str]:
 def _ask(process: subprocess.Popen[str], job: Job) -> dict[str, Any] | None:
     assert process.stdin is not None and process.stdout is not None
     question = {
-        "geometry": job.geometry.to_json(),
+        "bucket": job.bucket.to_json(),
         "formulation": job.formulation,
         "key": job.key,
         "config": job.config.values(),
@@ -211,8 +156,8 @@ def answer(line: str) -> str:
 
     asked = json.loads(line)
     config = SPACES[kernel_of(asked["key"])].config(**asked["config"])
-    geometry = Geometry.from_json(asked["geometry"])
-    job = Job(geometry, asked["formulation"], asked["key"], config, asked["capability"])
+    bucket = Bucket.from_json(asked["bucket"])
+    job = Job(bucket, asked["formulation"], asked["key"], config, asked["capability"])
     try:
         return json.dumps(asdict(job.compile()))
     except Exception as error:  # whatever a compiler raises

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..launches import Bucket, step_launches
 from ..ops.launch import Launch
 from .config import Config
-from .jobs import Geometry, Job, compile_jobs, costliest
+from .jobs import Job, compile_jobs, costliest
 from .model import predict
 from .offline import Resources
 from .space import candidates, invalid, shared_limit
@@ -70,34 +71,34 @@ class Asked:
     """A key, and a step that asks for it."""
 
     key: str
-    geometry: Geometry
+    bucket: Bucket
     formulation: str
     launch: Launch
 
 
-def keys(geometries: Iterable[Geometry]) -> list[Asked]:
+def keys(buckets: Iterable[Bucket]) -> list[Asked]:
     """What the steps of layers ask for, in every formulation that may be taken.
 
     The costliest come first, so that a budget is spent where it tells.
     """
     found: dict[str, Asked] = {}
-    for geometry in geometries:
+    for bucket in buckets:
         for formulation in ("primal", "gram"):
-            if formulation == "gram" and not may_be_gram(geometry):
+            if formulation == "gram" and not may_be_gram(bucket):
                 continue
             by_key: dict[str, list[Launch]] = {}
-            for launch in geometry.launches(formulation):
+            for launch in step_launches(bucket, formulation):
                 if launch.config.key:
                     by_key.setdefault(launch.config.key, []).append(launch)
             for key, launches in by_key.items():
-                asked = Asked(key, geometry, formulation, costliest(launches))
+                asked = Asked(key, bucket, formulation, costliest(launches))
                 found.setdefault(key, asked)
     return list(found.values())
 
 
-def may_be_gram(geometry: Geometry) -> bool:
+def may_be_gram(bucket: Bucket) -> bool:
     """Whether Gram's coordinates are no more than the weights of a row."""
-    return geometry.shape.samples <= geometry.shape.row_length
+    return bucket.shape.samples <= bucket.shape.row_length
 
 
 def shortlist(asked: Asked, gpu: GPU, top: int) -> KeyReport:
@@ -112,7 +113,7 @@ def shortlist(asked: Asked, gpu: GPU, top: int) -> KeyReport:
     kernel, args = kernel_of(asked.key), launch.args
     report = KeyReport(
         asked.key,
-        asked.geometry.shape.name,
+        asked.bucket.shape.name,
         asked.formulation,
         predict(launch, gpu).floor_us,
     )
@@ -172,7 +173,7 @@ def inspect(
     ]
     jobs = [
         Job(
-            asked.geometry,
+            asked.bucket,
             asked.formulation,
             asked.key,
             report.candidates[i].config,

@@ -11,11 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from .config import Config
+
+if TYPE_CHECKING:
+    from ..launches import Bucket
 
 C = TypeVar("C", bound=Config)
 
@@ -96,19 +99,13 @@ def kernel_key(
     return " ".join([name, *rounded, *types, *([kind] if kind else [])])
 
 
-def layer_key(shape: Any, count: int, iters: int, dtype: torch.dtype) -> str:
-    """Sizes of layers of one geometry, rounded up, for their formulation.
-
-    Args:
-        shape: a `frog_triton.launches.LayerShape`.
-        count: how many layers.
-        iters: k.
-        dtype: of the samples.
-    """
+def layer_key(bucket: Bucket) -> str:
+    """Sizes of layers of one geometry, rounded up, for their formulation."""
+    shape = bucket.shape
     sizes = {"n": shape.samples, "r": shape.rows, "d": shape.dim, "g": shape.groups}
     kind = "matrix" if shape.conv is None else "images"
-    sizes |= {"c": count, "k": iters}
-    return kernel_key("layer", sizes, (dtype,), kind)
+    sizes |= {"c": bucket.count, "k": bucket.iters}
+    return kernel_key("layer", sizes, bucket.dtypes[:1], kind)
 
 
 def kernel_of(key: str) -> str:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from ..formulation import predict as predict_formulations
-from ..launches import Problem, step_problem
+from ..launches import Bucket, Problem, step_problem
 from ..ops import torch_ops, triton_ops
 from ..ops.launch import Launch, recording
 from .config import Config
-from .jobs import Geometry
 from .model import predict
 from .shortlist import (
     Asked,
@@ -79,9 +78,9 @@ class Tuner:
         self.compile = compile
         self.reports: list[KeyReport] = []
 
-    def tune(self, geometries: Sequence[Geometry]) -> Table:
+    def tune(self, buckets: Sequence[Bucket]) -> Table:
         """Configurations and formulations for layers; the table grows by them."""
-        wanted = [a for a in keys(geometries) if a.key not in self.table.configs]
+        wanted = [a for a in keys(buckets) if a.key not in self.table.configs]
         wanted.sort(key=lambda a: -predict(a.launch, self.gpu).time_us)
         shortlists = [(a, shortlist(a, self.gpu, self.top)) for a in wanted]
         self.reports = [report for _, report in shortlists]
@@ -99,16 +98,16 @@ class Tuner:
                 break
             self.progress(asked.key, 0.5 + 0.5 * i / len(shortlists))
             self._time(asked, report)
-        for geometry in geometries:
+        for bucket in buckets:
             if time.monotonic() > self.deadline:
                 break
-            self._formulation(geometry)
+            self._formulation(bucket)
         return self.table
 
     def _time(self, asked: Asked, report: KeyReport) -> None:
         """Check and time one key's candidates; keep the winner."""
         default = asked.launch.config
-        exact = _deltas(self._problem(asked.geometry, asked.formulation, wide=True))
+        exact = _deltas(self._problem(asked.bucket, asked.formulation, wide=True))
         groups: list[list[Launch]] = []
         places: list[int] = []
         limit = float("inf")
@@ -119,7 +118,7 @@ class Tuner:
         )
         for i in order:
             candidate = report.candidates[i]
-            problem = self._problem(asked.geometry, asked.formulation)
+            problem = self._problem(asked.bucket, asked.formulation)
             table = self.table.merged(Table({asked.key: candidate.config}))
             try:
                 with using(table), recording() as launches:
@@ -150,26 +149,19 @@ class Tuner:
         report.chosen = winner(timed, default).config
         self.table = self.table.merged(Table({asked.key: report.chosen}))
 
-    def _formulation(self, geometry: Geometry) -> None:
+    def _formulation(self, bucket: Bucket) -> None:
         """Time both formulations where their predictions are near."""
-        key = formulation_key(geometry)
-        if key in self.table.formulations or not may_be_gram(geometry):
+        key = layer_key(bucket)
+        if key in self.table.formulations or not may_be_gram(bucket):
             return
-        predicted = predict_formulations(
-            geometry.shape,
-            geometry.count,
-            geometry.iters,
-            geometry.nesterov,
-            geometry.dtypes,
-            self.gpu,
-        )
+        predicted = predict_formulations(bucket, self.gpu)
         if max(predicted.values()) > NEAR * min(predicted.values()):
             return
         names = sorted(predicted, key=lambda name: predicted[name])
         groups = []
         for name in names:
             with using(self.table), recording() as launches:
-                self._problem(geometry, name).step(triton_ops)
+                self._problem(bucket, name).step(triton_ops)
             groups.append(launches)
         times = self.timer(groups)
         medians = [statistics.median(t) for t in times]
@@ -177,9 +169,7 @@ class Tuner:
         chosen = names[1] if ahead else names[0]
         self.table = self.table.merged(Table({}, {key: chosen}))
 
-    def _problem(
-        self, geometry: Geometry, formulation: str, wide: bool = False
-    ) -> Problem:
+    def _problem(self, bucket: Bucket, formulation: str, wide: bool = False) -> Problem:
         """A step on random numbers, the same each time; in float64 if `wide`."""
         generator = torch.Generator(self.device).manual_seed(0)
 
@@ -190,20 +180,7 @@ class Tuner:
             value = value.to(dtype)
             return value.to(torch.float64) if wide else value
 
-        return step_problem(
-            geometry.shape,
-            geometry.count,
-            "primal" if wide else formulation,
-            geometry.iters,
-            geometry.nesterov,
-            geometry.dtypes,
-            make,
-        )
-
-
-def formulation_key(geometry: Geometry) -> str:
-    """The key that a table knows layers by."""
-    return layer_key(geometry.shape, geometry.count, geometry.iters, geometry.dtypes[0])
+        return step_problem(bucket, "primal" if wide else formulation, make)
 
 
 def winner(timed: Sequence[Candidate], default: Config) -> Candidate:

@@ -14,8 +14,8 @@ from .share import broadcast, is_first_rank
 from .table import Table, using
 
 if TYPE_CHECKING:
+    from ..launches import Bucket
     from .cache import Machine
-    from .jobs import Geometry
 
 MODES = ("cached", "now", "off")
 BUDGET_SECONDS = 240.0
@@ -45,24 +45,24 @@ class Tuning:
 
     @contextmanager
     def applied(
-        self, device: torch.device, geometries: Callable[[], Sequence[Geometry]]
+        self, device: torch.device, buckets: Callable[[], Sequence[Bucket]]
     ) -> Iterator[None]:
         """Launches in this context use the table; the first time, it is made.
 
         Args:
             device: of the parameters.
-            geometries: gives the layers of this step; asked for only to tune.
+            buckets: gives the layers of this step; asked for only to tune.
         """
         if self.mode == "off":
             yield
             return
         if self.table is None:
-            self.table = self._make(device, geometries)
+            self.table = self._make(device, buckets)
         with using(self.table):
             yield
 
     def _make(
-        self, device: torch.device, geometries: Callable[[], Sequence[Geometry]]
+        self, device: torch.device, buckets: Callable[[], Sequence[Bucket]]
     ) -> Table:
         if device.type != "cuda":
             if self.mode == "now":
@@ -80,7 +80,7 @@ class Tuning:
             cache = Cache(self.folder)
             table = shipped(machine).merged(cache.load(machine))
             if self.mode == "now":
-                table = tune(device, geometries(), table, BUDGET_SECONDS)
+                table = tune(device, buckets(), table, BUDGET_SECONDS)
                 cache.store(machine, table)
         return parse(broadcast(render(machine, table), device), machine)
 
@@ -94,7 +94,7 @@ def machine_of(device: torch.device) -> Machine:
 
 
 def tune(
-    device: torch.device, geometries: Sequence[Geometry], table: Table, budget: float
+    device: torch.device, buckets: Sequence[Bucket], table: Table, budget: float
 ) -> Table:
     """Tune what a table lacks, with a progress bar."""
     from rich.progress import Progress
@@ -116,4 +116,4 @@ def tune(
                 task, description=what, completed=share
             ),
         )
-        return tuner.tune(geometries)
+        return tuner.tune(buckets)

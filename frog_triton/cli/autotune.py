@@ -22,13 +22,12 @@ import torch
 from rich.progress import Progress
 
 from ..autotune.cache import Cache, shipped
-from ..autotune.jobs import Geometry
 from ..autotune.shortlist import KeyReport, inspect, keys, shortlist
 from ..autotune.table import Table
 from ..autotune.traffic import GPU, GPUS, detect
 from ..autotune.tuning import machine_of
 from ..cost import LayerCost
-from ..launches import LayerShape
+from ..launches import Bucket, LayerShape
 from . import models
 from .describe import add_model, count
 from .errors import CommandError
@@ -74,13 +73,13 @@ def run(args: argparse.Namespace) -> int:
             "candidates with what they compile to",
             3,
         )
-    geometries = model_geometries(args)
+    buckets = model_buckets(args)
     if args.dry_run:
-        return _dry_run(args, geometries)
-    return _tune(args, geometries)
+        return _dry_run(args, buckets)
+    return _tune(args, buckets)
 
 
-def model_geometries(args: argparse.Namespace) -> list[Geometry]:
+def model_buckets(args: argparse.Namespace) -> list[Bucket]:
     """The layers of the model, those of one geometry together."""
     loaded = models.load(args.model)
     if args.batch is not None:
@@ -95,22 +94,21 @@ def model_geometries(args: argparse.Namespace) -> list[Geometry]:
 
 def grouped(
     lines: Iterable[LayerCost], sample_dtype: torch.dtype, iters: int
-) -> list[Geometry]:
+) -> list[Bucket]:
     """Layers by geometry, named after the first of each."""
     shapes: dict[LayerShape, list[LayerShape]] = {}
     for line in lines:
         shapes.setdefault(replace(line.layer, name=""), []).append(line.layer)
     dtypes = (sample_dtype, torch.float32, torch.float32)
     return [
-        Geometry(found[0], len(found), iters, False, dtypes)
-        for found in shapes.values()
+        Bucket(found[0], len(found), iters, False, dtypes) for found in shapes.values()
     ]
 
 
-def _dry_run(args: argparse.Namespace, geometries: Sequence[Geometry]) -> int:
+def _dry_run(args: argparse.Namespace, buckets: Sequence[Bucket]) -> int:
     here = detect(torch.device("cuda")) if torch.cuda.is_available() else None
     gpu = GPUS[args.gpu] if args.gpu else here or GPUS["h200"]
-    shortlists = [(a, shortlist(a, gpu, args.top)) for a in keys(geometries)]
+    shortlists = [(a, shortlist(a, gpu, args.top)) for a in keys(buckets)]
     # The budget goes where the time goes.
     shortlists.sort(key=lambda pair: -pair[1].candidates[-1].predicted_us)
     total = sum(len(report.candidates) for _, report in shortlists)
@@ -124,7 +122,7 @@ def _dry_run(args: argparse.Namespace, geometries: Sequence[Geometry]) -> int:
     return 0
 
 
-def _tune(args: argparse.Namespace, geometries: Sequence[Geometry]) -> int:
+def _tune(args: argparse.Namespace, buckets: Sequence[Bucket]) -> int:
     from ..autotune.tuner import CudaTimer, Tuner
 
     device = torch.device("cuda")
@@ -143,7 +141,7 @@ def _tune(args: argparse.Namespace, geometries: Sequence[Geometry]) -> int:
             args.budget,
             lambda what, share: bar.update(task, description=what, completed=share),
         )
-        table = tuner.tune(geometries)
+        table = tuner.tune(buckets)
     show(tuner.reports, gpu)
     write_json(args.json, to_json(tuner.reports, gpu))
     path = cache.store(machine, table)
