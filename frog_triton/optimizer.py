@@ -6,9 +6,10 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,6 +20,9 @@ from .groups import check_group, param_list, user_groups
 from .preconditioner import check_solver_options
 from .routing import Exclusion, Layer, Plan, Route, RoutingTable, route
 from .step import LayerStep, Samples, layer_step, no_samples, step_layers
+
+if TYPE_CHECKING:
+    from .distributed import Group, Ranks
 
 STATE_VERSION = 1
 MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -44,6 +48,15 @@ class FROG(Optimizer):
     dropped by `step` and `zero_grad`. Several passes before a step are pooled; so is
     whatever else sends a gradient back to a layer's output, such as
     `torch.autograd.grad` for a penalty.
+
+    On several ranks (DistributedDataParallel, or ``fully_shard``) all ranks solve the
+    same systems: each draws its share of `sample_size` from its own part of the batch,
+    a row is solved by one of the ranks that hold it, from the samples of all, and
+    weights are equal, bit for bit, on all ranks that hold them. All ranks must build
+    FROG alike and call `step` together; both are checked at the first step. The loss
+    must have the same scale on all ranks: a common factor cancels, but a rank whose
+    loss is scaled up weighs more in the Fisher. So it is with the mean over a smaller
+    batch, whose examples weigh more in the averaged gradient, too.
 
     Args:
         model: whose layers are preconditioned. Hooks are put on them.
@@ -75,10 +88,14 @@ class FROG(Optimizer):
         seed: of the sampling, which never touches the global random state.
         formulation: ``"primal"``, ``"gram"``, or ``"auto"``, whichever counts cheaper.
         backend: ``"torch"``, ``"triton"`` or ``"auto"``.
+        process_group: the ranks that train the model together. None: the mesh of
+            sharded parameters, else the default group, if there is one. False: this
+            rank trains alone.
 
     Raises:
         ValueError: an option out of range, an exclusion that matches nothing, a float64
-            model with the Triton backend, a parameter that is not the model's.
+            model with the Triton backend, a parameter that is not the model's, a
+            sharding that leaves no rows whole.
         TypeError: `model` is not a module.
 
     Example:
@@ -108,6 +125,7 @@ class FROG(Optimizer):
         seed: int = 0,
         formulation: str = "auto",
         backend: str = "auto",
+        process_group: Group = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -157,8 +175,13 @@ class FROG(Optimizer):
         self._warned: set[str] = set()
         self._solved: dict[str, str] = {}
         self._stepped = False
-        self.capture = SampleCapture(size, sampling, seed, backend)
+        self._process_group = process_group
         groups = self._split(user_groups(model, params), defaults)
+        self._sample_size = size
+        self._ranks = self._find_ranks()
+        if self._ranks is not None:
+            size, seed = self._ranks.share(size, seed)
+        self.capture = SampleCapture(size, sampling, seed, backend)
         super().__init__(groups, defaults)
         self._watch(self._plan.layers.values())
         weakref.finalize(self, self.capture.close)
@@ -195,6 +218,7 @@ class FROG(Optimizer):
                 ops.resolve(self.backend, layer.weight.device, dtype)
             except ValueError as error:
                 raise ValueError(f"{layer.name}: {error}") from None
+        self._check_placements(plan)
         self._adopt(plan, group_of)
         preconditioned = plan.preconditioned()
         fallback = FALLBACKS[self._fallback]
@@ -207,6 +231,25 @@ class FROG(Optimizer):
             rest_group |= {"params": rest, "updated_by": self._fallback}
             split.append(rest_group)
         return split
+
+    # torch.distributed.tensor takes half a second to import: only where it is used.
+
+    def _check_placements(self, plan: Plan) -> None:
+        """Raise ValueError for layers that do not lie on the ranks as others do."""
+        if dist.is_available() and dist.is_initialized():
+            from .distributed import check_placements
+
+            layers = [*self._plan.layers.values(), *plan.layers.values()]
+            check_placements(layers, plan.names, self._process_group)
+
+    def _find_ranks(self) -> Ranks | None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        from .distributed import Ranks, find_division
+
+        plan = self._plan
+        division = find_division(plan.layers.values(), plan.names, self._process_group)
+        return None if division is None else Ranks(division)
 
     def _adopt(self, plan: Plan, group_of: dict[nn.Parameter, int]) -> None:
         """Take over a plan; parameters routed before keep their routes."""
@@ -236,7 +279,10 @@ class FROG(Optimizer):
         if group["updated_by"] != "frog":
             return FALLBACKS[group["updated_by"]].init_state(param)
         dtype = self._momentum_dtype or torch.promote_types(param.dtype, torch.float32)
-        buffer = torch.zeros(param.shape, dtype=dtype, device=param.device)
+        # Sharded like the parameter.
+        buffer = torch.zeros_like(
+            param, dtype=dtype, memory_format=torch.contiguous_format
+        )
         state = {"momentum_buffer": buffer}
         if self._layer_of[param].weight is param:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -255,6 +301,8 @@ class FROG(Optimizer):
         group = {**param_group, "params": param_list(param_group["params"])}
         for half in self._split([group], self.defaults):
             super().add_param_group(half)
+        if self._ranks is not None:
+            self._ranks.verified = False
         self._watch(
             layer for name, layer in self._plan.layers.items() if name not in known
         )
@@ -284,17 +332,19 @@ class FROG(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_grads()
+        if self._ranks is not None:
+            self._agree(self._ranks)
         self._let_go_of_unhooked()
         for group in self.param_groups:
             self._move_state([p for p in group["params"] if p.grad is not None])
         # Products in a lower precision are for the model, not for its optimizer.
         with _no_autocast(self.param_groups):
             # All is gathered before anything is changed.
+            if self._ranks is not None:
+                self._ranks.send_samples(self._with_gradient(self.param_groups))
             for group, steps in [(g, self._gather(g)) for g in self.param_groups]:
                 if group["updated_by"] == "frog":
-                    self._solved |= step_layers(
-                        steps, group, self.formulation, self._anomalies
-                    )
+                    self._step_layers(steps, group)
                 else:
                     params = [p for p in group["params"] if p.grad is not None]
                     states = [self.state[p] for p in params]
@@ -305,22 +355,64 @@ class FROG(Optimizer):
         self._stepped = True
         return loss
 
+    def _step_layers(self, steps: list[LayerStep], group: dict[str, Any]) -> None:
+        ranks = self._ranks
+        here = steps if ranks is None else ranks.own(steps, group)
+        self._solved |= step_layers(here, group, self.formulation, self._anomalies)
+        if ranks is not None:
+            ranks.share_rows(steps)
+
     def _gather(self, group: dict[str, Any]) -> list[LayerStep]:
         """What the layers of a group bring to the step."""
         if group["updated_by"] != "frog":
             return []
-        params = [p for p in group["params"] if p.grad is not None]
-        layers = {self._layer_of[p].name: self._layer_of[p] for p in params}
-        for layer in layers.values():
+        layers = self._with_gradient([group])
+        for layer in layers:
             self._counts_of(layer)
         return [
             layer_step(layer, self.state, self._samples, self.backend)
-            for layer in layers.values()
+            for layer in layers
         ]
+
+    def _with_gradient(self, groups: Iterable[dict[str, Any]]) -> list[Layer]:
+        """Layers of these groups that have a gradient."""
+        layers = {
+            self._layer_of[p].name: self._layer_of[p]
+            for group in groups
+            if group["updated_by"] == "frog"
+            for p in group["params"]
+            if p.grad is not None
+        }
+        return list(layers.values())
+
+    def _agree(self, ranks: Ranks) -> None:
+        """Learn which layers take part, and what each rank brings."""
+        if not ranks.verified:
+            settings = {
+                "layers": {
+                    name: tuple(layer.weight.shape)
+                    for name, layer in self._plan.layers.items()
+                },
+                "sample_size": self._sample_size,
+                "sampling": self.capture.sampling,
+                "formulation": self.formulation,
+            }
+            for i, group in enumerate(self.param_groups):
+                for key, value in group.items():
+                    number = float(value) if isinstance(value, Tensor) else value
+                    if key != "params":
+                        settings[f"param_groups[{i}]['{key}']"] = number
+            ranks.verify(settings, (p for g in self.param_groups for p in g["params"]))
+        layers = list(self._plan.layers.values())
+        self.capture.fired |= ranks.agree(layers, self.capture)
 
     def _samples(self, layer: Layer, bias: bool) -> Samples:
         """The layer's samples, or none, with a warning, if there are none."""
-        found = self.capture.samples(layer.name, layer.adapter, bias)
+        dtype = self.state[layer.weight]["momentum_buffer"].dtype
+        if self._ranks is None:
+            found = self.capture.samples(layer.name, layer.adapter, bias)
+        else:
+            found = self._ranks.samples(layer, bias, dtype)
         if found is not None:
             return found
         if layer.name not in self._warned:
@@ -331,8 +423,12 @@ class FROG(Optimizer):
                 "enabled: did its forward pass run in eval mode?",
                 stacklevel=6,
             )
-        dtype = self.state[layer.weight]["momentum_buffer"].dtype
-        return no_samples(layer, bias, dtype)
+        return no_samples(layer, bias, dtype, self._rows_here(layer))
+
+    def _rows_here(self, layer: Layer) -> int:
+        """How many rows of a layer this rank solves."""
+        rows = layer.geometry.rows
+        return rows if self._ranks is None else self._ranks.rows_here(layer)
 
     def _check_grads(self) -> None:
         grads = False
@@ -470,7 +566,8 @@ class FROG(Optimizer):
     def describe(self, file: Any = None) -> RoutingTable:
         """Print, and return, who updates each parameter and why.
 
-        After a step, also the formulation that each layer was solved in.
+        After a step, also the formulation that each layer was solved in, and on
+        several ranks the bytes that this one sent.
 
         Args:
             file: where to print; standard output by default.
@@ -484,16 +581,22 @@ class FROG(Optimizer):
             Route(name, tuple(p.shape), updated_by.get(p, "-"), self._reason(p))
             for p, name in self._plan.names.items()
         )
+        if self._ranks is not None:
+            table.note = self._ranks.summary()
         print(table, file=file)
         return table
 
     def _reason(self, param: nn.Parameter) -> str:
         layer = self._layer_of.get(param)
         solved = "" if layer is None else self._solved.get(layer.name, "")
+        if layer is not None and self._ranks is not None:
+            solved = "; ".join(filter(None, [solved, self._ranks.describe(layer)]))
         return self._plan.reasons[param] + (f"; {solved}" if solved else "")
 
     def anomalies(self) -> dict[str, dict[str, int]]:
         """Rows met so far that were not finite; reading them waits for the device.
+
+        On several ranks each counts the rows that it solves.
 
         Returns:
             For each layer that had any: ``nonfinite_samples``, rows that took the
@@ -514,7 +617,7 @@ class FROG(Optimizer):
         device = layer.weight.device
         counts = self._anomalies.get(layer.name)
         if counts is None:
-            shape = (2, layer.geometry.rows)
+            shape = (2, self._rows_here(layer))
             counts = torch.zeros(shape, dtype=torch.int32, device=device)
         self._anomalies[layer.name] = counts.to(device)
 
