@@ -63,7 +63,7 @@ class LayerStep:
     def key(self) -> Hashable:
         """Layers with equal keys can share launches."""
         if not self.backend.GROUPS_LAYERS:
-            return self.layer.name
+            return self.layer.name, self.counted and self.counted.start
         rows = [r for r in (self.momentum, self.grads, self.params) if r is not None]
         return (
             self.x.key,

@@ -63,7 +63,7 @@ def test_describe_shows_rows_and_bytes(pool):
 
 def test_a_step_makes_three_collectives(pool):
     for counts in pool.run(cases.count_collectives):
-        assert counts == {"all_gather": 2, "all_to_all_single": 1}
+        assert counts == {"c10d.allgather_": 2, "c10d.alltoall_base_": 1}
 
 
 @pytest.mark.parametrize(

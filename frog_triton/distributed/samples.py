@@ -55,7 +55,7 @@ class _Notice(NamedTuple):
     def unpack(cls, values: Sequence[int]) -> _Notice:
         fixed = len(cls._fields) - 1
         shape = tuple(size for size in values[fixed:] if size)
-        return cls(*values[:fixed], shape)  # type: ignore[call-arg]
+        return cls._make([*values[:fixed], shape])
 
 
 _WIDTH = len(_Notice._fields) - 1 + _MAX_DIMS
