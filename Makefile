@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint constraints.txt --editable '.[demo,dev]'
+	  --constraint constraints.txt --editable '.[demo,dev,examples,peers]'
 	touch $(READY)
 
 demo: $(READY)

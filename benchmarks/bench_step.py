@@ -21,9 +21,10 @@ from torch import nn
 
 from .. import FROG, cost
 from ..autotune.traffic import GPUS
-from ..cost import LayerShape
+from ..launches import LayerShape
 from .environment import environment
 from .shapes import MODELS
+from .timing import milliseconds
 
 # Passes over the parameters (4 bytes each): reads and writes of p, g and the state.
 PASSES = {"AdamW (fused)": 7, "SGD (foreach)": 5, "Muon": None}
@@ -100,24 +101,6 @@ class Step:
         step = layer.weight.detach().double() - before
         expected = twin.weight.detach() - before
         return float((step - expected).norm() / expected.norm())
-
-
-def milliseconds(
-    run: Callable[[], Any], before: Callable[[], Any], repeats: int
-) -> list[float]:
-    """Time of each run between two events, after a few that do not count."""
-    times = []
-    for i in range(repeats + 5):
-        before()
-        torch.cuda.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        if i >= 5:
-            times.append(start.elapsed_time(end))
-    return times
 
 
 def bench(name: str, samples: int, dtype: torch.dtype, gpu: str, repeats: int) -> Any:

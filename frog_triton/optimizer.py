@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import ops
+from .autotune.tuning import Tuning
 from .capture import SAMPLINGS, SampleCapture
+from .distributed import check_placements, find_ranks
 from .fallback import FALLBACKS
-from .groups import check_group, param_list, user_groups
+from .groups import check_group, entries, param_list, user_groups
+from .ops.launch import capturable as without_host_copies
 from .preconditioner import check_solver_options
 from .routing import Exclusion, Layer, Plan, Route, RoutingTable, route
-from .step import LayerStep, Samples, layer_step, no_samples, step_layers
+from .sampling import Counter
+from .scaling import skipping, steps_taken, unscale_
+from .state import (
+    MOMENTUM_DTYPES,
+    STATE_VERSION,
+    check_version,
+    move_state,
+    restore,
+    row_state,
+)
+from .step import (
+    Gathered,
+    LayerStep,
+    Samples,
+    layer_step,
+    no_samples,
+    step_layers,
+    tuned,
+)
 
 if TYPE_CHECKING:
-    from .distributed import Group, Ranks
-
-STATE_VERSION = 1
-MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+    from .distributed.division import Group
+    from .distributed.ranks import Ranks
 
 
 class FROG(Optimizer):
@@ -86,11 +105,20 @@ class FROG(Optimizer):
         momentum_dtype: of the momentum of preconditioned rows. None: float32, or the
             parameters' own if that is wider.
         seed: of the sampling, which never touches the global random state.
+        capturable: never wait for the device, neither in `step` nor in the hooks, so
+            that a whole training step can be captured in a CUDA graph; a GradScaler
+            then skips steps without waiting, too. Learning rates that change between
+            replays must be tensors on the device.
         formulation: ``"primal"``, ``"gram"``, or ``"auto"``, whichever counts cheaper.
         backend: ``"torch"``, ``"triton"`` or ``"auto"``.
         process_group: the ranks that train the model together. None: the mesh of
             sharded parameters, else the default group, if there is one. False: this
             rank trains alone.
+        autotune: block sizes of the kernels: ``"cached"`` takes those that
+            ``frog-triton autotune`` has found on this GPU, else those shipped for it,
+            else defaults; ``"now"`` finds what is missing at the first step, in up to
+            four minutes; ``"off"`` takes the defaults.
+        autotune_dir: folder of what was found. None: the user's cache folder.
 
     Raises:
         ValueError: an option out of range, an exclusion that matches nothing, a float64
@@ -126,6 +154,9 @@ class FROG(Optimizer):
         formulation: str = "auto",
         backend: str = "auto",
         process_group: Group = None,
+        capturable: bool = False,
+        autotune: str = "cached",
+        autotune_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -159,8 +190,12 @@ class FROG(Optimizer):
             "weight_decay": weight_decay,
             "damping": damping,
             "cg_iters": cg_iters,
+            "capturable": capturable,
         }
         check_solver_options(damping, cg_iters, formulation, backend)
+        self._tuning = Tuning(autotune, autotune_dir)
+        self.capturable = capturable
+        self._step_supports_amp_scaling = capturable  # asked for by GradScaler
         self.formulation = formulation
         self.backend = backend
         self._model = model
@@ -178,8 +213,13 @@ class FROG(Optimizer):
         self._process_group = process_group
         groups = self._split(user_groups(model, params), defaults)
         self._sample_size = size
-        self._ranks = self._find_ranks()
+        self._ranks = find_ranks(self._plan, process_group)
         if self._ranks is not None:
+            if capturable:
+                raise ValueError(
+                    "capturable=True goes with one rank only: several agree on how "
+                    "many samples each brings, on the host; leave capturable out"
+                )
             size, seed = self._ranks.share(size, seed)
         self.capture = SampleCapture(size, sampling, seed, backend)
         super().__init__(groups, defaults)
@@ -218,7 +258,8 @@ class FROG(Optimizer):
                 ops.resolve(self.backend, layer.weight.device, dtype)
             except ValueError as error:
                 raise ValueError(f"{layer.name}: {error}") from None
-        self._check_placements(plan)
+        layers = [*self._plan.layers.values(), *plan.layers.values()]
+        check_placements(layers, names, self._process_group)
         self._adopt(plan, group_of)
         preconditioned = plan.preconditioned()
         fallback = FALLBACKS[self._fallback]
@@ -231,25 +272,6 @@ class FROG(Optimizer):
             rest_group |= {"params": rest, "updated_by": self._fallback}
             split.append(rest_group)
         return split
-
-    # torch.distributed.tensor takes half a second to import: only where it is used.
-
-    def _check_placements(self, plan: Plan) -> None:
-        """Raise ValueError for layers that do not lie on the ranks as others do."""
-        if dist.is_available() and dist.is_initialized():
-            from .distributed import check_placements
-
-            layers = [*self._plan.layers.values(), *plan.layers.values()]
-            check_placements(layers, plan.names, self._process_group)
-
-    def _find_ranks(self) -> Ranks | None:
-        if not (dist.is_available() and dist.is_initialized()):
-            return None
-        from .distributed import Ranks, find_division
-
-        plan = self._plan
-        division = find_division(plan.layers.values(), plan.names, self._process_group)
-        return None if division is None else Ranks(division)
 
     def _adopt(self, plan: Plan, group_of: dict[nn.Parameter, int]) -> None:
         """Take over a plan; parameters routed before keep their routes."""
@@ -269,6 +291,7 @@ class FROG(Optimizer):
                     self.state[param] = self._fresh_state(param, group)
         this = weakref.ref(self)
         for layer in layers:
+            self._counts_of(layer)
             self.capture.watch(
                 layer.name, layer.modules, layer.adapter, _step_reader(this, layer)
             )
@@ -277,16 +300,11 @@ class FROG(Optimizer):
         self, param: nn.Parameter, group: dict[str, Any]
     ) -> dict[str, Tensor]:
         if group["updated_by"] != "frog":
-            return FALLBACKS[group["updated_by"]].init_state(param)
-        dtype = self._momentum_dtype or torch.promote_types(param.dtype, torch.float32)
-        # Sharded like the parameter.
-        buffer = torch.zeros_like(
-            param, dtype=dtype, memory_format=torch.contiguous_format
+            return FALLBACKS[group["updated_by"]].init_state(param, self.capturable)
+        is_weight = self._layer_of[param].weight is param
+        return row_state(
+            param, self._momentum_dtype, step=is_weight, capturable=self.capturable
         )
-        state = {"momentum_buffer": buffer}
-        if self._layer_of[param].weight is param:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        return state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model, for instance of a layer put in later.
@@ -321,12 +339,15 @@ class FROG(Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse, there has been no backward pass yet, or
-                `close` has been called. Nothing has been changed then.
+                `close` has been called, or a CUDA graph is being captured without
+                `capturable`. Nothing has been changed then.
         """
         if self.capture.closed:
             raise RuntimeError(
                 "this FROG is closed: its hooks are gone; build a new one"
             )
+        if not self.capturable and _capturing():
+            raise RuntimeError("to capture step() in a CUDA graph: capturable=True")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -336,31 +357,64 @@ class FROG(Optimizer):
             self._agree(self._ranks)
         self._let_go_of_unhooked()
         for group in self.param_groups:
-            self._move_state([p for p in group["params"] if p.grad is not None])
+            params = [p for p in group["params"] if p.grad is not None]
+            move_state(self.state, params, self.capturable)
         # Products in a lower precision are for the model, not for its optimizer.
-        with _no_autocast(self.param_groups):
+        with _no_autocast(self.param_groups), self._no_waiting():
+            found_inf = self._unscale()
             # All is gathered before anything is changed.
             if self._ranks is not None:
                 self._ranks.send_samples(self._with_gradient(self.param_groups))
-            for group, steps in [(g, self._gather(g)) for g in self.param_groups]:
+            gathered = [(group, self._gather(group)) for group in self.param_groups]
+            for group, steps in gathered:
                 if group["updated_by"] == "frog":
-                    self._step_layers(steps, group)
+                    with tuned(self._tuning, self._here(gathered)):
+                        self._step_rows(steps, group, found_inf)
                 else:
                     params = [p for p in group["params"] if p.grad is not None]
                     states = [self.state[p] for p in params]
-                    FALLBACKS[group["updated_by"]].step(params, states, group)
-                for step in steps:
-                    self.state[step.layer.weight]["step"] += 1
+                    fallback = FALLBACKS[group["updated_by"]]
+                    fallback.step(params, states, group, found_inf)
         self.capture.clear()
         self._stepped = True
         return loss
 
-    def _step_layers(self, steps: list[LayerStep], group: dict[str, Any]) -> None:
+    def _unscale(self) -> Tensor | None:
+        """Divide by a GradScaler's scale, if it left that to us; its ``found_inf``."""
+        found_inf = getattr(self, "found_inf", None)
+        if not isinstance(found_inf, Tensor):
+            return None
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params if p.grad is not None]
+        unscale_(grads, getattr(self, "grad_scale", None))
+        return found_inf
+
+    def _step_rows(
+        self,
+        steps: list[LayerStep],
+        group: dict[str, Any],
+        found_inf: Tensor | None,
+    ) -> None:
+        grads = [step.grads for step in steps if step.grads is not None]
+        counts = [self._anomalies[step.layer.name] for step in steps]
+        with skipping(grads, counts, found_inf):
+            here = self._ranks.own(steps, group) if self._ranks else steps
+            self._solved |= step_layers(here, group, self.formulation, self._anomalies)
+            if self._ranks:
+                self._ranks.share_rows(steps)
+        for step in steps:
+            counter = self.state[step.layer.weight]["step"]
+            counter += steps_taken(found_inf, counter.device)
+
+    def _here(self, gathered: Gathered) -> Gathered:
+        """What this rank solves of it."""
         ranks = self._ranks
-        here = steps if ranks is None else ranks.own(steps, group)
-        self._solved |= step_layers(here, group, self.formulation, self._anomalies)
-        if ranks is not None:
-            ranks.share_rows(steps)
+        if ranks is None:
+            return gathered
+        return [(group, ranks.pieces(steps)) for group, steps in gathered]
+
+    def _no_waiting(self) -> AbstractContextManager[Any]:
+        return without_host_copies() if self.capturable else nullcontext()
 
     def _gather(self, group: dict[str, Any]) -> list[LayerStep]:
         """What the layers of a group bring to the step."""
@@ -388,20 +442,14 @@ class FROG(Optimizer):
     def _agree(self, ranks: Ranks) -> None:
         """Learn which layers take part, and what each rank brings."""
         if not ranks.verified:
+            layers = self._plan.layers.items()
             settings = {
-                "layers": {
-                    name: tuple(layer.weight.shape)
-                    for name, layer in self._plan.layers.items()
-                },
+                "layers": {name: tuple(layer.weight.shape) for name, layer in layers},
                 "sample_size": self._sample_size,
                 "sampling": self.capture.sampling,
                 "formulation": self.formulation,
+                **entries(self.param_groups),
             }
-            for i, group in enumerate(self.param_groups):
-                for key, value in group.items():
-                    number = float(value) if isinstance(value, Tensor) else value
-                    if key != "params":
-                        settings[f"param_groups[{i}]['{key}']"] = number
             ranks.verify(settings, (p for g in self.param_groups for p in g["params"]))
         layers = list(self._plan.layers.values())
         self.capture.fired |= ranks.agree(layers, self.capture)
@@ -481,14 +529,6 @@ class FROG(Optimizer):
                         self.state[param] = self._fresh_state(param, rest)
                         break
 
-    def _move_state(self, params: list[nn.Parameter]) -> None:
-        """Follow parameters that were moved to another device."""
-        for param in params:
-            state = self.state[param]
-            for key, value in state.items():
-                if key != "step" and value.device != param.device:
-                    state[key] = value.to(param.device)
-
     # -- state ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -511,21 +551,10 @@ class FROG(Optimizer):
         Raises:
             ValueError: written by a later version, or groups that do not match.
         """
-        version = state_dict.get("version", STATE_VERSION)
-        if version > STATE_VERSION:
-            raise ValueError(
-                f"this state_dict has version {version}, but this frog_triton reads up "
-                f"to {STATE_VERSION}: upgrade frog_triton"
-            )
+        check_version(state_dict)
         self._let_go_like(state_dict.get("unhooked", ()))
         super().load_state_dict(state_dict)
-        # torch casts state to the parameter's dtype; a momentum in float32 stays one.
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, param in zip(saved, params, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                if key != "step" and isinstance(value, Tensor):
-                    self.state[param][key] = value.to(param.device, copy=True)
+        restore(self, state_dict, self.capturable)
         self._stepped = any(
             bool(state["step"] > 0) for state in self.state.values() if "step" in state
         )
@@ -648,9 +677,17 @@ def _no_autocast(groups: list[dict[str, Any]]) -> AbstractContextManager[Any]:
     return stack
 
 
-def _step_reader(this: weakref.ref[FROG], layer: Layer) -> Callable[[], int]:
-    def step() -> int:
+def _step_reader(this: weakref.ref[FROG], layer: Layer) -> Callable[[], Counter]:
+    def step() -> Counter:
         optimizer = this()
-        return 0 if optimizer is None else int(optimizer.state[layer.weight]["step"])
+        if optimizer is None:
+            return 0
+        counter: Tensor = optimizer.state[layer.weight]["step"]
+        return counter.to(torch.int64) if optimizer.capturable else int(counter)
 
     return step
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured; builds without CUDA cannot tell."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

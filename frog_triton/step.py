@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .autotune.tuning import Tuning
+from .launches import shape_of
 from .layers import LinearMap, MatrixMap
 from .ops.types import Rows, written_out
 from .preconditioner import solve
 from .routing import Layer
 from .solvers import Batch
+
+if TYPE_CHECKING:
+    from .autotune.jobs import Geometry
 
 Samples = tuple[LinearMap, Tensor]
 
@@ -107,7 +113,8 @@ def layer_step(
     else:  # frozen: the bias is the whole row
         momentum = Rows(momentum.weight[:, :0], momentum.bias)
         grads = Rows(momentum.weight, bias_grad)
-        params = Rows(params.weight.flatten(1)[:, :0], params.bias)
+        rows = params.weight.shape[0]
+        params = Rows(params.weight.new_empty(rows, 0), params.bias)
         x = MatrixMap(y.new_empty(y.shape[0] * y.shape[2], 0), bias=True)
         y = written_out(y)
     chosen = ops.resolve(backend, weight.device, momentum.weight.dtype)
@@ -195,6 +202,60 @@ def advance_momentum(
     return advanced
 
 
+Gathered = Sequence[tuple[dict[str, Any], Sequence["LayerStep"]]]
+"""Parameter groups, each with what its layers bring to the step."""
+
+
+def tuned(tuning: Tuning, gathered: Gathered) -> AbstractContextManager[None]:
+    """A context in which launches use the tuning's table; see `Tuning.applied`."""
+    devices = [step.params.weight.device for _, steps in gathered for step in steps]
+    if not devices:
+        return nullcontext()
+    return tuning.applied(
+        devices[0],
+        lambda: [g for group, steps in gathered for g in geometries(steps, group)],
+    )
+
+
+def geometries(steps: Iterable[LayerStep], group: dict[str, Any]) -> list[Geometry]:
+    """Layers that share launches, as the tuner wants to know them.
+
+    Args:
+        steps: from `layer_step`.
+        group: hyperparameters.
+    """
+    from .autotune.jobs import Geometry
+
+    found = []
+    for bucket in _buckets(step for step in steps if step.backend.GROUPS_LAYERS):
+        first = bucket[0]
+        shape = shape_of(Batch([first.x], [first.y], [first.momentum]))
+        rows = (first.params, first.momentum)
+        dtypes = (first.x.dtype, *(r.weight.dtype for r in rows))
+        named = replace(shape, name=first.layer.name)
+        iters, nesterov = group["cg_iters"], group["nesterov"]
+        found.append(Geometry(named, len(bucket), iters, nesterov, dtypes))
+    return found
+
+
+def no_samples(
+    layer: Layer, bias: bool, dtype: torch.dtype, rows: int | None = None
+) -> Samples:
+    """Samples of a layer that has none: a zero, hence the identity Fisher.
+
+    Args:
+        layer: whose.
+        bias: whether its bias takes part.
+        dtype: of the momentum.
+        rows: how many are solved here; None for all.
+    """
+    geometry, weight = layer.geometry, local(layer.weight)
+    rows = geometry.rows if rows is None else rows
+    x = weight.new_zeros(1, geometry.groups * geometry.dim, dtype=dtype)
+    y = weight.new_zeros(1, rows, 1, dtype=dtype)
+    return MatrixMap(x, geometry.groups, bias), y
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that lies on this rank; another as it is."""
     to_local = getattr(tensor, "to_local", None)
@@ -219,21 +280,3 @@ def _counter(counts: Tensor, rows: slice | None) -> tuple[Tensor, Tensor]:
     if part.shape == counts.shape:
         return counts, counts
     return part, torch.zeros_like(part, memory_format=torch.contiguous_format)
-
-
-def no_samples(
-    layer: Layer, bias: bool, dtype: torch.dtype, rows: int | None = None
-) -> Samples:
-    """Samples of a layer that has none: a zero, hence the identity Fisher.
-
-    Args:
-        layer: whose.
-        bias: whether its bias takes part.
-        dtype: of the momentum.
-        rows: how many are solved here; None for all.
-    """
-    geometry, weight = layer.geometry, local(layer.weight)
-    rows = geometry.rows if rows is None else rows
-    x = weight.new_zeros(1, geometry.groups * geometry.dim, dtype=dtype)
-    y = weight.new_zeros(1, rows, 1, dtype=dtype)
-    return MatrixMap(x, geometry.groups, bias), y

@@ -76,5 +76,5 @@ def test_first_time_to_a_target():
 def test_best_learning_rate_is_soonest_then_highest():
     soon = Run("FROG", 0.1, 0, [2, 4], [0.9, 0.9], [1.0, 2.0])
     late = Run("FROG", 0.2, 0, [2, 4], [0.1, 0.99], [1.0, 2.0])
-    assert loop.best_lr([soon, late], 0.9) == 0.1
-    assert loop.best_lr([soon, late], 0.999) == 0.2
+    assert loop.best_setting([soon, late], 0.9) == (0.1, 0.0)
+    assert loop.best_setting([soon, late], 0.999) == (0.2, 0.0)

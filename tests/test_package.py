@@ -44,7 +44,8 @@ def test_version():
 
 
 RANKS = {
-    "optimizer": 6,
+    "optimizer": 7,
+    "distributed": 6,
     "capture": 4,
     "routing": 4,
     "step": 5,

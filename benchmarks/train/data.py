@@ -1,16 +1,17 @@
-"""Image data sets as tensors."""
+"""Data sets as tensors: images, and the characters of a text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
+from . import sources
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Dataset:
     classes: int
     flip: bool
 
+    def to(self, device: torch.device | str) -> Dataset:
+        """The same on a device; batches are then made there."""
+        tensors = ("train_x", "train_y", "test_x", "test_y")
+        return replace(self, **{t: getattr(self, t).to(device) for t in tensors})
+
     def batches(
         self, batch_size: int, generator: torch.Generator
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -42,9 +48,11 @@ class Dataset:
 
         Args:
             batch_size: examples a batch; a smaller last batch is left out.
-            generator: of the order and the augmentation.
+            generator: of the order and the augmentation, on the data's device.
         """
-        order = torch.randperm(len(self.train_y), generator=generator)
+        order = torch.randperm(
+            len(self.train_y), generator=generator, device=generator.device
+        )
         batch_size = min(batch_size, len(order))
         for start in range(0, len(order) - batch_size + 1, batch_size):
             index = order[start : start + batch_size]
@@ -53,15 +61,18 @@ class Dataset:
     def _augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Shift by up to an eighth of the width; flip where that is allowed."""
         n, _, height, width = x.shape
+        device = x.device
         reach = max(1, width // 8)
         padded = torch.nn.functional.pad(x, [reach] * 4)
-        shift = torch.randint(0, 2 * reach + 1, (2, n, 1), generator=generator)
-        rows = shift[0] + torch.arange(height)
-        columns = shift[1] + torch.arange(width)
+        shift = torch.randint(
+            0, 2 * reach + 1, (2, n, 1), generator=generator, device=device
+        )
+        rows = shift[0] + torch.arange(height, device=device)
+        columns = shift[1] + torch.arange(width, device=device)
         if self.flip:
-            mirrored = torch.rand(n, 1, generator=generator) < 0.5
+            mirrored = torch.rand(n, 1, generator=generator, device=device) < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
-        image = torch.arange(n)[:, None, None]
+        image = torch.arange(n, device=device)[:, None, None]
         # Index tensors around the channel slice put channels last.
         return padded[image, :, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
 
@@ -80,61 +91,38 @@ def digits() -> Dataset:
     )
 
 
-def folder(root: Path, limit: int | None = None) -> Dataset:
-    """Images under ``root/train/<class>/`` and ``root/test/<class>/``.
+def images(
+    source: Path,
+    limit: int | None = None,
+    cache: Path | None = None,
+    test_limit: int | None = None,
+) -> Dataset:
+    """Images from a folder, an archive, a torchvision root or an ``.npz``.
 
     Args:
-        root: the folder.
+        source: see `sources.load`, also for the errors raised.
         limit: use only so many training images, evenly from all classes.
-
-    Raises:
-        FileNotFoundError: a folder is missing or holds no image.
-        ValueError: the images are not all of one size.
+        cache: folder for decoded images.
+        test_limit: likewise for the test images.
     """
-    classes = sorted(p.name for p in _existing(root / "train").iterdir() if p.is_dir())
-    if not classes:
-        raise FileNotFoundError(f"{root / 'train'} has no sub-folder: one a class")
-    share = None if limit is None else -(-limit // len(classes))
-    train_x, train_y = _read(root / "train", classes, share)
-    test_x, test_y = _read(root / "test", classes, None)
-    if limit is not None:
-        order = torch.randperm(
-            len(train_y), generator=torch.Generator().manual_seed(0)
-        )[:limit]
-        train_x, train_y = train_x[order], train_y[order]
-    return _normalised(root.name, train_x, train_y, test_x, test_y, flip=True)
+    found = sources.load(source, cache)
+    train = _evenly(found.train_x, found.train_y, limit)
+    test = _evenly(found.test_x, found.test_y, test_limit)
+    return _normalised(source.name.split(".")[0], *train, *test, flip=True)
 
 
-def _existing(path: Path) -> Path:
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path} does not exist; --data takes a folder with train/<class>/ and "
-            "test/<class>/ in it"
-        )
-    return path
-
-
-def _read(root: Path, classes: list[str], share: int | None) -> tuple[Tensor, Tensor]:
-    from PIL import Image
-
-    images, labels = [], []
-    for label, name in enumerate(classes):
-        files = sorted(
-            p for p in _existing(root / name).iterdir() if p.suffix.lower() in _SUFFIXES
-        )
-        for path in files[:share]:
-            with Image.open(path) as image:
-                images.append(np.asarray(image.convert("RGB"), dtype=np.uint8))
-            labels.append(label)
-            if images[-1].shape != images[0].shape:
-                raise ValueError(
-                    f"{path} has size {images[-1].shape[:2]}, others have "
-                    f"{images[0].shape[:2]}; resize the images to one size first"
-                )
-    if not images:
-        raise FileNotFoundError(f"no images under {root}")
-    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
-    return stacked.contiguous(), torch.tensor(labels)
+def _evenly(
+    x: NDArray[np.uint8], y: NDArray[np.int64], limit: int | None
+) -> tuple[Tensor, Tensor]:
+    """At most so many images, of all classes alike, as float tensors."""
+    if limit is not None and limit < len(y):
+        classes = np.unique(y)
+        share = -(-limit // len(classes))
+        kept = np.concatenate([np.flatnonzero(y == c)[:share] for c in classes])
+        shuffle = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))
+        kept = kept[shuffle[:limit].numpy()]
+        x, y = x[kept], y[kept]
+    return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().float(), torch.tensor(y)
 
 
 def _normalised(
@@ -156,3 +144,60 @@ def _normalised(
         classes=int(train_y.max()) + 1,
         flip=flip,
     )
+
+
+@dataclass(frozen=True)
+class Text:
+    """Characters of a text as integers.
+
+    Attributes:
+        name: for titles.
+        train: int64, the first nine tenths.
+        test: the rest.
+        characters: the alphabet.
+    """
+
+    name: str
+    train: Tensor
+    test: Tensor
+    characters: str
+
+    def to(self, device: torch.device | str) -> Text:
+        """The same on a device."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    def windows(
+        self, count: int, context: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Windows of the training text at random, and what follows each character."""
+        start = torch.randint(
+            len(self.train) - context,
+            (count, 1),
+            generator=generator,
+            device=generator.device,
+        )
+        index = start + torch.arange(context, device=generator.device)
+        return self.train[index], self.train[index + 1]
+
+
+def text(source: Path, limit: int | None = None) -> Text:
+    """The characters of a text file.
+
+    Args:
+        source: the file, in UTF-8.
+        limit: use only so many characters of the training part.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: it is shorter than a thousand characters.
+    """
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} does not exist; --data takes a text file")
+    content = source.read_text(encoding="utf-8")
+    if len(content) < 1000:
+        raise ValueError(f"{source} has only {len(content)} characters")
+    characters = "".join(sorted(set(content)))
+    position = {c: i for i, c in enumerate(characters)}
+    codes = torch.tensor([position[c] for c in content])
+    split = len(codes) * 9 // 10
+    return Text(source.stem, codes[:split][:limit], codes[split:], characters)

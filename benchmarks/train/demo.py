@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import report
-from .data import Dataset, digits, folder
-from .loop import Run, best_lr, train
+from .arguments import fraction, positive
+from .data import digits, images
+from .loop import Job, Run, best_setting
 from .peers import PEERS, Peer
+from .tasks import ImageTask
+
+SHOWN = tuple(PEERS[name] for name in ("FROG", "SGD", "AdamW"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,24 +23,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         metavar="DIR",
-        help="folder of images: train/<class>/ and test/<class>/ "
-        "(default: scikit-learn's handwritten digits)",
+        help="folder of images: train/<class>/ and test/<class>/; or a torchvision "
+        "root, a tar of images, an .npz (default: scikit-learn's handwritten digits)",
     )
     parser.add_argument(
-        "--limit", type=_positive, help="use only so many training images"
+        "--limit", type=positive, help="use only so many training images"
     )
-    parser.add_argument("--epochs", type=_positive, help="passes over the data")
-    parser.add_argument("--batch-size", type=_positive, help="examples a step")
-    parser.add_argument("--seeds", type=_positive, default=3, help="runs (default: 3)")
+    parser.add_argument("--epochs", type=positive, help="passes over the data")
+    parser.add_argument("--batch-size", type=positive, help="examples a step")
+    parser.add_argument("--seeds", type=positive, default=3, help="runs (default: 3)")
     parser.add_argument(
         "--tuning-seeds",
-        type=_positive,
+        type=positive,
         help="seeds for every learning rate of the grids (default: 1, for the digits "
         "all of --seeds)",
     )
     parser.add_argument(
         "--targets",
-        type=_fraction,
+        type=fraction,
         nargs="+",
         metavar="ACC",
         help="test accuracies to time, the second decides the learning rate",
@@ -51,9 +55,11 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from .runner import train_all
+
     console = Console()
     try:
-        data = digits() if args.data is None else folder(args.data, args.limit)
+        data = digits() if args.data is None else images(args.data, args.limit)
     except (FileNotFoundError, ValueError) as error:
         console.print(f"[red]error:[/] {error}", highlight=False)
         return 2
@@ -64,23 +70,33 @@ def run(args: argparse.Namespace) -> int:
     console.print(
         f"{data.name}: {len(data.train_y)} training and {len(data.test_y)} test "
         f"images, {data.classes} classes; {epochs} epochs, batch {batch_size}, "
-        f"{args.seeds} seeds; every optimizer at the best of {len(PEERS[0].lrs)} "
+        f"{args.seeds} seeds; every optimizer at the best of {len(SHOWN[0].lrs)} "
         "learning rates, same schedule"
     )
     target = targets[min(1, len(targets) - 1)]
     tuning = min(args.tuning_seeds or (args.seeds if small else 1), args.seeds)
-    jobs = [(p, lr, seed) for p in PEERS for lr in p.lrs for seed in range(tuning)]
-    tried = _train_all(data, jobs, epochs, batch_size, console)
+    task = ImageTask(data, batch_size=batch_size)
+    tried = train_all(
+        [
+            Job(task, peer, lr, seed, epochs)
+            for peer in SHOWN
+            for lr in peer.lrs
+            for seed in range(tuning)
+        ],
+        console,
+    )
     best: list[Run] = []
     jobs = []
-    for peer in PEERS:
+    for peer in SHOWN:
         mine = [r for r in tried if r.peer == peer.name]
-        lr = best_lr(mine, target)
+        lr, _ = best_setting(mine, target)
         console.print(_summary(peer, mine, target, lr), highlight=False)
         best += [r for r in mine if r.lr == lr]
-        jobs += [(peer, lr, seed) for seed in range(tuning, args.seeds)]
-    best += _train_all(data, jobs, epochs, batch_size, console)
-    best.sort(key=lambda r: ([p.name for p in PEERS].index(r.peer), r.seed))
+        jobs += [
+            Job(task, peer, lr, seed, epochs) for seed in range(tuning, args.seeds)
+        ]
+    best += train_all(jobs, console)
+    best.sort(key=lambda r: ([p.name for p in SHOWN].index(r.peer), r.seed))
 
     table = report.rows(best, targets)
     rendered = Table(*table[0], title=f"{data.name}, median of {args.seeds} seeds")
@@ -105,51 +121,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _train_all(
-    data: Dataset,
-    jobs: Sequence[tuple[Peer, float, int]],
-    epochs: int,
-    batch_size: int,
-    console: object,
-) -> list[Run]:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-
-    if not jobs:
-        return []
-    per_epoch = max(1, len(data.train_y) // batch_size)
-    eval_every = max(2, per_epoch // 6)
-    runs = []
-    with Progress(
-        TextColumn("{task.description:28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,  # type: ignore[arg-type]
-    ) as progress:
-        task = progress.add_task("", total=len(jobs) * epochs * per_epoch)
-        for peer, lr, seed in jobs:
-            progress.update(task, description=f"{peer.name}, lr {lr:g}, seed {seed}")
-            runs.append(
-                train(
-                    data,
-                    peer,
-                    lr,
-                    seed,
-                    epochs=epochs,
-                    batch_size=batch_size,
-                    eval_every=eval_every,
-                    on_step=lambda: progress.advance(task),
-                )
-            )
-    return runs
-
-
 def _summary(peer: Peer, runs: Sequence[Run], target: float, chosen: float) -> str:
     """One line: steps to the target and final accuracy at each learning rate."""
     cells = []
@@ -161,17 +132,3 @@ def _summary(peer: Peer, runs: Sequence[Run], target: float, chosen: float) -> s
         mark = "*" if lr == chosen else ""
         cells.append(f"{lr:g}{mark}: {steps} ({final:.1%})")
     return f"{peer.name:6} lr: steps to {target:.0%} (final)  " + "   ".join(cells)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must lie in (0, 1], got {text}")
-    return value

@@ -1,19 +1,97 @@
-"""One training run, and the search for an optimizer's learning rate."""
+"""One training run, and the search for an optimizer's settings."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor
 
-from .data import Dataset
-from .models import small_cnn
 from .peers import Peer
+from .tasks import Task
+from .timing import clock
+
+SCHEDULES: dict[str, Callable[[int, int], float]] = {}
+"""Factors on the learning rate, from the step and the number of steps."""
+
+
+def _schedule(name: str) -> Callable[[Callable[[int, int], float]], Any]:
+    def register(function: Callable[[int, int], float]) -> Callable[[int, int], float]:
+        SCHEDULES[name] = function
+        return function
+
+    return register
+
+
+@_schedule("one-cycle")
+def _one_cycle(step: int, total: int) -> float:
+    """Up over a tenth of the steps, then down to zero."""
+    warmup = max(1, total // 10)
+    return min((step + 1) / warmup, (total - step) / max(1, total - warmup), 1.0)
+
+
+@_schedule("step")
+def _step_drops(step: int, total: int) -> float:
+    """Divided by ten at half and again at three quarters of the steps."""
+    return float(0.1 ** ((2 * step >= total) + (4 * step >= 3 * total)))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be made.
+
+    Attributes:
+        task: what is trained.
+        peer: the optimizer.
+        lr: its peak learning rate.
+        seed: of the weights, the batches and the sampling.
+        epochs: passes over the data.
+        weight_decay: None: the peer's first.
+        schedule: one of `SCHEDULES`.
+        evaluations: how often an epoch the metric is taken.
+    """
+
+    task: Task
+    peer: Peer
+    lr: float
+    seed: int
+    epochs: int
+    weight_decay: float | None = None
+    schedule: str = "one-cycle"
+    evaluations: int = 6
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.epochs * self.task.steps_per_epoch
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between two evaluations."""
+        return max(2, self.task.steps_per_epoch // self.evaluations)
+
+    def settings(self) -> dict[str, Any]:
+        """All that the run's outcome depends on, as JSON can hold it."""
+        decay = self.weight_decay
+        return {
+            "data": self.task.title,
+            **self.task.size,
+            "peer": self.peer.name,
+            "options": {k: str(v) for k, v in self.peer.options.items()},
+            "lr": self.lr,
+            "weight_decay": self.peer.weight_decays[0] if decay is None else decay,
+            "seed": self.seed,
+            "epochs": self.epochs,
+            "batch_size": self.task.batch_size,
+            "schedule": self.schedule,
+            "eval_every": self.eval_every,
+            "device": self.task.device.type,
+        }
 
 
 @dataclass
@@ -24,126 +102,136 @@ class Run:
         peer: the optimizer's name.
         lr: its learning rate.
         seed: of the weights, the batches and the sampling.
-        steps: the steps at which the test accuracy was taken.
-        accuracy: test accuracy at each of them.
+        steps: the steps at which the metric was taken.
+        values: the metric on held-out data at each of them.
         seconds: seconds of training up to each of them, evaluation excluded.
         diverged: whether the loss stopped being finite.
+        train_loss: mean training loss since the evaluation before.
+        batch_size: examples a step.
+        weight_decay: of the optimizer.
+        metric: ``"accuracy"`` or ``"loss"``.
+        forward_backward_ms: median over the steps.
+        optimizer_ms: median over the steps.
+        peak_bytes: most memory allocated on the GPU; None on a CPU.
+        state_bytes: of the tensors in the optimizer's state at the end.
+        settings: of the job.
+        environment: where it ran.
     """
 
     peer: str
     lr: float
     seed: int
     steps: list[int] = field(default_factory=list)
-    accuracy: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     diverged: bool = False
+    train_loss: list[float] = field(default_factory=list)
+    batch_size: int = 0
+    weight_decay: float = 0.0
+    metric: str = "accuracy"
+    forward_backward_ms: float = 0.0
+    optimizer_ms: float = 0.0
+    peak_bytes: int | None = None
+    state_bytes: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether more of the metric is better."""
+        return self.metric == "accuracy"
 
     @property
     def final(self) -> float:
-        """Test accuracy at the end."""
-        return 0.0 if self.diverged else self.accuracy[-1]
+        """The metric at the end, at its worst if the run diverged."""
+        if self.diverged:
+            return 0.0 if self.higher_is_better else math.inf
+        return self.values[-1]
 
     def first(self, target: float) -> tuple[int, float] | None:
         """Step and seconds at which the target was first reached, or None."""
-        for step, accuracy, seconds in zip(
-            self.steps, self.accuracy, self.seconds, strict=True
+        for step, value, seconds in zip(
+            self.steps, self.values, self.seconds, strict=True
         ):
-            if accuracy >= target:
+            if value >= target if self.higher_is_better else value <= target:
                 return step, seconds
         return None
 
 
-def train(
-    data: Dataset,
-    peer: Peer,
-    lr: float,
-    seed: int,
-    *,
-    epochs: int,
-    batch_size: int,
-    eval_every: int,
-    on_step: Callable[[], None] = lambda: None,
-) -> Run:
-    """Train the small network with a learning rate that rises, then falls to zero.
+def train(job: Job, on_step: Callable[[int], None] = lambda count: None) -> Run:
+    """Make a run.
 
     Args:
-        data: the data.
-        peer: the optimizer.
-        lr: its peak learning rate.
-        seed: of everything random in the run.
-        epochs: passes over the data.
-        batch_size: examples a step.
-        eval_every: steps between two evaluations.
-        on_step: called after each step, for progress bars.
+        job: what to run.
+        on_step: called with the number of steps done, for progress bars; a run that
+            diverges reports those that it leaves out.
     """
-    torch.manual_seed(seed)
-    model = small_cnn(data.train_x.shape[1], data.classes, data.train_x.shape[-1])
-    optimizer = peer.optimizer(model, lr)
-    per_epoch = max(1, len(data.train_y) // batch_size)
-    total = epochs * per_epoch
+    task = job.task
+    torch.manual_seed(job.seed)
+    model = job.peer.prepare(task.model())
+    optimizer = job.peer.optimizer(model, job.lr, job.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _warmup_then_linear(step, total)
+        optimizer, lambda step: SCHEDULES[job.schedule](step, job.steps)
     )
-    generator = torch.Generator().manual_seed(seed)
-    run = Run(peer.name, lr, seed)
-    elapsed, step = 0.0, 0
-    for _ in range(epochs):
-        for x, y in data.batches(batch_size, generator):
-            start = time.perf_counter()
-            loss = F.cross_entropy(model(x), y)
+    generator = torch.Generator(task.device).manual_seed(job.seed)
+    settings = job.settings()
+    run = Run(job.peer.name, job.lr, job.seed, settings=settings, metric=task.metric)
+    run.weight_decay = settings["weight_decay"]
+    run.batch_size = task.batch_size
+    timer = clock(task.device)
+    losses: list[Tensor] = []
+    step, elapsed = 0, 0.0
+    start = time.perf_counter()
+    for _ in range(job.epochs):
+        for x, y in task.batches(generator):
+            timer.mark()
+            loss = task.loss(model, x, y)
             optimizer.zero_grad()
             loss.backward()
+            timer.mark()
             optimizer.step()
+            timer.mark()
             schedule.step()
-            elapsed += time.perf_counter() - start
+            losses.append(loss.detach())
             step += 1
-            on_step()
-            if step % eval_every == 0 or step == total:
-                run.steps.append(step)
-                run.accuracy.append(evaluate(model, data))
-                run.seconds.append(elapsed)
-                if not torch.isfinite(loss):
-                    run.diverged = True
-                    for _ in range(total - step):
-                        on_step()
-                    return run
+            on_step(1)
+            if step % job.eval_every and step != job.steps:
+                continue
+            timer.wait()
+            elapsed += time.perf_counter() - start
+            run.steps.append(step)
+            run.seconds.append(elapsed)
+            run.train_loss.append(torch.stack(losses).mean().item())
+            run.values.append(task.evaluate(model))
+            losses.clear()
+            if not math.isfinite(run.train_loss[-1]):
+                run.diverged = True
+                on_step(job.steps - step)
+                break
+            start = time.perf_counter()
+        if run.diverged:
+            break
+    run.forward_backward_ms, run.optimizer_ms = timer.medians()
+    run.peak_bytes = timer.peak_bytes()
+    run.state_bytes = job.peer.state_bytes(optimizer)
     return run
 
 
-def _warmup_then_linear(step: int, total: int) -> float:
-    """Factor on the learning rate: up over a tenth of the steps, then down to zero."""
-    warmup = max(1, total // 10)
-    return min((step + 1) / warmup, (total - step) / max(1, total - warmup), 1.0)
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, data: Dataset, batch_size: int = 1000) -> float:
-    """Accuracy on the held-out images."""
-    model.eval()
-    correct = 0
-    for start in range(0, len(data.test_y), batch_size):
-        logits = model(data.test_x[start : start + batch_size])
-        labels = data.test_y[start : start + batch_size]
-        correct += int((logits.argmax(1) == labels).sum())
-    model.train()
-    return correct / len(data.test_y)
-
-
-def best_lr(runs: Sequence[Run], target: float) -> float:
-    """The learning rate that reaches the target soonest, else ends highest.
+def best_setting(runs: Sequence[Run], target: float) -> tuple[float, float]:
+    """Learning rate and weight decay that reach the target soonest, else end best.
 
     Args:
-        runs: runs of one optimizer, over learning rates and perhaps seeds.
-        target: accuracy.
+        runs: runs of one optimizer, over settings and perhaps seeds.
+        target: of the metric.
     """
-    lrs = sorted({run.lr for run in runs})
 
-    def merit(lr: float) -> tuple[float, float]:
-        mine = [run for run in runs if run.lr == lr]
+    def merit(setting: tuple[float, float]) -> tuple[float, float]:
+        mine = [run for run in runs if (run.lr, run.weight_decay) == setting]
         reached = [run.first(target) for run in mine]
         steps = statistics.median(
-            float("inf") if hit is None else hit[0] for hit in reached
+            math.inf if hit is None else hit[0] for hit in reached
         )
-        return steps, -statistics.median(run.final for run in mine)
+        sign = -1 if mine[0].higher_is_better else 1
+        return steps, sign * statistics.median(run.final for run in mine)
 
-    return min(lrs, key=merit)
+    return min(sorted({(run.lr, run.weight_decay) for run in runs}), key=merit)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 
 def small_cnn(channels: int, classes: int, size: int, width: int = 32) -> nn.Module:
@@ -34,3 +36,62 @@ def small_cnn(channels: int, classes: int, size: int, width: int = 32) -> nn.Mod
     stage(current, current, 1)
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(current, classes)]
     return nn.Sequential(*layers)
+
+
+class GPT(nn.Module):
+    """A causal transformer in the form of GPT-2, without dropout or tied weights.
+
+    Args:
+        symbols: size of the alphabet.
+        context: longest sequence.
+        depth: blocks.
+        width: of the residual stream.
+        heads: of attention.
+    """
+
+    def __init__(
+        self, symbols: int, context: int, depth: int, width: int, heads: int
+    ) -> None:
+        super().__init__()
+        self.symbol = nn.Embedding(symbols, width)
+        self.position = nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, symbols, bias=False)
+        for name, param in self.named_parameters():
+            if param.ndim == 2:
+                into_stream = name.endswith("out.weight")
+                scale = (2 * depth) ** -0.5 if into_stream else 1.0
+                nn.init.normal_(param, std=0.02 * scale)
+            elif name.endswith("bias"):
+                nn.init.zeros_(param)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(batch, length, symbols)`` of the next symbols."""
+        place = torch.arange(x.shape[1], device=x.device)
+        logits: Tensor = self.head(
+            self.norm(self.blocks(self.symbol(x) + self.position(place)))
+        )
+        return logits
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
+        hidden = nn.functional.gelu(self.expand(self.norm2(x)))
+        out: Tensor = x + self.mlp_out(hidden)
+        return out

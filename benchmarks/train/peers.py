@@ -1,19 +1,22 @@
-"""The optimizers that are compared, each with its grid of learning rates.
+"""The optimizers that are compared, each with its grid of settings.
 
-All grids have the same number of entries, spaced by about a factor of three, and are
-centred on what is usual for the optimizer on small convolutional networks.
+All grids have the same number of entries: learning rates spaced by about a factor of
+three around what is usual for the optimizer, and two weight decays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ... import FROG
+from .joint import Joint, MatrixView, layers_and_rest
 
 
 @dataclass(frozen=True)
@@ -22,31 +25,198 @@ class Peer:
 
     Attributes:
         name: in tables.
-        build: makes the optimizer from the model and keyword arguments.
+        build: makes the optimizer from the model, ``lr``, ``weight_decay`` and
+            `options`.
         lrs: learning rates to try.
-        options: keyword arguments other than ``lr``.
+        weight_decays: to try; a short search takes the first alone.
+        options: more keyword arguments.
+        needs: packages that must be installed.
+        batch_size: if other than the workload's.
+        prepare: what must be done to a model before.
     """
 
     name: str
     build: Callable[..., torch.optim.Optimizer]
     lrs: tuple[float, ...]
+    weight_decays: tuple[float, float] = (1e-2, 1e-1)
     options: dict[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    batch_size: int | None = None
+    prepare: Callable[[nn.Module], nn.Module] = lambda model: model
 
-    def optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    def optimizer(
+        self, model: nn.Module, lr: float, weight_decay: float | None = None
+    ) -> torch.optim.Optimizer:
         """The optimizer for a fresh model."""
-        return self.build(model, lr=lr, **self.options)
+        decay = self.weight_decays[0] if weight_decay is None else weight_decay
+        return self.build(model, lr=lr, weight_decay=decay, **self.options)
+
+    def missing(self) -> list[str]:
+        """Packages that it needs and that are not installed."""
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
+
+    def with_options(self, name: str, **options: Any) -> Peer:
+        """A variant with more or other options."""
+        return replace(self, name=name, options={**self.options, **options})
+
+    @staticmethod
+    def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+        """Bytes of all tensors in its `state_dict`."""
+        seen: dict[int, int] = {}
+        for tensor in _tensors(optimizer.state_dict()):
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+        return sum(seen.values())
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, dict):
+        for value in content.values():
+            yield from _tensors(value)
+    elif isinstance(content, list | tuple):
+        for value in content:
+            yield from _tensors(value)
+    elif hasattr(content, "__dict__"):  # SINGD's structured matrices
+        yield from _tensors(vars(content))
 
 
 def _sgd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), **options)
+    return torch.optim.SGD(model.parameters(), momentum=0.9, **options)
 
 
 def _adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), **options)
+    params = list(model.parameters())
+    return torch.optim.AdamW(params, fused=params[0].is_cuda, **options)
 
 
-PEERS = (
-    Peer("FROG", FROG, (6e-3, 2e-2, 6e-2, 2e-1)),
-    Peer("SGD", _sgd, (3e-2, 1e-1, 3e-1, 1.0), {"momentum": 0.9, "weight_decay": 5e-4}),
-    Peer("AdamW", _adamw, (1e-3, 3e-3, 1e-2, 3e-2), {"weight_decay": 1e-2}),
+def _muon(
+    model: nn.Module, lr: float, weight_decay: float, adamw_lr: float = 1e-3
+) -> torch.optim.Optimizer:
+    """Hidden matrices and flattened convolutions by Muon, all else by AdamW."""
+    hidden = [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    ][:-1]  # the last is the output layer
+    views = [MatrixView(p) for p in hidden]
+    chosen = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    muon = torch.optim.Muon([v.matrix for v in views], lr=lr, weight_decay=weight_decay)
+    adamw = torch.optim.AdamW(
+        rest, lr=adamw_lr, weight_decay=weight_decay, fused=rest[0].is_cuda
+    )
+    return Joint(model, [muon, adamw], views)
+
+
+def _soap(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    from pytorch_optimizer import SOAP
+
+    return SOAP(model.parameters(), precondition_frequency=10, **options)
+
+
+def _shampoo(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    from pytorch_optimizer import ScalableShampoo
+
+    return ScalableShampoo(
+        model.parameters(),
+        start_preconditioning_step=10,
+        preconditioning_compute_steps=10,
+        decoupled_weight_decay=True,
+        **options,
+    )
+
+
+def _singd(
+    model: nn.Module, lr: float, weight_decay: float, loss_average: str = "batch"
+) -> torch.optim.Optimizer:
+    """Linear layers and convolutions by SINGD, norms and embeddings by SGD."""
+    from singd.optim.optimizer import SINGD
+
+    layers, rest = layers_and_rest(model, (nn.Linear, nn.Conv2d))
+    singd = SINGD(
+        model,
+        params=layers,
+        lr=lr,
+        weight_decay=weight_decay,
+        loss_average=loss_average,
+        normalize_lr_cov=True,
+        T=10,
+    )
+    if not rest:
+        return singd
+    return Joint(model, [singd, torch.optim.SGD(rest, lr=lr, momentum=0.9)])
+
+
+def reference(checkout: Path) -> Peer:
+    """The public reference implementation of FROG, from a checkout of it.
+
+    Args:
+        checkout: folder that holds its ``frog.py``.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = checkout / "frog.py"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; --reference takes a checkout of the public FROG "
+            "repository"
+        )
+
+    def build(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+        spec = importlib.util.spec_from_file_location("frog_reference", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        made: torch.optim.Optimizer = module.Frog(
+            model.parameters(), model, momentum=0.9, **options
+        )
+        return made
+
+    frog = PEERS["FROG"]
+    return Peer(
+        "FROG (reference)",
+        build,
+        frog.lrs,
+        frog.weight_decays,
+        prepare=_without_inplace,
+    )
+
+
+def _without_inplace(model: nn.Module) -> nn.Module:
+    """The reference's module hooks fail where an activation works in place."""
+    for module in model.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
+    return model
+
+
+def _by_name(*peers: Peer) -> dict[str, Peer]:
+    return {peer.name: peer for peer in peers}
+
+
+PEERS = _by_name(
+    Peer("FROG", FROG, (6e-3, 2e-2, 6e-2, 2e-1), (1e-5, 5e-5)),
+    Peer(
+        "FROG positions",
+        FROG,
+        (6e-3, 2e-2, 6e-2, 2e-1),
+        (1e-5, 5e-5),
+        {"sampling": "positions"},
+    ),
+    Peer("SGD", _sgd, (3e-2, 1e-1, 3e-1, 1.0), (5e-4, 5e-3)),
+    Peer("AdamW", _adamw, (1e-3, 3e-3, 1e-2, 3e-2)),
+    Peer("Muon", _muon, (6e-3, 2e-2, 6e-2, 2e-1), options={"adamw_lr": 3e-3}),
+    Peer("SOAP", _soap, (1e-3, 3e-3, 1e-2, 3e-2), needs=("pytorch_optimizer",)),
+    Peer(
+        "Shampoo",
+        _shampoo,
+        (3e-2, 1e-1, 3e-1, 1.0),
+        (5e-4, 5e-3),
+        needs=("pytorch_optimizer",),
+    ),
+    Peer("SINGD", _singd, (1e-3, 3e-3, 1e-2, 3e-2), (5e-4, 5e-3), needs=("singd",)),
 )
+"""All peers by name; `reference` makes one more."""

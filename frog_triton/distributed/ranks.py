@@ -111,6 +111,10 @@ class Ranks:
         """
         if self.division.replicas > 1:
             steps = advance_momentum(steps, group)
+        return self.pieces(steps)
+
+    def pieces(self, steps: Iterable[LayerStep]) -> list[LayerStep]:
+        """The rows of these steps that this rank solves."""
         return [piece for step in steps for piece in self._pieces(step)]
 
     def _pieces(self, step: LayerStep) -> list[LayerStep]:

@@ -1,0 +1,176 @@
+"""The comparisons that ``bench train`` offers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models import resnet
+from .data import images, text
+from .models import GPT, small_cnn
+from .peers import PEERS, Peer
+from .tasks import ImageTask, Task, TextTask
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A task with the targets, the budget and the peers it is usually run with.
+
+    Attributes:
+        name: on the command line.
+        about: one line of help.
+        task: makes the task from the data's path, the cache's and the device.
+        targets: of the metric, from easy to hard; the second decides among settings.
+        epochs: of the runs that are reported.
+        grid_epochs: of the runs that search for settings.
+        evaluations: how often an epoch the metric is taken in the reported runs.
+        schedule: one of `loop.SCHEDULES`.
+        peers: who takes part, unless the command line says otherwise.
+    """
+
+    name: str
+    about: str
+    task: Callable[[Path, Path, torch.device], Task]
+    targets: tuple[float, ...]
+    epochs: int
+    grid_epochs: int
+    evaluations: int = 3
+    schedule: str = "one-cycle"
+    peers: tuple[Peer, ...] = tuple(PEERS.values())
+
+    @property
+    def deciding_target(self) -> float:
+        """The second target."""
+        return self.targets[min(1, len(self.targets) - 1)]
+
+
+def _resnet18(channels: int, classes: int, size: int) -> nn.Module:
+    return resnet(18, classes)
+
+
+def _gpt(
+    symbols: int, context: int, *, depth: int, width: int, heads: int
+) -> nn.Module:
+    return GPT(symbols, context, depth, width, heads)
+
+
+def _resnet_task(source: Path, cache: Path, device: torch.device) -> Task:
+    return ImageTask(images(source, cache=cache).to(device), _resnet18, 512)
+
+
+def _small_task(source: Path, cache: Path, device: torch.device) -> Task:
+    data = images(source, 10_000, cache, test_limit=5_000)
+    return ImageTask(data.to(device), small_cnn, 128)
+
+
+def _gpt_task(
+    source: Path,
+    cache: Path,
+    device: torch.device,
+    *,
+    depth: int,
+    width: int,
+    heads: int,
+    batch_size: int,
+    context: int,
+) -> Task:
+    network = partial(_gpt, depth=depth, width=width, heads=heads)
+    return TextTask(text(source).to(device), network, batch_size, context)
+
+
+def _variants(peers: Sequence[Peer]) -> tuple[Peer, ...]:
+    """The recipe's: FROG with 64 and 24 examples, SGD also at batch 128."""
+    frog, sgd = PEERS["FROG"], PEERS["SGD"]
+    own = (
+        frog.with_options("FROG, 64 examples", sample_size=64),
+        frog.with_options("FROG, 24 examples", sample_size=24),
+        replace(sgd, name="SGD, batch 128", batch_size=128),
+    )
+    return own + tuple(peer for peer in peers if peer.name != "FROG")
+
+
+def _for_text(peers: Sequence[Peer]) -> tuple[Peer, ...]:
+    """Learning rates and fallbacks that suit transformers."""
+    lrs = {
+        "FROG": (2e-3, 6e-3, 2e-2, 6e-2),
+        "FROG positions": (2e-3, 6e-3, 2e-2, 6e-2),
+        "AdamW": (3e-4, 1e-3, 3e-3, 1e-2),
+        "SOAP": (3e-4, 1e-3, 3e-3, 1e-2),
+    }
+    options: dict[str, dict[str, Any]] = {
+        "FROG": {"fallback": "adamw", "fallback_lr": 1e-3},
+        "FROG positions": {"fallback": "adamw", "fallback_lr": 1e-3},
+        "Muon": {"adamw_lr": 1e-3},
+        "SINGD": {"loss_average": "batch+sequence"},
+    }
+    return tuple(
+        replace(peer, lrs=lrs.get(peer.name, peer.lrs)).with_options(
+            peer.name, **options.get(peer.name, {})
+        )
+        for peer in peers
+    )
+
+
+_ALL = tuple(PEERS.values())
+_RESNET = Workload(
+    "cifar10-resnet18",
+    "CIFAR-10, ResNet-18, batch 512, learning rate divided by ten twice",
+    _resnet_task,
+    (0.88, 0.90, 0.92, 0.94),
+    epochs=160,
+    grid_epochs=20,
+    evaluations=2,
+    schedule="step",
+    peers=_variants(_ALL),
+)
+_GPT = Workload(
+    "chars-gpt",
+    "characters of a text, GPT of 6 blocks, width 384, context 256",
+    partial(_gpt_task, depth=6, width=384, heads=6, batch_size=64, context=256),
+    (2.0, 1.8, 1.6, 1.5),
+    epochs=20,
+    grid_epochs=5,
+    peers=_for_text(_ALL),
+)
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload(
+            "cifar10-small",
+            "10,000 images of CIFAR-10, five convolutions; two CPU cores finish it",
+            _small_task,
+            (0.50, 0.55, 0.60, 0.65),
+            epochs=5,
+            grid_epochs=2,
+        ),
+        _RESNET,
+        replace(
+            _RESNET,
+            name="cifar10-resnet18-short",
+            about="the same over a short budget, one-cycle learning rate",
+            epochs=24,
+            grid_epochs=8,
+            schedule="one-cycle",
+        ),
+        _GPT,
+        replace(
+            _GPT,
+            name="chars-gpt-small",
+            about="characters of a text, GPT of 2 blocks, width 64, for a CPU",
+            task=partial(
+                _gpt_task, depth=2, width=64, heads=4, batch_size=32, context=64
+            ),
+            targets=(2.4, 2.2, 2.0, 1.8),
+            epochs=2,
+            grid_epochs=1,
+        ),
+    )
+}
+"""All workloads by name."""
