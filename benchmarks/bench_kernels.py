@@ -22,6 +22,7 @@ import torch
 
 from .. import cost
 from ..autotune.traffic import GPUS
+from ..autotune.tuning import Tuning
 from ..cost import Cost
 from ..launches import LayerShape
 from ..layers import ConvMap
@@ -33,6 +34,7 @@ from ..solvers import Batch
 from .eager import eager_solve
 from .environment import environment
 from .models import resnet
+from .plot import draw
 from .timing import matrix_rate, microseconds
 
 # Model, examples sampled, image size.
@@ -214,11 +216,8 @@ def show(results: Sequence[dict[str, Any]], gpu: str) -> None:
         print("".join(f"{r[column]:12.1f}" for column in COLUMNS) if timed else "")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to a parser."""
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16"
@@ -228,20 +227,52 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--formulation", choices=("auto", "primal", "gram"), default="auto"
     )
     parser.add_argument("--json", type=Path, help="write the results there, too")
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="of tuned configurations"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Count, time where there is a GPU, print and write; returns the exit code."""
     if not torch.cuda.is_available():
         print("No GPU here: counts and floors from datasheet rates; no time measured.")
     results = []
+    tuning = Tuning("cached", args.cache_dir)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in args.model:
         dtype = getattr(torch, args.dtype)
-        found = bench(name, dtype, args.gpu, args.formulation)
+        with tuning.applied(device, list):
+            found = bench(name, dtype, args.gpu, args.formulation)
         show(found, args.gpu)
         results += found
     if args.json:
         content = {"environment": environment(), "results": results}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(content, indent=1) + "\n")
+    if args.plot:
+        points = [
+            (r["layer"], r["operations"], r["bytes"], r.get("solve_us"))
+            for r in results
+        ]
+        speedups = [
+            (r["layer"], r["eager_us"] / r["solve_us"])
+            for r in results
+            if "eager_us" in r
+        ]
+        title = "the solve beside cuDNN's composition"
+        draw(args.plot, title, points, GPUS[args.gpu], speedups)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

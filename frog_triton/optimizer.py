@@ -441,17 +441,16 @@ class FROG(Optimizer):
 
     def _agree(self, ranks: Ranks) -> None:
         """Learn which layers take part, and what each rank brings."""
+        layers = list(self._plan.layers.values())
         if not ranks.verified:
-            layers = self._plan.layers.items()
             settings = {
-                "layers": {name: tuple(layer.weight.shape) for name, layer in layers},
+                "layers": {layer.name: tuple(layer.weight.shape) for layer in layers},
                 "sample_size": self._sample_size,
                 "sampling": self.capture.sampling,
                 "formulation": self.formulation,
                 **entries(self.param_groups),
             }
             ranks.verify(settings, (p for g in self.param_groups for p in g["params"]))
-        layers = list(self._plan.layers.values())
         self.capture.fired |= ranks.agree(layers, self.capture)
 
     def _samples(self, layer: Layer, bias: bool) -> Samples:
