@@ -8,21 +8,16 @@ from pathlib import Path
 import pytest
 import rank_cases as cases
 import torch
-from rank_pool import RankPool
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def pool(request):
-    pool = RankPool(request.param)
-    yield pool
-    pool.close()
+@pytest.fixture(params=[2, 4])
+def pool(request, pools):
+    return pools[request.param]
 
 
-@pytest.fixture(scope="module")
-def two():
-    pool = RankPool(2)
-    yield pool
-    pool.close()
+@pytest.fixture
+def two(pools):
+    return pools[2]
 
 
 @pytest.mark.parametrize(

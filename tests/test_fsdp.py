@@ -3,16 +3,6 @@
 import fsdp_cases as cases
 import oracles
 import pytest
-from rank_pool import RankPool
-
-
-@pytest.fixture(scope="module")
-def pools():
-    pools = {size: RankPool(size) for size in (1, 2, 4)}
-    yield pools
-    for pool in pools.values():
-        pool.close()
-
 
 MESHES = [(2, 1), (4, 1), (4, 2), (2, 2)]  # ranks, replicas
 
