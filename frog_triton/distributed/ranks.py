@@ -78,9 +78,7 @@ class Ranks:
                         f"ranks 0 and {rank} differ in {name}: {first.get(name)} and "
                         f"{other.get(name)}; build model and FROG alike on all ranks"
                     )
-        if self.division.shards == 1 and any(
-            total != first_total for _, total in theirs
-        ):
+        if any(total != first_total for _, total in theirs):
             raise RuntimeError(
                 "gradients differ between ranks, so they have not been averaged: wrap "
                 "the model in DistributedDataParallel, or pass process_group=False to "
