@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +98,11 @@ def products(batch: Batch, damping: float) -> dict[str, Launch]:
 
 
 def measure(
-    shape: LayerShape, dtype: torch.dtype, formulation: str, rate: float
+    shape: LayerShape,
+    dtype: torch.dtype,
+    formulation: str,
+    rate: float,
+    deadline: float,
 ) -> dict[str, Any]:
     """Times of one geometry: the solve, its rivals, and the products alone.
 
@@ -105,6 +111,7 @@ def measure(
         dtype: of the samples.
         formulation: of the solve.
         rate: operations per second that a plain matrix product reaches.
+        deadline: of `time.monotonic`, after which `torch.compile` is left out.
     """
     batch, map_ = problem(shape, dtype, "cuda")
     damping, iters = 1e-4, 4
@@ -125,8 +132,10 @@ def measure(
         map_.x.double(), y.double(), weight.double(), spec, damping, iters
     ).view_as(m)
     result: dict[str, Any] = {}
-    compiled = torch.compile(eager)
-    for name, run in (("solve", ours), ("eager", eager), ("compiled", compiled)):
+    rivals = {"solve": ours, "eager": eager}
+    if time.monotonic() < deadline:
+        rivals["compiled"] = torch.compile(eager)
+    for name, run in rivals.items():
         error = float((run().view_as(m) - expected).norm() / expected.norm())
         if name == "solve" and not error < 0.1:
             raise RuntimeError(f"{shape.name}: off by {error:.1e}: not timed")
@@ -143,10 +152,10 @@ def measure(
     )
     operations = 2 * shape.samples * shape.dim * shape.rows
     for name, found in products(batch, damping).items():
-        time = microseconds(found.run)
-        result[f"{name}_us"] = time
-        result[f"{name}_tflops"] = operations / time / 1e6
-        result[f"{name}_percent"] = 1e8 * operations / time / rate
+        taken = microseconds(found.run)
+        result[f"{name}_us"] = taken
+        result[f"{name}_tflops"] = operations / taken / 1e6
+        result[f"{name}_percent"] = 1e8 * operations / taken / rate
     return result
 
 
@@ -167,7 +176,7 @@ COLUMNS = {
 
 
 def bench(
-    name: str, dtype: torch.dtype, gpu: str, formulation: str
+    name: str, dtype: torch.dtype, gpu: str, formulation: str, deadline: float
 ) -> list[dict[str, Any]]:
     """Counts for each geometry of a model, and times where there is a GPU."""
     timed = torch.cuda.is_available()
@@ -190,7 +199,7 @@ def bench(
         }
         if timed:
             result["matrix_tflops"] = rate / 1e12
-            result |= measure(shape, dtype, line.formulation, rate)
+            result |= measure(shape, dtype, line.formulation, rate, deadline)
         results.append(result)
     return results
 
@@ -213,7 +222,11 @@ def show(results: Sequence[dict[str, Any]], gpu: str) -> None:
             f"{r['bytes'] / 1e6:7.1f} {r['floor_us']:8.1f}",
             end="",
         )
-        print("".join(f"{r[column]:12.1f}" for column in COLUMNS) if timed else "")
+        print(
+            "".join(f"{r.get(column, math.nan):12.1f}" for column in COLUMNS)
+            if timed
+            else ""
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -228,6 +241,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, help="write the results there, too")
     parser.add_argument(
+        "--budget",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="after which torch.compile, which takes long, is left out",
+    )
+    parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="of tuned configurations"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there")
@@ -238,12 +258,13 @@ def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print("No GPU here: counts and floors from datasheet rates; no time measured.")
     results = []
+    deadline = time.monotonic() + args.budget
     tuning = Tuning("cached", args.cache_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name in args.model:
         dtype = getattr(torch, args.dtype)
         with tuning.applied(device, list):
-            found = bench(name, dtype, args.gpu, args.formulation)
+            found = bench(name, dtype, args.gpu, args.formulation, deadline)
         show(found, args.gpu)
         results += found
     if args.json:

@@ -59,6 +59,7 @@ def stages(out: Path, reference: Path | None) -> list[Stage]:
     tests = ("-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests"))
     cli = ("-m", "frog_triton")
     tables = str(out / "tables")
+    command: tuple[str, ...]
     found = [Stage("tests", tests, 300, (*tests, "--collect-only"))]
     for model in TUNED:
         json_ = ("--json", str(out / f"autotune-{model}.json"), "--dtype", "bfloat16")
@@ -74,12 +75,13 @@ def stages(out: Path, reference: Path | None) -> list[Stage]:
     for bench in ("step", "kernels"):
         files = (f"--json={out / bench}.json", f"--plot={out / bench}.png")
         command = (*cli, "bench", bench, *files, "--cache-dir", tables)
+        if bench == "kernels":
+            command = (*command, "--budget", "60")
         found.append(Stage(f"bench-{bench}", command, 240, command))
     if reference is not None:
         command = ("-m", "frog_triton.benchmarks.reference", str(reference))
-        json_ = ("--json", str(out / "reference.json"))
-        small = ("--batch", "4")
-        found.append(Stage("reference", (*command, *json_), 120, (*command, *small)))
+        kept = (*command, "--json", str(out / "reference.json"))
+        found.append(Stage("reference", kept, 120, (*command, "--batch", "4")))
     return found
 
 

@@ -87,7 +87,8 @@ def compare(
             if name == "reference" and dtype != torch.float32:
                 continue  # it fails under autocast
             torch.manual_seed(0)
-            model = resnet(depth).to(device, memory_format=torch.channels_last)
+            model = resnet(depth).to(device)
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             optimizer = build(model)
             before = _passes(model, optimizer, x, y, dtype)
             label = f"{name}, {str(dtype).removeprefix('torch.')}"

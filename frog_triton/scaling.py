@@ -79,6 +79,7 @@ def skipping(
         yield
     finally:
         torch._foreach_copy_(entries, kept)
-        torch._foreach_sub_(counts, before)
-        multiply_(counts, taken.to(torch.int32))
-        torch._foreach_add_(counts, before)
+        held = list(counts)
+        torch._foreach_sub_(held, before)
+        multiply_(held, taken.to(torch.int32))
+        torch._foreach_add_(held, before)

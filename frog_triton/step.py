@@ -230,8 +230,8 @@ def geometries(steps: Iterable[LayerStep], group: dict[str, Any]) -> list[Geomet
     for bucket in _buckets(step for step in steps if step.backend.GROUPS_LAYERS):
         first = bucket[0]
         shape = shape_of(Batch([first.x], [first.y], [first.momentum]))
-        rows = (first.params, first.momentum)
-        dtypes = (first.x.dtype, *(r.weight.dtype for r in rows))
+        param, momentum = first.params.weight.dtype, first.momentum.weight.dtype
+        dtypes = (first.x.dtype, param, momentum)
         named = replace(shape, name=first.layer.name)
         iters, nesterov = group["cg_iters"], group["nesterov"]
         found.append(Geometry(named, len(bucket), iters, nesterov, dtypes))

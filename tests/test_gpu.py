@@ -6,6 +6,11 @@ import torch
 from torch import nn
 
 from frog_triton import FROG, precondition
+from frog_triton.autotune.cache import Cache
+from frog_triton.autotune.jobs import Geometry
+from frog_triton.autotune.table import Table
+from frog_triton.autotune.tuning import machine_of, tune
+from frog_triton.launches import LayerShape
 
 pytestmark = pytest.mark.gpu
 
@@ -114,3 +119,17 @@ def test_training_a_convolutional_net(layout, sampling):
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     assert not opt.anomalies()
+
+
+def test_tuning_on_this_gpu(tmp_path):
+    """Real times, kept and found again, for one small geometry."""
+    shape = LayerShape("", 256, 256, 64)
+    dtypes = (torch.bfloat16, torch.float32, torch.float32)
+    geometries = [Geometry(shape, 2, 4, False, dtypes)]
+    device = torch.device("cuda")
+    table = tune(device, geometries, Table(), budget=60)
+    assert table.configs
+    cache, machine = Cache(tmp_path), machine_of(device)
+    assert cache.store(machine, table) is not None
+    assert cache.load(machine) == table
+    assert tune(device, geometries, table, budget=60).configs == table.configs

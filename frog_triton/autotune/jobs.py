@@ -66,7 +66,9 @@ class Geometry:
         shape = dict(values["shape"])
         if shape["conv"] is not None:
             conv = shape["conv"]
-            lists = {k: tuple(v) if isinstance(v, list) else v for k, v in conv.items()}
+            lists: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in conv.items()
+            }
             shape["conv"] = ConvSpec(**lists)
             shape["image"] = tuple(shape["image"])
         samples, params, momentum = (getattr(torch, d) for d in values["dtypes"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .config import (
     AdjointConfig,
@@ -173,7 +174,8 @@ def candidates(kernel: str, default: Config) -> Iterator[Config]:
     space = SPACES[kernel]
     yield default
     for values in itertools.product(*space.values.values()):
-        found = replace(default, **dict(zip(space.values, values, strict=True)))
+        changes: dict[str, Any] = dict(zip(space.values, values, strict=True))
+        found = replace(default, **changes)
         if found != default:
             yield found
 

@@ -74,7 +74,7 @@ def tuned(
     found = None if table is None else table.configs.get(key)
     # A table made by another version may hold another kind of configuration.
     chosen = found if type(found) is type(default) else default
-    return replace(chosen, key=key)  # type: ignore[type-var]
+    return replace(chosen, key=key)
 
 
 def tuned_formulation(key: str) -> str | None:

@@ -1,0 +1,399 @@
+"""The tuner: what it looks at, what it leaves out, what it chooses."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from frog_triton import FROG
+from frog_triton.autotune import space, tuner
+from frog_triton.autotune.config import ForwardConfig, GramConfig
+from frog_triton.autotune.jobs import Geometry, Job, compile_jobs, costliest
+from frog_triton.autotune.model import occupancy, predict
+from frog_triton.autotune.offline import Resources
+from frog_triton.autotune.shortlist import (
+    Candidate,
+    KeyReport,
+    inspect,
+    keys,
+    shortlist,
+)
+from frog_triton.autotune.space import SPACES, invalid
+from frog_triton.autotune.table import Table, kernel_key, kernel_of, using
+from frog_triton.autotune.traffic import GPUS, detect, work
+from frog_triton.autotune.tuner import Tuner, winner
+from frog_triton.autotune.tuning import Tuning
+from frog_triton.cli.autotune import to_json
+from frog_triton.formulation import choose
+from frog_triton.launches import LayerShape
+from frog_triton.layers.conv import ConvSpec
+from frog_triton.ops.launch import recording
+
+F32, BF16 = torch.float32, torch.bfloat16
+H200 = GPUS["h200"]
+LINEAR = LayerShape("linear", 768, 768, 64)
+CONV = LayerShape(
+    "conv",
+    128,
+    1152,
+    4096,
+    bias=False,
+    image=(128, 8, 8),
+    conv=ConvSpec((3, 3), (1, 1), (1, 1), (1, 1), 1),
+)
+DEPTHWISE = LayerShape(
+    "depthwise",
+    64,
+    9,
+    4096,
+    groups=64,
+    image=(64, 8, 8),
+    conv=ConvSpec((3, 3), (1, 1), (1, 1), (1, 1), 64),
+)
+
+
+def geometry(shape, count=2, dtype=BF16):
+    return Geometry(shape, count, 4, False, (dtype, F32, F32))
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("shape", [LINEAR, CONV, DEPTHWISE], ids=lambda s: s.name)
+def test_pruning_never_drops_the_default(shape, gpu):
+    found = keys([geometry(shape)])
+    assert {kernel_of(asked.key) for asked in found} <= set(SPACES)
+    for asked in found:
+        report = shortlist(asked, GPUS[gpu], top=1)
+        assert asked.launch.config in [c.config for c in report.candidates]
+        assert len(report.candidates) <= 2
+        total = len(list(space.candidates(kernel_of(asked.key), asked.launch.config)))
+        assert sum(report.pruned.values()) + len(report.candidates) == total
+
+
+def test_every_default_is_valid():
+    for shape in (LINEAR, CONV):
+        for asked in keys([geometry(shape)]):
+            launch = asked.launch
+            args = launch.args
+            sizes = {k.lower(): args[k] for k in "NRD" if k in args}
+            kind = "alone" if args.get("PROJECT") is False else ""
+            for gpu in GPUS.values():
+                kernel = kernel_of(asked.key)
+                assert (
+                    invalid(kernel, launch.config, sizes, kind, gpu.capability) is None
+                )
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"BLOCK_N": 48}, "power of two"),
+        ({"BLOCK_R": 128}, "far beyond"),
+        ({"BLOCK_N": 256, "BLOCK_R": 64, "num_warps": 1}, "too many accumulators"),
+        ({"BLOCK_N": 16, "BLOCK_R": 16, "num_warps": 16}, "fewer accumulators"),
+        ({"BLOCK_D": 8}, "16 and more"),
+        ({"BLOCK_N": 256, "BLOCK_D": 128, "num_stages": 4}, "shared memory"),
+    ],
+)
+def test_what_cannot_serve_is_named(change, why):
+    config = replace(ForwardConfig(num_warps=8), **change)
+    sizes = {"n": 4096, "r": 32, "d": 768}
+    found = invalid("_primal_forward_kernel", config, sizes, "", 80)
+    assert found is not None and why in found
+
+
+def test_keys_hold_for_batches_of_about_the_same_size():
+    sizes = [kernel_key("_gram_kernel", {"n": n}, (BF16,)) for n in (33, 48, 64)]
+    assert set(sizes) == {"gram n64 bfloat16"}
+    assert kernel_key("_gram_kernel", {"n": 65}, (BF16,)) == "gram n128 bfloat16"
+    assert kernel_key("_gram_kernel", {"n": 64}, (F32,)) == "gram n64 float32"
+    assert kernel_of("gram n64 bfloat16") == "_gram_kernel"
+
+
+def test_launches_take_their_configurations_from_the_table():
+    default = {a.config.key: a.config for a in geometry(LINEAR).launches("gram")}
+    key = next(k for k in default if k.startswith("gram n64"))
+    changed = GramConfig(BLOCK_N=32, BLOCK_D=64, programs=512)
+    with using(Table({key: changed})):
+        launches = {a.config.key: a for a in geometry(LINEAR).launches("gram")}
+    assert launches[key].config == changed != default[key]
+    assert launches[key].grid[0] == 4  # tiles of 32 by 32
+    others = [k for k in default if k != key]
+    assert all(launches[k].config == default[k] for k in others if k)
+    with using(Table({key: ForwardConfig()})):  # of another kernel: not taken
+        launches = {a.config.key: a for a in geometry(LINEAR).launches("gram")}
+    assert launches[key].config == default[key]
+
+
+def launch_of(shape, kernel, config=None, formulation="primal"):
+    made = geometry(shape).launches(formulation)
+    key = next(a.config.key for a in made if a.name == kernel)
+    with using(Table({key: config} if config else {})):
+        made = geometry(shape).launches(formulation)
+    return costliest([a for a in made if a.config.key == key])
+
+
+def test_predictions_rank_by_exact_counts():
+    # 4096 positions by 128 rows by 1152 columns: what tiles read again, counted.
+    x, p = 4096 * 1152 * 2, 128 * 1152
+    kernel = "_primal_forward_kernel"
+    predicted = {}
+    for rows, samples in ((16, 64), (64, 64), (128, 128)):
+        config = ForwardConfig(BLOCK_R=rows, BLOCK_N=samples, num_warps=8)
+        launch = launch_of(CONV, kernel, config)
+        found = predict(launch, H200)
+        again = 2 * x * (128 // rows) + 2 * 4 * 2 * p * (4096 // samples - 1)
+        image = 2 * 2 * 64 * 64 * 128
+        least = work(launch.name, launch.args, launch.grid).bytes
+        first = not launch.args["FIRST"]
+        expected = again - image + least
+        if not first:
+            expected -= (8 - 4) * 2 * p * (4096 // samples - 1)
+        assert found.cache_bytes == expected
+        assert found.time_us > found.floor_us
+        predicted[rows] = found.cache_bytes
+    assert predicted[16] > predicted[64] > predicted[128]
+
+
+def test_padding_and_spare_processors_cost_time():
+    small = LayerShape("small", 100, 768, 64)
+    times = []
+    for rows in (16, 128):
+        config = ForwardConfig(BLOCK_R=rows, BLOCK_N=64, num_warps=8)
+        launch = launch_of(small, "_primal_forward_kernel", config)
+        found = predict(launch, H200)
+        exact = work(launch.name, launch.args, launch.grid).tf32_operations
+        assert found.operations == pytest.approx(exact * -(-100 // rows) * rows / 100)
+        times.append(found.time_us)
+    assert times[0] < times[1]  # more programs, less padding
+
+
+def test_occupancy_follows_the_scarcest_resource():
+    assert occupancy(H200, 8) == 8  # 2048 threads
+    assert occupancy(H200, 8, Resources(255, 0, 0, 0, 0)) == 1
+    assert occupancy(H200, 4, Resources(64, 0, 100 * 1024, 0, 0)) == 2
+    assert occupancy(GPUS["rtx4090"], 8) == 6  # 1536 threads
+
+
+def test_candidates_are_compiled_in_processes_of_their_own():
+    asked = next(a for a in keys([geometry(LINEAR)]) if a.key.startswith("gram n"))
+    good, big = GramConfig(), GramConfig(BLOCK_N=64, BLOCK_D=8)
+    jobs = [Job(asked.geometry, "gram", asked.key, c, 90) for c in (good, big)]
+    seen = []
+    found = compile_jobs(jobs, workers=1, done=lambda: seen.append(1))
+    assert found[0].registers > 0 and found[0].spilled == 0
+    assert found[1] is None and len(seen) == 2  # tl.dot takes no side of 8
+    assert compile_jobs(jobs, timeout=0.0) == [None, None]
+
+
+def test_spills_are_dropped_but_not_the_default(monkeypatch):
+    asked = keys([geometry(LINEAR)])[0]
+    report = shortlist(asked, H200, top=3)
+    spilling = Resources(255, 64, 1024, 1, 1)
+    large = Resources(32, 0, 300 * 1024, 1, 1)
+    fine = Resources(32, 0, 1024, 1, 1)
+
+    def compiled(jobs, done, timeout):
+        default = asked.launch.config
+        others = iter([large, fine, spilling, spilling])
+        return [spilling if j.config == default else next(others) for j in jobs]
+
+    monkeypatch.setattr("frog_triton.autotune.shortlist.compile_jobs", compiled)
+    inspect([(asked, report)], H200)
+    assert report.pruned["spills"] + report.pruned["shared memory"] >= 1
+    kept = {c.config: c.resources for c in report.candidates}
+    assert kept.pop(asked.launch.config) == spilling
+    assert all(usage == fine for usage in kept.values())
+
+
+def candidate(config, median, noise):
+    return Candidate(config, 1.0, None, median, noise)
+
+
+@pytest.mark.parametrize(
+    ("median", "noise", "wins"),
+    [(9.0, 0.5, True), (9.6, 0.5, False), (11.0, 0.1, False), (9.0, 1.5, False)],
+)
+def test_a_tie_keeps_the_default(median, noise, wins):
+    default, other = GramConfig(), GramConfig(BLOCK_N=32)
+    timed = [candidate(other, median, noise), candidate(default, 10.0, 0.5)]
+    assert winner(timed, default).config == (other if wins else default)
+
+
+SMALL = LayerShape("small", 20, 24, 18)
+
+
+def tune(timer, monkeypatch=None, shape=SMALL, **options):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options = {"top": 2, "compile": False} | options
+    found = Tuner(H200, device, timer, **options)
+    return found, found.tune([geometry(shape, 2, F32)])
+
+
+def by_tile(groups):
+    """A clock for which larger tiles of the Gram kernel are faster."""
+    return [
+        [100.0 - sum(a.config.values().get("BLOCK_N", 0) for a in g)] * 3
+        for g in groups
+    ]
+
+
+def test_the_fastest_is_chosen_and_kept():
+    found, table = tune(by_tile)
+    assert {r.key for r in found.reports} == set(table.configs)
+    for report in found.reports:
+        timed = [c for c in report.candidates if c.median_us is not None]
+        assert report.chosen in [c.config for c in timed]
+        best = min(c.median_us for c in timed)
+        chosen = next(c for c in timed if c.config == report.chosen)
+        assert chosen.median_us == best
+    again, same = tune(by_tile, table=table)
+    assert again.reports == [] and same.configs == table.configs
+
+
+def test_wrong_results_cannot_win(monkeypatch):
+    honest = tuner._error
+    errors = Counter()
+
+    def error(actual, exact):
+        errors["calls"] += 1
+        # The default's step is looked at first, then each candidate's.
+        return honest(actual, exact) + (errors["calls"] > 1)
+
+    monkeypatch.setattr(tuner, "_error", error)
+    monkeypatch.setattr(
+        tuner, "keys", lambda g: [a for a in keys(g) if a.key.startswith("update")]
+    )
+    found, _ = tune(lambda groups: [[1.0] * 3 for _ in groups])
+    report = found.reports[0]
+    default = geometry(SMALL, 2, F32).launches("gram")[-1].config
+    assert report.chosen == default
+    wrong = [c for c in report.candidates if c.config != default]
+    assert wrong and all("wrong by" in c.verdict for c in wrong)
+
+
+def test_a_budget_ends_tuning():
+    found, table = tune(by_tile, budget=0.0)
+    assert table == Table() and found.reports and not found.reports[0].chosen
+
+
+@pytest.mark.parametrize(
+    ("near", "gram_us", "chosen"),
+    [
+        (10.0, 5.0, ["gram"]),
+        (10.0, 20.0, ["primal"]),
+        (10.0, 9.0, ["gram"]),  # a tie: the prediction stands
+        (1.0, 20.0, []),  # too far apart to be worth timing
+    ],
+)
+def test_formulations_are_timed_where_they_are_near(monkeypatch, near, gram_us, chosen):
+    def clock(groups):
+        gram = [any("gram" in a.name for a in g) for g in groups]
+        return [[gram_us if is_gram else 9.0] * 3 for is_gram in gram]
+
+    monkeypatch.setattr(tuner, "NEAR", near)
+    monkeypatch.setattr(tuner, "keys", lambda geometries: [])
+    _, table = tune(clock)
+    assert list(table.formulations.values()) == chosen
+    for formulation in chosen:
+        with using(table):
+            found = choose(SMALL, 2, 4, False, (F32, F32, F32), H200)
+        assert found == formulation
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would tune for minutes")
+def test_modes_of_an_optimizer(tmp_path):
+    with pytest.raises(ValueError, match="autotune must be one of"):
+        FROG(nn.Linear(3, 2), autotune="sometimes", exclude_output_layer=False)
+    net = nn.Linear(3, 2)
+    options = {"exclude_output_layer": False, "autotune_dir": tmp_path}
+    opt = FROG(net, autotune="now", **options)
+    net(torch.randn(4, 3)).sum().backward()
+    with pytest.warns(UserWarning, match="the model is on cpu: defaults"):
+        opt.step()
+    opt.step()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_table_that_is_there_is_used():
+    tuning = Tuning("cached")
+    net = nn.Linear(24, 20)
+    opt = FROG(net, backend="triton", exclude_output_layer=False, sample_size=18)
+    key = next(
+        a.config.key
+        for a in geometry(LayerShape("", 20, 24, 18), 1, F32).launches("gram")
+        if a.name == "_update_kernel"
+    )
+    config = next(
+        iter(space.candidates("_update_kernel", SPACES["_update_kernel"].config()))
+    )
+    tuning.table = Table({key: config}, {})
+    opt._tuning = tuning
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    net.to(device)
+    net(torch.randn(18, 24, device=device)).square().sum().backward()
+    with recording() as made:
+        opt.step()
+    updates = [a.config for a in made if a.name == "_update_kernel"]
+    assert updates == [config]
+    tuning.mode = "off"
+    net(torch.randn(18, 24, device=device)).square().sum().backward()
+    with recording() as made:
+        opt.step()
+    updates = [a.config for a in made if a.name == "_update_kernel"]
+    assert updates != [config]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="knows the GPU here")
+def test_the_gpu_is_detected(monkeypatch):
+    assert detect(torch.device("cpu")) is None
+
+    class Properties:
+        name, major, minor, multi_processor_count = "NVIDIA A100-SXM4-80GB", 8, 0, 108
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    assert detect(torch.device("cuda", 0)) == GPUS["a100"]
+    Properties.name, Properties.minor = "NVIDIA Unknown", 6
+    Properties.multi_processor_count = 54
+    found = detect(torch.device("cuda", 1))
+    assert found.capability == 86 and found.bandwidth == GPUS["a100"].bandwidth / 2
+
+
+RANK = """
+import sys, torch, torch.distributed as dist
+from frog_triton.autotune.share import broadcast, is_first_rank
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank,
+                        world_size=2)
+assert is_first_rank() == (rank == 0)
+print(broadcast("choice of rank %d \\u00e9" % rank, torch.device("cpu")))
+dist.destroy_process_group()
+"""
+
+
+def test_rank_0_chooses_for_all(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    printed = [rank.communicate(timeout=120)[0].decode() for rank in ranks]
+    assert printed == ["choice of rank 0 \u00e9\n"] * 2
+    assert all(rank.returncode == 0 for rank in ranks)
+
+
+def test_reports_are_plain_values():
+    report = KeyReport("gram n64", "a", "gram", 1.0, Counter(invalid=3))
+    report.candidates = [Candidate(GramConfig(), 2.0, Resources(32, 0, 0, 4, 0))]
+    content = json.loads(json.dumps(to_json([report], H200)))
+    assert content["keys"][0]["pruned"] == {"invalid": 3}
+    assert content["keys"][0]["candidates"][0]["resources"]["registers"] == 32

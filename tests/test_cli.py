@@ -1,0 +1,269 @@
+"""Every word of the command line on a machine without a GPU."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from frog_triton import cli
+from frog_triton.autotune.cache import Cache, Machine
+from frog_triton.autotune.config import GramConfig
+from frog_triton.autotune.table import Table
+from frog_triton.benchmarks import gpu_report
+from frog_triton.cli import models
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+FACTORY = """
+import torch
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 2)), (
+        torch.zeros(2, 3, 8, 8)
+    )
+
+def bare():
+    return nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 2))
+
+def norm():
+    return nn.BatchNorm2d(3)
+
+def wrong():
+    return 3
+
+def broken():
+    raise RuntimeError("no such data")
+"""
+
+
+@pytest.fixture
+def factory(tmp_path):
+    path = tmp_path / "my_model.py"
+    path.write_text(FACTORY)
+    return str(path)
+
+
+def run(capsys, *words):
+    """Exit code, standard output and standard error."""
+    try:
+        code = cli.main([str(word) for word in words])
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_help_lists_every_command(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and all(name in out for name in cli.COMMANDS)
+    assert "Exit codes: 0 done" in out
+    for words in ([], ["dance"], ["cache"], ["describe"], ["bench"]):
+        assert run(capsys, *words)[0] == 2
+
+
+@pytest.mark.parametrize(
+    "words", [["autotune"], ["describe"], ["cache"], ["doctor"], ["bench"]]
+)
+def test_help_of_each_command_has_examples(capsys, words):
+    code, out, _ = run(capsys, *words, "--help")
+    assert code == 0 and f"frog-triton {words[0]}" in out
+
+
+def test_python_m_and_version():
+    command = [sys.executable, "-m", "frog_triton", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == cli.__version__
+
+
+@pytest.mark.parametrize("name", models.BUILT_IN)
+def test_describe_built_in_models(capsys, tmp_path, name):
+    out_file = tmp_path / "deep" / "out.json"
+    code, out, _ = run(capsys, "describe", name, "--json", out_file)
+    content = json.loads(out_file.read_text())
+    counts = {"resnet18": 20, "resnet50": 53, "gpt2-small": 48}
+    assert code == 0 and len(content["layers"]) == counts[name]
+    assert f"total: {content['launches']} launches" in out
+    assert "output layer" in out and "nothing was timed" in out
+
+
+def test_describe_a_model_of_ones_own(capsys, factory):
+    code, out, _ = run(capsys, "describe", f"{factory}:build", "--sample-size", 2)
+    assert code == 0 and "no adapter" not in out and "gram" not in out
+    code, out, _ = run(
+        capsys, "describe", f"{factory}:bare", "--sample-size", 8, "--gpu", "a100"
+    )
+    assert code == 0 and "gram" in out and "a100" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["describe", "resnet19"], 2, "there are resnet18, resnet50, gpt2-small"),
+        (["describe", "nothing.py:build"], 2, "is not a file"),
+        (["describe", "FILE:nothing"], 2, "has no function called 'nothing'"),
+        (["describe", "FILE:wrong"], 2, "returned int"),
+        (["describe", "FILE:broken"], 1, "no such data"),
+        (["describe", "FILE:norm"], 1, "no layer that FROG preconditions"),
+        (["describe", "FILE:build", "--sample-size", "0"], 2, "must be positive"),
+        (["describe", "FILE:build", "--cg-iters", "0"], 2, "must be positive"),
+        (["describe", "FILE:bare", "--sampling", "examples"], 2, "pass inputs="),
+        (["describe", "resnet18", "--gpu", "voodoo"], 2, "invalid choice: 'voodoo'"),
+        (["autotune", "resnet18", "--gpu", "h100"], 2, "--gpu goes with --dry-run"),
+        (["autotune", "resnet18", "--dry-run", "--top", "0"], 2, "must be positive"),
+        (["autotune", "resnet18", "--dry-run", "--batch", "0"], 2, "must be positive"),
+        (["cache", "path", "file.json"], 2, "takes no file"),
+        (["cache", "export"], 2, "needs a file"),
+    ],
+)
+def test_wrong_arguments_are_answered(capsys, factory, words, code, message):
+    words = [word.replace("FILE", factory) for word in words]
+    found, _, err = run(capsys, *words)
+    assert found == code and message in err
+
+
+@no_gpu
+def test_autotune_without_a_gpu_says_what_would_work(capsys):
+    code, _, err = run(capsys, "autotune", "resnet18")
+    assert code == 3 and "--dry-run --gpu NAME" in err
+
+
+@no_gpu
+@pytest.mark.parametrize("gpu", ["a100", "rtx4090", "b200"])
+def test_a_dry_run_compiles_for_a_gpu_that_is_not_here(capsys, factory, tmp_path, gpu):
+    out_file = tmp_path / "out.json"
+    words = ("autotune", f"{factory}:bare", "--dry-run", "--gpu", gpu, "--top", 1)
+    words = (*words, "--sample-size", 16, "--json", out_file)
+    code, out, _ = run(capsys, *words)
+    content = json.loads(out_file.read_text())
+    assert code == 0 and "Nothing was timed" in out and "pruned:" in out
+    for key in content["keys"]:
+        assert key["pruned"].get("invalid", 0) + key["pruned"]["predicted slower"] > 0
+        for candidate in key["candidates"]:
+            assert candidate["resources"]["registers"] > 0
+            assert candidate["median_us"] is None and candidate["predicted_us"] > 0
+
+
+def test_a_dry_run_out_of_budget_compiles_nothing(capsys, tmp_path):
+    out_file = tmp_path / "out.json"
+    words = ("autotune", "resnet18", "--dry-run", "--gpu", "h200", "--batch", 8)
+    words = (*words, "--budget", 1e-9, "--top", 1, "--json", out_file)
+    assert run(capsys, *words)[0] == 0
+    keys = json.loads(out_file.read_text())["keys"]
+    assert all(c["resources"] is None for key in keys for c in key["candidates"])
+
+
+MACHINE = Machine("NVIDIA Test 1", 90, "3.7.1")
+
+
+def test_cache(capsys, tmp_path):
+    folder = ("--cache-dir", tmp_path / "tables")
+    assert run(capsys, "cache", "path", *folder)[1].strip() == str(folder[1])
+    assert "no table" in run(capsys, "cache", "show", *folder)[1]
+    assert "nothing to delete" in run(capsys, "cache", "clear", *folder)[1]
+    out = tmp_path / "mine.json"
+    code, _, err = run(capsys, "cache", "export", out, *folder)
+    assert code == 1 and "holds: none" in err
+    table = Table({"gram n64": GramConfig()}, {"layer n64": "gram"})
+    Cache(folder[1]).store(MACHINE, table)
+    code, printed, _ = run(capsys, "cache", "show", *folder)
+    assert code == 0 and "gram n64" in printed and "BLOCK_N=64" in printed
+    assert run(capsys, "cache", "export", out, *folder)[0] == 0
+    assert json.loads(out.read_text())["gpu"] == MACHINE.gpu
+    (folder[1] / "broken.json").write_text("{")
+    code, printed, _ = run(capsys, "cache", "show", *folder)
+    assert code == 1 and "broken.json: cannot be used" in printed
+    assert run(capsys, "cache", "export", out, *folder)[0] == 1
+    code, printed, _ = run(capsys, "cache", "clear", *folder)
+    assert code == 0 and printed.count("deleted") == 2
+
+
+def test_doctor(capsys, tmp_path):
+    out_file = tmp_path / "doctor.json"
+    code, out, _ = run(capsys, "doctor", "--json", out_file)
+    content = json.loads(out_file.read_text())
+    versions = {p["package"]: p["version"] for p in content["packages"]}
+    assert code == 0 and versions["torch"] == torch.__version__
+    expected = "triton_ops" if torch.cuda.is_available() else "torch_ops"
+    assert content["facts"]["backend"] == expected and expected in out
+
+
+def test_a_file_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    bad = tmp_path / "file" / "doctor.json"
+    code, _, err = run(capsys, "doctor", "--json", bad)
+    assert code == 1 and "cannot be written" in err
+
+
+@no_gpu
+@pytest.mark.parametrize("bench", ["kernels", "step"])
+def test_bench_without_a_gpu_counts_and_draws(capsys, tmp_path, bench):
+    json_, png = tmp_path / "out.json", tmp_path / "out.png"
+    model = {"kernels": "resnet18", "step": "gpt2-small"}[bench]
+    code, out, _ = run(
+        capsys, "bench", bench, "--model", model, "--json", json_, "--plot", png
+    )
+    assert code == 0 and "no time measured" in out
+    assert json.loads(json_.read_text())["results"]
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_missing_packages_are_named(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "missing_packages", lambda modules: ["sklearn"])
+    code, _, err = run(capsys, "demo")
+    assert code == 2 and "pip install 'frog-triton[demo]'" in err
+
+
+class TestGPUReport:
+    """Stages are stand-ins: what they run has tests of its own."""
+
+    @pytest.fixture
+    def stages(self, monkeypatch):
+        def planned(out, reference):
+            return [
+                gpu_report.Stage("one", ("-c", "print('ran one')"), 60, ("-c", "")),
+                gpu_report.Stage(
+                    "two", ("-c", ""), 60, ("-c", "raise SystemExit('two failed')")
+                ),
+            ]
+
+        monkeypatch.setattr(gpu_report, "stages", planned)
+
+    def test_it_goes_on_where_it_stopped(self, stages, tmp_path, capsys, monkeypatch):
+        words = ["--rehearse", "--results", str(tmp_path)]
+        assert gpu_report.main(words) == 1
+        (out,) = tmp_path.glob("rehearsal/*")
+        text = (out / "REPORT.md").read_text()
+        assert "Nothing here was timed on a GPU" in text and "two failed" in text
+        first = (out / "one.stage.json").stat().st_mtime_ns
+        failed = (out / "two.stage.json").stat().st_mtime_ns
+        assert gpu_report.main(words) == 1
+        assert (out / "one.stage.json").stat().st_mtime_ns == first
+        assert (out / "two.stage.json").stat().st_mtime_ns > failed
+        # Another commit has a folder of its own.
+        found = {**gpu_report.environment(), "commit": "f" * 40}
+        monkeypatch.setattr(gpu_report, "environment", lambda: found)
+        assert gpu_report.main([*words, "--only", "one"]) == 0
+        assert len(list(tmp_path.glob("rehearsal/*"))) == 2
+        assert gpu_report.main([*words, "--only", "three"]) == 2
+
+    @no_gpu
+    def test_without_a_gpu_it_rehearses_only(self, capsys):
+        assert gpu_report.main([]) == 3
+        assert "--rehearse" in capsys.readouterr().err
+
+    def test_a_stage_that_takes_too_long_is_stopped(self, tmp_path):
+        sleep = ("-c", "import time; print('x', flush=True); time.sleep(60)")
+        stage = gpu_report.Stage("slow", sleep, 1, sleep)
+        record = gpu_report.run_stage(stage, tmp_path, rehearse=True)
+        assert record["exit_code"] == -1 and "stopped after 1 s" in record["printed"]
+
+    def test_every_stage_is_a_command(self, tmp_path):
+        names = [s.name for s in gpu_report.stages(tmp_path, tmp_path / "frog.py")]
+        assert names[0] == "tests" and names[-1] == "reference"
+        assert [n for n in names if n.startswith("autotune")] == [
+            f"autotune-{model}" for model in models.BUILT_IN
+        ]
+        assert sum(s.timeout for s in gpu_report.stages(tmp_path, None)) < 1500
