@@ -120,6 +120,10 @@ class SampleCapture:
         for name in self._pools:
             self._pools[name] = _Pool()
 
+    def calls(self, name: str) -> list[_Call]:
+        """The layer's samples as they were taken, a call of a module each."""
+        return self._pools[name].calls
+
     def samples(
         self, name: str, adapter: LayerAdapter, bias: bool
     ) -> tuple[LinearMap, Tensor] | None:
@@ -154,6 +158,8 @@ class SampleCapture:
             if by_position
             else 1
         )
+        if self.sample_size == 0:  # fewer samples than ranks
+            return
         total = y_shape[0] * per_example
         key = self._key(name, self._steps[name](), pool.forwards)
         pool.forwards += 1

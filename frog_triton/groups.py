@@ -47,3 +47,15 @@ def _check_places(group: dict[str, Any]) -> None:
                 f"{name} is a tensor on {value.device}, but its parameters are on "
                 f"{where}; with capturable=True move it there"
             )
+
+
+def entries(groups: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """All entries of parameter groups but the parameters, as one would write them."""
+    return {
+        f"param_groups[{i}][{key!r}]": float(value)
+        if isinstance(value, Tensor)
+        else value
+        for i, group in enumerate(groups)
+        for key, value in group.items()
+        if key != "params"
+    }

@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 from . import ops
 from .autotune.tuning import Tuning
 from .capture import SAMPLINGS, SampleCapture
+from .distributed import check_placements, find_ranks
 from .fallback import FALLBACKS
-from .groups import check_group, param_list, user_groups
+from .groups import check_group, entries, param_list, user_groups
 from .ops.launch import capturable as without_host_copies
 from .preconditioner import check_solver_options
 from .routing import Exclusion, Layer, Plan, Route, RoutingTable, route
@@ -31,7 +32,19 @@ from .state import (
     restore,
     row_state,
 )
-from .step import LayerStep, Samples, layer_step, no_samples, step_layers, tuned
+from .step import (
+    Gathered,
+    LayerStep,
+    Samples,
+    layer_step,
+    no_samples,
+    step_layers,
+    tuned,
+)
+
+if TYPE_CHECKING:
+    from .distributed.division import Group
+    from .distributed.ranks import Ranks
 
 
 class FROG(Optimizer):
@@ -54,6 +67,15 @@ class FROG(Optimizer):
     dropped by `step` and `zero_grad`. Several passes before a step are pooled; so is
     whatever else sends a gradient back to a layer's output, such as
     `torch.autograd.grad` for a penalty.
+
+    On several ranks (DistributedDataParallel, or ``fully_shard``) all ranks solve the
+    same systems: each draws its share of `sample_size` from its own part of the batch,
+    a row is solved by one of the ranks that hold it, from the samples of all, and
+    weights are equal, bit for bit, on all ranks that hold them. All ranks must build
+    FROG alike and call `step` together; both are checked at the first step. The loss
+    must have the same scale on all ranks: a common factor cancels, but a rank whose
+    loss is scaled up weighs more in the Fisher. So it is with the mean over a smaller
+    batch, whose examples weigh more in the averaged gradient, too.
 
     Args:
         model: whose layers are preconditioned. Hooks are put on them.
@@ -89,6 +111,9 @@ class FROG(Optimizer):
             replays must be tensors on the device.
         formulation: ``"primal"``, ``"gram"``, or ``"auto"``, whichever counts cheaper.
         backend: ``"torch"``, ``"triton"`` or ``"auto"``.
+        process_group: the ranks that train the model together. None: the mesh of
+            sharded parameters, else the default group, if there is one. False: this
+            rank trains alone.
         autotune: block sizes of the kernels: ``"cached"`` takes those that
             ``frog-triton autotune`` has found on this GPU, else those shipped for it,
             else defaults; ``"now"`` finds what is missing at the first step, in up to
@@ -97,7 +122,8 @@ class FROG(Optimizer):
 
     Raises:
         ValueError: an option out of range, an exclusion that matches nothing, a float64
-            model with the Triton backend, a parameter that is not the model's.
+            model with the Triton backend, a parameter that is not the model's, a
+            sharding that leaves no rows whole.
         TypeError: `model` is not a module.
 
     Example:
@@ -127,6 +153,7 @@ class FROG(Optimizer):
         seed: int = 0,
         formulation: str = "auto",
         backend: str = "auto",
+        process_group: Group = None,
         capturable: bool = False,
         autotune: str = "cached",
         autotune_dir: str | os.PathLike[str] | None = None,
@@ -183,8 +210,18 @@ class FROG(Optimizer):
         self._warned: set[str] = set()
         self._solved: dict[str, str] = {}
         self._stepped = False
-        self.capture = SampleCapture(size, sampling, seed, backend)
+        self._process_group = process_group
         groups = self._split(user_groups(model, params), defaults)
+        self._sample_size = size
+        self._ranks = find_ranks(self._plan, process_group)
+        if self._ranks is not None:
+            if capturable:
+                raise ValueError(
+                    "capturable=True goes with one rank only: several agree on how "
+                    "many samples each brings, on the host; leave capturable out"
+                )
+            size, seed = self._ranks.share(size, seed)
+        self.capture = SampleCapture(size, sampling, seed, backend)
         super().__init__(groups, defaults)
         self._watch(self._plan.layers.values())
         weakref.finalize(self, self.capture.close)
@@ -221,6 +258,8 @@ class FROG(Optimizer):
                 ops.resolve(self.backend, layer.weight.device, dtype)
             except ValueError as error:
                 raise ValueError(f"{layer.name}: {error}") from None
+        layers = [*self._plan.layers.values(), *plan.layers.values()]
+        check_placements(layers, names, self._process_group)
         self._adopt(plan, group_of)
         preconditioned = plan.preconditioned()
         fallback = FALLBACKS[self._fallback]
@@ -280,6 +319,8 @@ class FROG(Optimizer):
         group = {**param_group, "params": param_list(param_group["params"])}
         for half in self._split([group], self.defaults):
             super().add_param_group(half)
+        if self._ranks is not None:
+            self._ranks.verified = False
         self._watch(
             layer for name, layer in self._plan.layers.items() if name not in known
         )
@@ -312,6 +353,8 @@ class FROG(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_grads()
+        if self._ranks is not None:
+            self._agree(self._ranks)
         self._let_go_of_unhooked()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -320,10 +363,12 @@ class FROG(Optimizer):
         with _no_autocast(self.param_groups), self._no_waiting():
             found_inf = self._unscale()
             # All is gathered before anything is changed.
+            if self._ranks is not None:
+                self._ranks.send_samples(self._with_gradient(self.param_groups))
             gathered = [(group, self._gather(group)) for group in self.param_groups]
             for group, steps in gathered:
                 if group["updated_by"] == "frog":
-                    with tuned(self._tuning, gathered):
+                    with tuned(self._tuning, self._here(gathered)):
                         self._step_rows(steps, group, found_inf)
                 else:
                     params = [p for p in group["params"] if p.grad is not None]
@@ -350,13 +395,23 @@ class FROG(Optimizer):
         group: dict[str, Any],
         found_inf: Tensor | None,
     ) -> None:
-        grads = [step.grads for step in steps]
+        grads = [step.grads for step in steps if step.grads is not None]
         counts = [self._anomalies[step.layer.name] for step in steps]
         with skipping(grads, counts, found_inf):
-            self._solved |= step_layers(steps, group, self.formulation, self._anomalies)
+            here = self._ranks.own(steps, group) if self._ranks else steps
+            self._solved |= step_layers(here, group, self.formulation, self._anomalies)
+            if self._ranks:
+                self._ranks.share_rows(steps)
         for step in steps:
             counter = self.state[step.layer.weight]["step"]
             counter += steps_taken(found_inf, counter.device)
+
+    def _here(self, gathered: Gathered) -> Gathered:
+        """What this rank solves of it."""
+        ranks = self._ranks
+        if ranks is None:
+            return gathered
+        return [(group, ranks.pieces(steps)) for group, steps in gathered]
 
     def _no_waiting(self) -> AbstractContextManager[Any]:
         return without_host_copies() if self.capturable else nullcontext()
@@ -365,18 +420,46 @@ class FROG(Optimizer):
         """What the layers of a group bring to the step."""
         if group["updated_by"] != "frog":
             return []
-        params = [p for p in group["params"] if p.grad is not None]
-        layers = {self._layer_of[p].name: self._layer_of[p] for p in params}
-        for layer in layers.values():
+        layers = self._with_gradient([group])
+        for layer in layers:
             self._counts_of(layer)
         return [
             layer_step(layer, self.state, self._samples, self.backend)
-            for layer in layers.values()
+            for layer in layers
         ]
+
+    def _with_gradient(self, groups: Iterable[dict[str, Any]]) -> list[Layer]:
+        """Layers of these groups that have a gradient."""
+        layers = {
+            self._layer_of[p].name: self._layer_of[p]
+            for group in groups
+            if group["updated_by"] == "frog"
+            for p in group["params"]
+            if p.grad is not None
+        }
+        return list(layers.values())
+
+    def _agree(self, ranks: Ranks) -> None:
+        """Learn which layers take part, and what each rank brings."""
+        layers = list(self._plan.layers.values())
+        if not ranks.verified:
+            settings = {
+                "layers": {layer.name: tuple(layer.weight.shape) for layer in layers},
+                "sample_size": self._sample_size,
+                "sampling": self.capture.sampling,
+                "formulation": self.formulation,
+                **entries(self.param_groups),
+            }
+            ranks.verify(settings, (p for g in self.param_groups for p in g["params"]))
+        self.capture.fired |= ranks.agree(layers, self.capture)
 
     def _samples(self, layer: Layer, bias: bool) -> Samples:
         """The layer's samples, or none, with a warning, if there are none."""
-        found = self.capture.samples(layer.name, layer.adapter, bias)
+        dtype = self.state[layer.weight]["momentum_buffer"].dtype
+        if self._ranks is None:
+            found = self.capture.samples(layer.name, layer.adapter, bias)
+        else:
+            found = self._ranks.samples(layer, bias, dtype)
         if found is not None:
             return found
         if layer.name not in self._warned:
@@ -387,8 +470,12 @@ class FROG(Optimizer):
                 "enabled: did its forward pass run in eval mode?",
                 stacklevel=6,
             )
-        dtype = self.state[layer.weight]["momentum_buffer"].dtype
-        return no_samples(layer, bias, dtype)
+        return no_samples(layer, bias, dtype, self._rows_here(layer))
+
+    def _rows_here(self, layer: Layer) -> int:
+        """How many rows of a layer this rank solves."""
+        rows = layer.geometry.rows
+        return rows if self._ranks is None else self._ranks.rows_here(layer)
 
     def _check_grads(self) -> None:
         grads = False
@@ -507,7 +594,8 @@ class FROG(Optimizer):
     def describe(self, file: Any = None) -> RoutingTable:
         """Print, and return, who updates each parameter and why.
 
-        After a step, also the formulation that each layer was solved in.
+        After a step, also the formulation that each layer was solved in, and on
+        several ranks the bytes that this one sent.
 
         Args:
             file: where to print; standard output by default.
@@ -521,16 +609,22 @@ class FROG(Optimizer):
             Route(name, tuple(p.shape), updated_by.get(p, "-"), self._reason(p))
             for p, name in self._plan.names.items()
         )
+        if self._ranks is not None:
+            table.note = self._ranks.summary()
         print(table, file=file)
         return table
 
     def _reason(self, param: nn.Parameter) -> str:
         layer = self._layer_of.get(param)
         solved = "" if layer is None else self._solved.get(layer.name, "")
+        if layer is not None and self._ranks is not None:
+            solved = "; ".join(filter(None, [solved, self._ranks.describe(layer)]))
         return self._plan.reasons[param] + (f"; {solved}" if solved else "")
 
     def anomalies(self) -> dict[str, dict[str, int]]:
         """Rows met so far that were not finite; reading them waits for the device.
+
+        On several ranks each counts the rows that it solves.
 
         Returns:
             For each layer that had any: ``nonfinite_samples``, rows that took the
@@ -551,7 +645,7 @@ class FROG(Optimizer):
         device = layer.weight.device
         counts = self._anomalies.get(layer.name)
         if counts is None:
-            shape = (2, layer.geometry.rows)
+            shape = (2, self._rows_here(layer))
             counts = torch.zeros(shape, dtype=torch.int32, device=device)
         self._anomalies[layer.name] = counts.to(device)
 

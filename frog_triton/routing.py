@@ -63,7 +63,13 @@ class Route:
 
 
 class RoutingTable(list[Route]):
-    """All routes of a model; prints as a table."""
+    """All routes of a model; prints as a table.
+
+    Attributes:
+        note: a line printed below it.
+    """
+
+    note: str = ""
 
     def __str__(self) -> str:
         header = ("parameter", "shape", "updated by", "why")
@@ -77,7 +83,7 @@ class RoutingTable(list[Route]):
                 cell.ljust(w) for cell, w in zip(line, widths, strict=True)
             ).rstrip()
             for line in (header, rule, *lines)
-        )
+        ) + (f"\n{self.note}" if self.note else "")
 
     def updated_by(self, name: str) -> list[str]:
         """Names of the parameters that `name` updates."""

@@ -25,7 +25,9 @@ def row_state(
         capturable: keep the counter on the parameter's device.
     """
     dtype = dtype or torch.promote_types(param.dtype, torch.float32)
-    buffer = torch.zeros(param.shape, dtype=dtype, device=param.device)
+    # Sharded like the parameter.
+    fmt = torch.contiguous_format
+    buffer = torch.zeros_like(param, dtype=dtype, memory_format=fmt)
     if not step:
         return {"momentum_buffer": buffer}
     return {"momentum_buffer": buffer, "step": step_counter(param, capturable)}

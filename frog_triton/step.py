@@ -15,7 +15,7 @@ from . import ops
 from .autotune.tuning import Tuning
 from .launches import Bucket, shape_of
 from .layers import LinearMap, MatrixMap
-from .ops.types import Rows
+from .ops.types import Rows, written_out
 from .preconditioner import solve
 from .routing import Layer
 from .solvers import Batch
@@ -33,8 +33,10 @@ class LayerStep:
         x: sampled activations.
         y: their output gradients ``(n, R, P)``.
         momentum: M as rows, updated in place.
-        grads: G as rows.
+        grads: G as rows; None if the momentum has them already.
         params: theta in the parameters' own shapes, updated in place.
+        finite: without `grads`, rows whose gradient was finite.
+        counted: which of the layer's counters are of these rows; None for all.
     """
 
     layer: Layer
@@ -42,15 +44,30 @@ class LayerStep:
     x: LinearMap
     y: Tensor
     momentum: Rows
-    grads: Rows
+    grads: Rows | None
     params: Rows
+    finite: Tensor | None = None
+    counted: slice | None = None
+
+    def narrow(self, rows: slice, counted: slice, x: LinearMap, y: Tensor) -> LayerStep:
+        """Some rows alone, with the samples that belong to them."""
+        return replace(
+            self,
+            x=x,
+            y=y,
+            momentum=_narrow(self.momentum, rows),
+            grads=None if self.grads is None else _narrow(self.grads, rows),
+            params=_narrow(self.params, rows),
+            finite=None if self.finite is None else self.finite[rows],
+            counted=counted,
+        )
 
     @property
     def key(self) -> Hashable:
         """Layers with equal keys can share launches."""
         if not self.backend.GROUPS_LAYERS:
-            return self.layer.name
-        grad = self.grads.weight
+            return self.layer.name, self.counted and self.counted.start
+        rows = [r for r in (self.momentum, self.grads, self.params) if r is not None]
         return (
             self.x.key,
             self.x.samples,
@@ -58,12 +75,7 @@ class LayerStep:
             self.x.bias,
             self.y.shape,
             self.momentum.weight.shape,
-            grad.stride(),
-            self.params.weight.stride(),
-            *(
-                (rows.weight.dtype, rows.weight.device)
-                for rows in (self.momentum, self.grads, self.params)
-            ),
+            *((r.weight.stride(), r.weight.dtype, r.weight.device) for r in rows),
             self.x.dtype,
             self.y.dtype,
         )
@@ -75,7 +87,7 @@ def layer_step(
     samples: Callable[[Layer, bool], Samples],
     backend: str,
 ) -> LayerStep:
-    """Gather a layer's rows and samples.
+    """Gather a layer's rows, those that lie on this rank, and samples.
 
     Args:
         layer: at least one of its parameters has a gradient.
@@ -86,22 +98,22 @@ def layer_step(
     weight, bias = layer.weight, layer.bias
     if bias is not None and bias.grad is None:
         bias = None
-    rows = layer.geometry.rows
     momentum = Rows(
-        state[weight]["momentum_buffer"].view(rows, -1),
-        None if bias is None else state[bias]["momentum_buffer"],
+        local(state[weight]["momentum_buffer"]).flatten(1),
+        None if bias is None else local(state[bias]["momentum_buffer"]),
     )
-    bias_grad = None if bias is None else bias.grad
+    params = Rows(local(weight), None if bias is None else local(bias))
+    bias_grad = None if bias is None or bias.grad is None else local(bias.grad)
     x, y = samples(layer, bias is not None)
     if weight.grad is not None:
-        grads = Rows(weight.grad.reshape(rows, -1), bias_grad)
-        params = Rows(weight, bias)
+        grads = Rows(local(weight.grad).flatten(1), bias_grad)
     else:  # frozen: the bias is the whole row
         momentum = Rows(momentum.weight[:, :0], momentum.bias)
         grads = Rows(momentum.weight, bias_grad)
-        params = Rows(weight.new_empty(rows, 0), bias)
+        rows = params.weight.shape[0]
+        params = Rows(params.weight.new_empty(rows, 0), params.bias)
         x = MatrixMap(y.new_empty(y.shape[0] * y.shape[2], 0), bias=True)
-        y = y.transpose(1, 2).reshape(-1, rows, 1)
+        y = written_out(y)
     chosen = ops.resolve(backend, weight.device, momentum.weight.dtype)
     return LayerStep(layer, chosen, x, y, momentum, grads, params)
 
@@ -125,17 +137,17 @@ def step_layers(
         How each layer was solved, in words.
     """
     solved: dict[str, str] = {}
-    buckets: dict[Hashable, list[LayerStep]] = {}
-    for step in steps:
-        buckets.setdefault(step.key, []).append(step)
-    for bucket in buckets.values():
+    for bucket in _buckets(steps):
+        grads = [step.grads for step in bucket if step.grads is not None]
+        finite = [step.finite for step in bucket if step.finite is not None]
         batch = Batch(
             [step.x for step in bucket],
             [step.y for step in bucket],
             [step.momentum for step in bucket],
-            [step.grads for step in bucket],
+            grads or None,
             group["momentum"],
             group["nesterov"],
+            torch.stack(finite) if finite else None,
         )
         solution = solve(
             bucket[0].backend,
@@ -144,16 +156,47 @@ def step_layers(
             cg_iters=group["cg_iters"],
             formulation=formulation,
         )
+        counters = [_counter(counts[step.layer.name], step.counted) for step in bucket]
         solution.update_(
             [step.params for step in bucket],
-            [counts[step.layer.name] for step in bucket],
+            [counter for _, counter in counters],
             group["lr"],
             group["weight_decay"],
         )
+        for part, counter in counters:
+            if part is not counter:
+                part += counter
         for step in bucket:
             count = step.x.samples * step.x.positions
             solved[step.layer.name] = f"{solution.formulation}, N = {count}"
     return solved
+
+
+def advance_momentum(
+    steps: Iterable[LayerStep], group: dict[str, Any]
+) -> list[LayerStep]:
+    """``M <- beta M + G`` of all rows, before a solve of some of them.
+
+    Args:
+        steps: from `layer_step`.
+        group: hyperparameters.
+
+    Returns:
+        The steps, without gradients; their momentum is what to precondition.
+    """
+    advanced = []
+    for bucket in _buckets(steps):
+        ms, finite = bucket[0].backend.momentum_(
+            [step.momentum for step in bucket],
+            [step.grads for step in bucket],
+            group["momentum"],
+            group["nesterov"],
+        )
+        advanced += [
+            replace(step, momentum=m, grads=None, finite=rows)
+            for step, m, rows in zip(bucket, ms, finite, strict=True)
+        ]
+    return advanced
 
 
 Gathered = Sequence[tuple[dict[str, Any], Sequence["LayerStep"]]]
@@ -178,12 +221,8 @@ def buckets_of(steps: Iterable[LayerStep], group: dict[str, Any]) -> list[Bucket
         steps: from `layer_step`.
         group: hyperparameters.
     """
-    buckets: dict[Hashable, list[LayerStep]] = {}
-    for step in steps:
-        if step.backend.GROUPS_LAYERS:
-            buckets.setdefault(step.key, []).append(step)
     found = []
-    for bucket in buckets.values():
+    for bucket in _buckets(step for step in steps if step.backend.GROUPS_LAYERS):
         first = bucket[0]
         shape = shape_of(Batch([first.x], [first.y], [first.momentum]))
         param, momentum = first.params.weight.dtype, first.momentum.weight.dtype
@@ -194,9 +233,45 @@ def buckets_of(steps: Iterable[LayerStep], group: dict[str, Any]) -> list[Bucket
     return found
 
 
-def no_samples(layer: Layer, bias: bool, dtype: torch.dtype) -> Samples:
-    """Samples of a layer that has none: a zero, hence the identity Fisher."""
-    geometry = layer.geometry
-    x = layer.weight.new_zeros(1, geometry.groups * geometry.dim, dtype=dtype)
-    y = layer.weight.new_zeros(1, geometry.rows, 1, dtype=dtype)
+def no_samples(
+    layer: Layer, bias: bool, dtype: torch.dtype, rows: int | None = None
+) -> Samples:
+    """Samples of a layer that has none: a zero, hence the identity Fisher.
+
+    Args:
+        layer: whose.
+        bias: whether its bias takes part.
+        dtype: of the momentum.
+        rows: how many are solved here; None for all.
+    """
+    geometry, weight = layer.geometry, local(layer.weight)
+    rows = geometry.rows if rows is None else rows
+    x = weight.new_zeros(1, geometry.groups * geometry.dim, dtype=dtype)
+    y = weight.new_zeros(1, rows, 1, dtype=dtype)
     return MatrixMap(x, geometry.groups, bias), y
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that lies on this rank; another as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def _buckets(steps: Iterable[LayerStep]) -> list[list[LayerStep]]:
+    """Those that can share launches together."""
+    buckets: dict[Hashable, list[LayerStep]] = {}
+    for step in steps:
+        buckets.setdefault(step.key, []).append(step)
+    return list(buckets.values())
+
+
+def _narrow(rows: Rows, index: slice) -> Rows:
+    return Rows(rows.weight[index], None if rows.bias is None else rows.bias[index])
+
+
+def _counter(counts: Tensor, rows: slice | None) -> tuple[Tensor, Tensor]:
+    """The rows' counters, and a dense tensor to count in."""
+    part = counts if rows is None else counts[:, rows]
+    if part.shape == counts.shape:
+        return counts, counts
+    return part, torch.zeros_like(part, memory_format=torch.contiguous_format)

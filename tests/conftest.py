@@ -22,6 +22,17 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def pools():
+    """Gloo ranks by their number; each pool starts when it is first used."""
+    from rank_pool import RankPool
+
+    pools = {size: RankPool(size) for size in (2, 4)}
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """Every `empty` is full of NaN, so that what a kernel leaves unwritten shows."""

@@ -44,13 +44,16 @@ def test_version():
 
 
 RANKS = {
-    "optimizer": 6,
+    "cli": 10,
+    "optimizer": 9,
+    "distributed": 8,
+    "step": 7,
+    "preconditioner": 6,
+    "cost": 6,
+    "formulation": 5,
+    "launches": 4,
     "capture": 4,
     "routing": 4,
-    "step": 5,
-    "cost": 5,
-    "preconditioner": 4,
-    "formulation": 3,
     "solvers": 3,
     "layers": 2,
     "ops": 1,

@@ -202,7 +202,7 @@ def forward_config(n: int, depthwise: bool = False) -> ForwardConfig:
         return ForwardConfig(BLOCK_N=min(power_of_two(n), 64), BLOCK_D=16)
     if n <= 32:
         return ForwardConfig(BLOCK_N=power_of_two(n), BLOCK_R=16)
-    return ForwardConfig(num_warps=8, num_stages=3)
+    return ForwardConfig(num_warps=8, num_stages=3, BLOCK_R=64)
 
 
 def adjoint_config(n: int, depthwise: bool = False) -> AdjointConfig:

@@ -98,6 +98,10 @@ class LinearMap(ABC):
         """The same map, given its rows ``(N, groups * D)``."""
         return MatrixMap(x, self.groups, self.bias)
 
+    @abstractmethod
+    def narrow_groups(self, start: int, stop: int) -> LinearMap:
+        """The map of groups `start` to `stop` alone."""
+
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
@@ -158,6 +162,10 @@ class MatrixMap(LinearMap):
 
     def matrix(self) -> MatrixMap:  # noqa: D102
         return self
+
+    def narrow_groups(self, start: int, stop: int) -> MatrixMap:  # noqa: D102
+        x = self.x[:, start * self.dim : stop * self.dim]
+        return MatrixMap(x, stop - start, self.bias)
 
     @property
     def dtype(self) -> torch.dtype:  # noqa: D102

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, cast
 
@@ -117,6 +117,11 @@ class ConvMap(LinearMap):
         return MatrixMap(
             windows.reshape(self.samples * self.positions, -1), self.groups, self.bias
         )
+
+    def narrow_groups(self, start: int, stop: int) -> ConvMap:  # noqa: D102
+        channels = self.x.shape[1] // self.groups
+        x = self.x[:, start * channels : stop * channels]
+        return ConvMap(x, replace(self.spec, groups=stop - start), self.bias)
 
     @property
     def dtype(self) -> torch.dtype:  # noqa: D102

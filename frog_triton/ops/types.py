@@ -165,4 +165,5 @@ def unravel(index: Tensor, shape: Sequence[int]) -> list[Tensor]:
 
 def written_out(y: Tensor) -> Tensor:
     """``(n, R, P)`` as ``(n * P, R, 1)``, the order of `SampleMap.matrix`."""
-    return y.transpose(1, 2).reshape(-1, y.shape[1], 1)
+    n, rows, positions = y.shape
+    return y.transpose(1, 2).reshape(n * positions, rows, 1)

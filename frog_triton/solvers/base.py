@@ -22,6 +22,7 @@ class Batch:
         grads: gradients to be added to the momentum first, in place; None for none.
         momentum: beta.
         nesterov: whether ``G + beta M`` is the right-hand side instead.
+        finite: without `grads`, rows that may move ``(L, R)``; None for all.
     """
 
     xs: Sequence[SampleMap]
@@ -30,6 +31,7 @@ class Batch:
     grads: Sequence[Rows] | None = None
     momentum: float | Tensor = 0.0
     nesterov: bool = False
+    finite: Tensor | None = None
 
     @property
     def row_length(self) -> int:

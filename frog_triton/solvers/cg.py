@@ -67,6 +67,7 @@ def solve(
         ms = batch.ms
         shape = (len(ms), ms[0].weight.shape[0])
         finite = ms[0].weight.new_ones(shape, dtype=torch.bool)
+        finite = finite if batch.finite is None else batch.finite
     else:
         ms, finite = ops.momentum_(
             batch.ms, batch.grads, batch.momentum, batch.nesterov

@@ -86,6 +86,7 @@ def solve(
     ms, finite, c, m_squared = ops.momentum_project_(
         xs, batch.ms, batch.grads, batch.momentum, batch.nesterov
     )
+    finite = finite if batch.finite is None else batch.finite
     weights = weights.view(*weights.shape[:2], c.shape[1], -1).transpose(1, 2)
     s, u = ops.gram_cg(k, c, weights, m_squared, status, damping, iters)
     return GramSolution(ops, xs, ms, s, u, status, finite)

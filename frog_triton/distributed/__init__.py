@@ -1,0 +1,58 @@
+"""Ranks that train one model together: who solves which rows, from whose samples.
+
+All ranks solve the same systems. Each draws its share of the samples from its own part
+of the batch; the rank that solves a row is sent all of X, and of Y the row's column. A
+rank holds some rows of a layer (all of them, or its shard), and solves those that are
+its own; where other ranks hold the same rows, the updated rows go to them. A step makes
+three kinds of collectives, each over all layers at once: what each rank brings
+(integers), the samples, and the updated rows.
+
+Sharded tensors take half a second to import, so the modules of this package are
+imported where a process group exists, and only there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch import nn
+
+from ..routing import Layer, Plan
+
+if TYPE_CHECKING:
+    from .division import Group
+    from .ranks import Ranks
+
+__all__ = ["check_placements", "find_ranks"]
+
+
+def check_placements(
+    layers: Iterable[Layer], names: Mapping[nn.Parameter, str], process_group: Group
+) -> None:
+    """See `division.check_placements`; nothing to check without a process group."""
+    if _is_initialized():
+        from . import division
+
+        division.check_placements(layers, names, process_group)
+
+
+def find_ranks(plan: Plan, process_group: Group) -> Ranks | None:
+    """The ranks that train the plan's layers; None if this process is alone.
+
+    Args:
+        plan: all that is preconditioned.
+        process_group: the user's; see `FROG`.
+    """
+    if not _is_initialized():
+        return None
+    from .division import find_division
+    from .ranks import Ranks
+
+    division = find_division(plan.layers.values(), plan.names, process_group)
+    return None if division is None else Ranks(division)
+
+
+def _is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()

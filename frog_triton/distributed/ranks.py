@@ -1,0 +1,232 @@
+"""What ranks that train one model together do in a step."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..capture import SampleCapture
+from ..routing import Layer
+from ..sampling import counter_key
+from ..step import LayerStep, Samples, advance_momentum, local
+from . import collectives
+from .division import Division
+from .samples import SampleExchange
+
+_BUCKET_BYTES = 1 << 28  # of updated rows on their way: bounds the memory they need
+
+
+class Ranks:
+    """A step's communication.
+
+    Args:
+        division: of the rows.
+
+    Attributes:
+        verified: whether `verify` has passed.
+    """
+
+    def __init__(self, division: Division) -> None:
+        self.division = division
+        self._exchange = SampleExchange(division)
+        self.verified = False
+        self._row_bytes: dict[str, int] = {}
+        self._gathers = 0
+
+    def share(self, sample_size: int, seed: int) -> tuple[int, int]:
+        """How many samples this rank draws, and its seed: ranks draw different ones.
+
+        Args:
+            sample_size: of all ranks together.
+            seed: of all ranks.
+        """
+        size, rank = self.division.size, self.division.rank
+        share = sample_size // size + (rank < sample_size % size)
+        return share, counter_key(seed, rank)
+
+    def rows_here(self, layer: Layer) -> int:
+        """How many rows of a layer this rank solves."""
+        return len(self.division.mine(layer.geometry.rows))
+
+    def verify(self, settings: dict[str, Any], params: Iterable[nn.Parameter]) -> None:
+        """Check that all ranks are set up alike.
+
+        Args:
+            settings: of the optimizer, by name.
+            params: whose gradients must be the same on all ranks that hold them.
+
+        Raises:
+            RuntimeError: ranks differ, the same on all of them.
+        """
+        names = {name: repr(value) for name, value in settings.items()}
+        theirs: list[Any] = [None] * self.division.size
+        total = 0  # of the bits of gradients that should be the same on all ranks
+        if self.division.shards == 1:
+            grads = [local(p.grad) for p in params if p.grad is not None]
+            total = sum(int(_checksum(grad)) for grad in grads)
+        dist.all_gather_object(theirs, (names, total), group=self.division.group)
+        first, first_total = theirs[0]
+        for rank, (other, _) in enumerate(theirs):
+            for name in {**first, **other}:
+                if first.get(name) != other.get(name):
+                    raise RuntimeError(
+                        f"ranks 0 and {rank} differ in {name}: {first.get(name)} and "
+                        f"{other.get(name)}; build model and FROG alike on all ranks"
+                    )
+        if any(total != first_total for _, total in theirs):
+            raise RuntimeError(
+                "gradients differ between ranks, so they have not been averaged: wrap "
+                "the model in DistributedDataParallel, or pass process_group=False to "
+                "FROG to train on each rank alone"
+            )
+        self.verified = True
+
+    def agree(self, layers: Sequence[Layer], capture: SampleCapture) -> set[str]:
+        """See `SampleExchange.agree`."""
+        self._row_bytes, self._gathers = {}, 0
+        return self._exchange.agree(layers, capture)
+
+    def send_samples(self, layers: Sequence[Layer]) -> None:
+        """See `SampleExchange.send`."""
+        self._exchange.send(layers)
+
+    def samples(self, layer: Layer, bias: bool, dtype: torch.dtype) -> Samples | None:
+        """See `SampleExchange.samples`."""
+        return self._exchange.samples(layer, bias, dtype)
+
+    def own(self, steps: Sequence[LayerStep], group: dict[str, Any]) -> list[LayerStep]:
+        """The part of the steps that falls to this rank.
+
+        Momentum that other ranks hold as well is updated here, whole: equal gradients
+        keep it equal on all of them, and any rank's state is complete.
+
+        Args:
+            steps: of all rows that this rank holds, Y of those that it solves.
+            group: hyperparameters.
+        """
+        if self.division.replicas > 1:
+            steps = advance_momentum(steps, group)
+        return self.pieces(steps)
+
+    def pieces(self, steps: Iterable[LayerStep]) -> list[LayerStep]:
+        """The rows of these steps that this rank solves."""
+        return [piece for step in steps for piece in self._pieces(step)]
+
+    def _pieces(self, step: LayerStep) -> list[LayerStep]:
+        """A layer's own rows, cut so that each piece is a layer of its own."""
+        rows, groups = step.layer.geometry.rows, step.layer.geometry.groups
+        mine = self.division.mine(rows)
+        first = self.division.held(rows, self.division.rank).start
+        per_group = rows // groups
+        pieces = []
+        for start, stop in _cut(mine, per_group):
+            x = step.x
+            if x.groups > 1:
+                x = x.narrow_groups(start // per_group, -(-stop // per_group))
+            solved = slice(start - mine.start, stop - mine.start)
+            here = slice(start - first, stop - first)
+            pieces.append(step.narrow(here, solved, x, step.y[:, solved]))
+        return pieces
+
+    def share_rows(self, steps: Sequence[LayerStep]) -> None:
+        """Send updated rows to the ranks that hold them, too.
+
+        Args:
+            steps: of all rows that this rank holds.
+        """
+        bucket: list[tuple[str, int, Tensor]] = []
+        size = 0
+        for step in steps:
+            for tensor in step.params:
+                if tensor is None or tensor.numel() == 0:
+                    continue
+                if bucket and size + tensor.nbytes > _BUCKET_BYTES:
+                    self._share_bucket(bucket)
+                    bucket, size = [], 0
+                rows = step.layer.geometry.rows
+                bucket.append((step.layer.name, rows, tensor.detach()))
+                size += tensor.nbytes
+        if bucket:
+            self._share_bucket(bucket)
+
+    def _share_bucket(self, bucket: Sequence[tuple[str, int, Tensor]]) -> None:
+        """One collective over the replicas.
+
+        Args:
+            bucket: name and rows of a layer, and one of its parameters.
+        """
+        replicas, replica_group = self.division.peers(), self.division.replica_group
+        if replica_group is None:
+            return
+
+        def part(tensor: Tensor, rows: int, rank: int) -> Tensor:
+            first = self.division.held(rows, rank).start
+            solved = self.division.solved(rows, rank)
+            return tensor[solved.start - first : solved.stop - first]
+
+        parts = [[part(t, rows, rank) for _, rows, t in bucket] for rank in replicas]
+        specs = [[(tuple(t.shape), t.dtype) for t in tensors] for tensors in parts]
+        me = replica_group.rank()
+        received = collectives.all_gather(
+            parts[me],
+            specs,
+            replica_group,
+            collectives.collective_device(replica_group, bucket[0][2].device),
+        )
+        others = [i for i in range(len(replicas)) if i != me]
+        collectives.copy_(
+            [t for i in others for t in parts[i]],
+            [t for i in others for t in received[i]],
+        )
+        self._gathers += 1
+        for (name, _, _), sent in zip(bucket, parts[me], strict=True):
+            before = self._row_bytes.get(name, 0)
+            self._row_bytes[name] = before + sent.nbytes * len(others)
+
+    def describe(self, layer: Layer) -> str:
+        """What this rank does for a layer, with the bytes it last sent."""
+        solved = self.division.mine(layer.geometry.rows)
+        rows = (
+            f"rows {solved.start}-{solved.stop - 1} here" if solved else "no row here"
+        )
+        if layer.name not in self._exchange.sample_bytes:
+            return rows
+        samples = self._exchange.sample_bytes[layer.name]
+        updated = self._row_bytes.get(layer.name, 0)
+        return f"{rows}, sends {samples} B of samples and {updated} B of rows"
+
+    def summary(self) -> str:
+        """One line on the ranks, and on the bytes that this one last sent."""
+        division = self.division
+        line = (
+            f"rank {division.rank} of {division.size}: {division.replicas} replicas of "
+            f"{division.shards} shards"
+        )
+        exchange = self._exchange
+        if not exchange.notice_bytes:
+            return line
+        return (
+            f"{line}; its last step sent {exchange.notice_bytes} B of counts "
+            f"(1 collective), {sum(exchange.sample_bytes.values())} B of samples (1) "
+            f"and {sum(self._row_bytes.values())} B of updated rows ({self._gathers})"
+        )
+
+
+def _cut(rows: range, per_group: int) -> list[tuple[int, int]]:
+    """Cut rows where a group ends that they do not hold whole."""
+    first = -(-rows.start // per_group) * per_group
+    last = rows.stop // per_group * per_group
+    at = {rows.start, min(first, rows.stop), max(last, rows.start), rows.stop}
+    cuts = sorted(at)
+    return list(itertools.pairwise(cuts))
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's bits, the same on every device and for every layout."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(integer[tensor.dtype.itemsize]).sum(dtype=torch.int64)

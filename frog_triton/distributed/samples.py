@@ -1,0 +1,291 @@
+"""Samples on their way: what each rank brings of a layer, and who is sent what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..capture import SampleCapture
+from ..layers import LinearMap, MatrixMap
+from ..ops.types import written_out
+from ..routing import Layer
+from ..step import Samples, local, no_samples
+from . import collectives
+from .collectives import Spec
+from .division import Division
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MAX_DIMS = 4  # of one example of a convolution: channels and three axes
+
+
+class _Notice(NamedTuple):
+    """What a rank tells the others of a layer, all in integers.
+
+    Attributes:
+        weight_grad: whether the weight has a gradient.
+        bias_grad: whether the bias has one.
+        fired: whether the module has ever been called.
+        samples: n.
+        positions: P.
+        x_dtype: its place in `_DTYPES`.
+        y_dtype: the same of Y.
+        module: which of the layer's modules saw whole inputs; -1 where the samples are
+            rows of X, written out.
+        shape: of one example.
+    """
+
+    weight_grad: int
+    bias_grad: int
+    fired: int
+    samples: int
+    positions: int
+    x_dtype: int
+    y_dtype: int
+    module: int
+    shape: tuple[int, ...]
+
+    def pack(self) -> list[int]:
+        return [*self[:-1], *self.shape, *(0,) * (_MAX_DIMS - len(self.shape))]
+
+    @classmethod
+    def unpack(cls, values: Sequence[int]) -> _Notice:
+        fixed = len(cls._fields) - 1
+        shape = tuple(size for size in values[fixed:] if size)
+        return cls._make([*values[:fixed], shape])
+
+
+_WIDTH = len(_Notice._fields) - 1 + _MAX_DIMS
+
+
+@dataclass
+class _Held:
+    """Samples of one layer, of this rank, as they travel.
+
+    Attributes:
+        x: whole inputs, or rows of X.
+        y: their output gradients ``(n, R, P)``.
+        module: as in `_Notice`.
+    """
+
+    x: Tensor
+    y: Tensor
+    module: int
+
+    def written_out(self, layer: Layer) -> _Held:
+        """The same, as rows of X."""
+        if self.module < 0:
+            return self
+        map_ = layer.adapter.linear_map(layer.modules[self.module], self.x, False)
+        return _Held(map_.matrix().x, written_out(self.y), -1)
+
+
+class SampleExchange:
+    """Samples of all ranks for the rows of this one.
+
+    Args:
+        division: of the rows.
+
+    Attributes:
+        notice_bytes: that this rank sent, to all others, to say what it brings.
+        sample_bytes: of samples that it sent, by layer.
+    """
+
+    def __init__(self, division: Division) -> None:
+        self._division = division
+        self._notices: dict[str, list[_Notice]] = {}
+        self._held: dict[str, _Held] = {}
+        self._samples: dict[str, tuple[_Form, Tensor, Tensor]] = {}
+        self.notice_bytes = 0
+        self.sample_bytes: dict[str, int] = {}
+
+    def agree(self, layers: Sequence[Layer], capture: SampleCapture) -> set[str]:
+        """Tell the others what this rank brings, and hear what they bring.
+
+        Args:
+            layers: all that are preconditioned, the same on all ranks.
+            capture: holds this rank's samples.
+
+        Returns:
+            Names of the layers whose modules have been called on any rank.
+
+        Raises:
+            RuntimeError: a layer has a gradient on some ranks only; on all ranks.
+        """
+        self._held, self._samples, self.sample_bytes = {}, {}, {}
+        if not layers:
+            return set()
+        notices = []
+        for layer in layers:
+            held = _hold(layer, capture)
+            if held is not None:
+                self._held[layer.name] = held
+            notices.append(_notice(layer, held, layer.name in capture.fired).pack())
+        values = torch.tensor(notices, dtype=torch.int64).view(len(layers), _WIDTH)
+        heard = collectives.all_gather_ints(
+            values, self._division.group, self._division.device(layers)
+        )
+        self.notice_bytes = 8 * values.numel() * (self._division.size - 1)
+        by_layer = zip(*heard.tolist(), strict=True)
+        self._notices = {
+            layer.name: [_Notice.unpack(values) for values in ranks]
+            for layer, ranks in zip(layers, by_layer, strict=True)
+        }
+        for name, ranks in self._notices.items():
+            for rank, notice in enumerate(ranks):
+                if notice[:2] != ranks[0][:2]:
+                    raise RuntimeError(
+                        f"{name} has a gradient on only one of ranks 0 and {rank}; "
+                        "gradients must be averaged over all ranks before step()"
+                    )
+        return {n for n, ranks in self._notices.items() if any(r.fired for r in ranks)}
+
+    def send(self, layers: Sequence[Layer]) -> None:
+        """Send each rank X, and the columns of Y that belong to its rows.
+
+        Args:
+            layers: that have a gradient, the same on all ranks.
+        """
+        if not layers:
+            return
+        forms = {layer.name: _Form.of(self._notices[layer.name]) for layer in layers}
+        outgoing: list[list[Tensor]] = [[] for _ in range(self._division.size)]
+        incoming: list[list[Spec]] = [[] for _ in range(self._division.size)]
+        for layer in layers:
+            form, rows = forms[layer.name], layer.geometry.rows
+            held = self._held.get(layer.name)
+            if held is not None and form.module < 0:
+                held = held.written_out(layer)
+            mine = self._division.mine(rows)
+            bytes_ = 0
+            for rank, notice in enumerate(self._notices[layer.name]):
+                theirs = self._division.solved(rows, rank)
+                if held is not None and theirs:
+                    part = [
+                        held.x.to(form.x_dtype),
+                        held.y[:, theirs.start : theirs.stop].to(form.y_dtype),
+                    ]
+                    outgoing[rank] += part
+                    if rank != self._division.rank:
+                        bytes_ += sum(t.nbytes for t in part)
+                if notice.samples and mine:
+                    incoming[rank] += form.specs(layer, notice, len(mine))
+            self.sample_bytes[layer.name] = bytes_
+        received = collectives.all_to_all(
+            outgoing, incoming, self._division.group, self._division.device(layers)
+        )
+        parts = [iter(tensors) for tensors in received]
+        for layer in layers:
+            mine = self._division.mine(layer.geometry.rows)
+            brought = [
+                (next(parts[rank]), next(parts[rank]))
+                for rank, notice in enumerate(self._notices[layer.name])
+                if notice.samples and mine
+            ]
+            if brought:
+                device = local(layer.weight).device
+                x, y = (torch.cat(t).to(device) for t in zip(*brought, strict=True))
+                self._samples[layer.name] = forms[layer.name], x, y
+        self._held = {}
+
+    def samples(self, layer: Layer, bias: bool, dtype: torch.dtype) -> Samples | None:
+        """All ranks' samples for this rank's rows, or None if no rank has any.
+
+        Args:
+            layer: whose.
+            bias: whether its bias takes part.
+            dtype: of the momentum.
+        """
+        if not any(notice.samples for notice in self._notices[layer.name]):
+            return None
+        found = self._samples.pop(layer.name, None)
+        if found is None:  # no row of it is solved here
+            return no_samples(layer, bias, dtype, 0)
+        form, x, y = found
+        return form.map(layer, x, bias), y
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How all ranks send a layer's samples.
+
+    Attributes:
+        module: as in `_Notice`.
+        shape: of one example.
+        x_dtype: of X.
+        y_dtype: of Y.
+    """
+
+    module: int
+    shape: tuple[int, ...]
+    x_dtype: torch.dtype
+    y_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, notices: Sequence[_Notice]) -> _Form:
+        """Whole inputs if those of all ranks fit together, else rows of X."""
+        bring = [notice for notice in notices if notice.samples]
+        shapes = {(notice.module, notice.shape) for notice in bring}
+        module, shape = shapes.pop() if len(shapes) == 1 else (-1, ())
+        x_dtype = y_dtype = torch.float32
+        for i, notice in enumerate(bring):
+            x, y = _DTYPES[notice.x_dtype], _DTYPES[notice.y_dtype]
+            x_dtype = torch.promote_types(x_dtype, x) if i else x
+            y_dtype = torch.promote_types(y_dtype, y) if i else y
+        return cls(module, shape, x_dtype, y_dtype)
+
+    def specs(self, layer: Layer, notice: _Notice, rows: int) -> list[Spec]:
+        """Of X and Y that a rank sends for `rows` rows."""
+        n, positions, shape = notice.samples, notice.positions, self.shape
+        if self.module < 0:
+            geometry = layer.geometry
+            n, positions = n * positions, 1
+            shape = (geometry.groups * geometry.dim,)
+        return [((n, *shape), self.x_dtype), ((n, rows, positions), self.y_dtype)]
+
+    def map(self, layer: Layer, x: Tensor, bias: bool) -> LinearMap:
+        """Received samples as a linear map."""
+        if self.module < 0:
+            return MatrixMap(x, layer.geometry.groups, bias)
+        return layer.adapter.linear_map(layer.modules[self.module], x, bias)
+
+
+def _hold(layer: Layer, capture: SampleCapture) -> _Held | None:
+    """This rank's samples of a layer, whole inputs if they are of one shape."""
+    calls = capture.calls(layer.name)
+    if not calls:
+        return None
+    if capture.sampling == "positions":
+        x = torch.cat([call.x for call in calls])
+        return _Held(x, torch.cat([call.y for call in calls]).unsqueeze(-1), -1)
+    ys = [layer.adapter.canonical(call.y) for call in calls]
+    maps = [layer.adapter.linear_map(c.module, c.x, False) for c in calls]
+    forms = {(layer.modules.index(c.module), c.x.shape[1:]) for c in calls}
+    explicit = isinstance(maps[0], MatrixMap) or calls[0].x.ndim > _MAX_DIMS + 1
+    if explicit or len(forms) > 1:
+        x = torch.cat([m.matrix().x for m in maps])
+        return _Held(x, torch.cat([written_out(y) for y in ys]), -1)
+    module = layer.modules.index(calls[0].module)
+    return _Held(torch.cat([call.x for call in calls]), torch.cat(ys), module)
+
+
+def _notice(layer: Layer, held: _Held | None, fired: bool) -> _Notice:
+    grads = (
+        int(layer.weight.grad is not None),
+        int(layer.bias is not None and layer.bias.grad is not None),
+        int(fired),
+    )
+    if held is None:
+        return _Notice(*grads, 0, 0, 0, 0, -1, ())
+    return _Notice(
+        *grads,
+        held.x.shape[0],
+        held.y.shape[2],
+        _DTYPES.index(held.x.dtype),
+        _DTYPES.index(held.y.dtype),
+        held.module,
+        tuple(held.x.shape[1:]),
+    )
