@@ -408,7 +408,9 @@ class FROG(Optimizer):
             self._reroute(missed)
             warnings.warn(
                 f"{', '.join(missed)}: weight used without calling the module, so FROG "
-                f"sees no activations; {self._fallback} updates it from now on",
+                f"sees no activations; {self._fallback} updates it from now on (if the "
+                "model was compiled and called before FROG put its hooks on it: call "
+                "torch.compiler.reset() after FROG(model))",
                 stacklevel=4,
             )
 
