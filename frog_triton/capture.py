@@ -300,7 +300,7 @@ class _ForwardHook:
         self._name = name
         self._adapter = adapter
         self._number = traced.enrol(self)
-        self._anchor = torch.zeros(0, requires_grad=True)
+        self._anchor = traced.make_anchor()
         self._sample_size = capture.sample_size
         geometry = adapter.geometry(module)
         by_position = capture.sampling == "positions"

@@ -24,6 +24,7 @@ from .scaling import skipping, steps_taken, unscale_
 from .state import (
     MOMENTUM_DTYPES,
     STATE_VERSION,
+    check_shapes,
     check_version,
     move_state,
     restore,
@@ -456,6 +457,7 @@ class FROG(Optimizer):
         """
         check_version(state_dict)
         self._let_go_like(state_dict.get("unhooked", ()))
+        check_shapes(self, state_dict, self._plan.names)
         super().load_state_dict(state_dict)
         restore(self, state_dict, self.capturable)
         self._stepped = any(

@@ -4,7 +4,8 @@ Dynamo cannot trace a hook on an intermediate tensor, nor what `SampleCapture` k
 the host. So both ends are custom operators, opaque to it: `sample` copies ``X[index]``
 in the forward graph; `keep` stands in the backward graph, where an identity on the
 output (`_Tap`) meets its gradient, and hands ``Y[index]`` to the capture. What `keep`
-returns is the gradient of an empty tensor, so that no pass removes it as dead code.
+returns is the gradient of one more tensor, so that no pass removes it as dead code (one
+that is not empty: Inductor drops what empty tensors are made of).
 
 Operators take tensors and numbers only: a hook is known to them by its number.
 """
@@ -47,6 +48,11 @@ def enrol(receiver: Receiver) -> int:
     return number
 
 
+def make_anchor() -> Tensor:
+    """What `keep` returns the gradient of."""
+    return torch.zeros(1, requires_grad=True)
+
+
 @torch.compiler.assume_constant_result
 def mark(number: int) -> bool:
     """At the time of tracing: the layer's module has been called."""
@@ -69,7 +75,7 @@ def tap(
 
     Args:
         output: of the layer.
-        anchor: empty, requires a gradient.
+        anchor: `make_anchor`'s.
         x: the layer's input, batched.
         y_shape: shape of its output, batched.
         count: how many samples there will be.
@@ -137,9 +143,9 @@ def _keep(grad: Tensor, sampled: Tensor, index: Tensor, number: int) -> Tensor:
     if receiver is not None:
         # The graph may use its buffers again.
         receiver.keep(sampled.clone(), index, grad)
-    return torch.empty(0)
+    return torch.zeros(1)
 
 
 @_keep.register_fake
 def _empty_token(grad: Tensor, sampled: Tensor, index: Tensor, number: int) -> Tensor:
-    return torch.empty(0)
+    return torch.empty(1)
