@@ -228,11 +228,11 @@ class FROG(Optimizer):
     def _adopt(self, plan: Plan, group_of: dict[nn.Parameter, int]) -> None:
         """Take over a plan; parameters routed before keep their routes."""
         old = self._plan
-        reasons = {
-            p: old.reasons[p] if p in old.reasons and p not in group_of else reason
-            for p, reason in plan.reasons.items()
-        }
-        self._plan = Plan({**old.layers, **plan.layers}, plan.names, reasons)
+        kept = {p: reason for p, reason in old.reasons.items() if p not in group_of}
+        gone = [p for p in kept if p not in plan.names]
+        reasons = plan.reasons | kept | dict.fromkeys(gone, "no longer in the model")
+        names = {p: old.names[p] for p in gone} | plan.names
+        self._plan = Plan({**old.layers, **plan.layers}, names, reasons)
         self._layer_of |= {p: lay for lay in plan.layers.values() for p in lay.params}
 
     def _watch(self, layers: Iterable[Layer]) -> None:
@@ -267,13 +267,15 @@ class FROG(Optimizer):
         if "updated_by" in param_group:  # one of ours, already split
             super().add_param_group(param_group)
             return
-        known = set(self._plan.layers)
+        known = self._plan.layers
         group = {**param_group, "params": param_list(param_group["params"])}
         for half in self._split([group], self.defaults):
             super().add_param_group(half)
-        self._watch(
-            layer for name, layer in self._plan.layers.items() if name not in known
-        )
+        new = {n: x for n, x in self._plan.layers.items() if known.get(n) is not x}
+        for name in new.keys() & known.keys():  # a module put in another's place
+            self.capture.unwatch(name)
+            del self._anomalies[name]
+        self._watch(new.values())
 
     # -- the step -------------------------------------------------------------------
 
@@ -519,7 +521,8 @@ class FROG(Optimizer):
 
     def _reason(self, param: nn.Parameter) -> str:
         layer = self._layer_of.get(param)
-        solved = "" if layer is None else self._solved.get(layer.name, "")
+        here = layer is not None and self._plan.layers.get(layer.name) is layer
+        solved = self._solved.get(layer.name, "") if layer is not None and here else ""
         return self._plan.reasons[param] + (f"; {solved}" if solved else "")
 
     def anomalies(self) -> dict[str, dict[str, int]]:
