@@ -109,6 +109,13 @@ class SampleCapture:
         del self._pools[name], self._steps[name]
         self.fired.discard(name)
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All samples held at this moment."""
+        for pool in self._pools.values():
+            for call in pool.calls:
+                yield call.x
+                yield call.y
+
     def watches(self, name: str) -> bool:
         """Whether a layer's samples are wanted (still)."""
         return name in self._pools

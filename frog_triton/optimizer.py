@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from . import ops
 from .capture import SAMPLINGS, SampleCapture
+from .diagnostics import Diagnostics, memory_usage
 from .fallback import FALLBACKS
 from .groups import check_group, param_list, user_groups
 from .ops.launch import capturable as without_host_copies
@@ -174,6 +175,7 @@ class FROG(Optimizer):
         self._warned: set[str] = set()
         self._solved: dict[str, str] = {}
         self._stepped = False
+        self._observe: Callable[..., None] | None = None
         self.capture = SampleCapture(size, sampling, seed, backend)
         groups = self._split(user_groups(model, params), defaults)
         super().__init__(groups, defaults)
@@ -345,7 +347,9 @@ class FROG(Optimizer):
         grads = [step.grads for step in steps]
         counts = [self._anomalies[step.layer.name] for step in steps]
         with skipping(grads, counts, found_inf):
-            self._solved |= step_layers(steps, group, self.formulation, self._anomalies)
+            self._solved |= step_layers(
+                steps, group, self.formulation, self._anomalies, self._observe
+            )
         for step in steps:
             counter = self.state[step.layer.weight]["step"]
             counter += steps_taken(found_inf, counter.device)
@@ -541,6 +545,32 @@ class FROG(Optimizer):
             for name, (samples, gradients) in counts.items()
             if samples or gradients
         }
+
+    @contextmanager
+    def diagnose(self) -> Iterator[Diagnostics]:
+        """Steps in this context are looked at; all others cost nothing more.
+
+        Example:
+            >>> with opt.diagnose() as diagnostics:
+            ...     opt.step()
+            >>> diagnostics.read()["fc"]["cg_residual"]  # waits for the device
+        """
+        diagnostics = Diagnostics()
+        self._observe = diagnostics.observe
+        try:
+            yield diagnostics
+        finally:
+            self._observe = None
+
+    def memory_usage(self) -> dict[str, int]:
+        """Bytes that this optimizer holds at this moment.
+
+        Returns:
+            ``state`` (of all parameters, the fallback's too), ``samples`` (between a
+            backward pass and `step`), ``counters`` of anomalies, and ``total``.
+        """
+        state = (t for values in self.state.values() for t in values.values())
+        return memory_usage(state, self.capture.tensors(), self._anomalies.values())
 
     def _counts_of(self, layer: Layer) -> None:
         """Make, or bring to the layer's device, its counters."""

@@ -108,6 +108,7 @@ def step_layers(
     group: dict[str, Any],
     formulation: str,
     counts: Mapping[str, Tensor],
+    observe: Callable[..., None] | None = None,
 ) -> dict[str, str]:
     """Momentum, solve and update of all layers, those of one geometry together.
 
@@ -117,6 +118,7 @@ def step_layers(
         formulation: ``"primal"``, ``"gram"`` or ``"auto"``.
         counts: of each layer by name, int32 ``(2, R)``: how often a row has met
             samples, and a gradient, that are not finite; updated in place.
+        observe: called with layers, solution and group between solve and update.
 
     Returns:
         How each layer was solved, in words.
@@ -141,6 +143,8 @@ def step_layers(
             cg_iters=group["cg_iters"],
             formulation=formulation,
         )
+        if observe is not None:
+            observe(bucket, solution, group)
         solution.update_(
             [step.params for step in bucket],
             [counts[step.layer.name] for step in bucket],
