@@ -110,7 +110,7 @@ class _Tap(torch.autograd.Function):
         return output.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sampled, index = ctx.saved_tensors
         token = torch.ops.frog_triton.keep(grad, sampled, index, ctx.number)
         return grad, token, None, None, None
