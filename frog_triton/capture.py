@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import weakref
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import ops
+from . import ops, traced
 from .layers import LayerAdapter, LinearMap, MatrixMap, pool_samples
 from .sampling import Counter, counter_key, draw
 
@@ -109,6 +109,17 @@ class SampleCapture:
         del self._pools[name], self._steps[name]
         self.fired.discard(name)
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All samples held at this moment."""
+        for pool in self._pools.values():
+            for call in pool.calls:
+                yield call.x
+                yield call.y
+
+    def watches(self, name: str) -> bool:
+        """Whether a layer's samples are wanted (still)."""
+        return name in self._pools
+
     def close(self) -> None:
         """Remove all hooks and samples, for good."""
         self.closed = True
@@ -140,53 +151,93 @@ class SampleCapture:
             ys = [adapter.canonical(c.y) for c in calls]
         return pool_samples(maps, ys)
 
-    def record(
+    def draw(
         self,
         name: str,
         module: nn.Module,
         adapter: LayerAdapter,
         x: Tensor,
-        output: Tensor,
-    ) -> None:
-        """Copy a sample of ``x`` now, and of the output's gradient when it comes."""
+        y_shape: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """Copy a sample of a call's input.
+
+        Args:
+            name: of the layer.
+            module: that was called.
+            adapter: of its kind.
+            x: its input, batched.
+            y_shape: shape of its output, batched.
+
+        Returns:
+            Sampled examples, or rows of X, and the index that they were taken at.
+
+        Raises:
+            torch.OutOfMemoryError: naming the layer.
+        """
         pool = self._pools[name]
-        x = adapter.batched(module, x.detach())
-        y_shape = adapter.batched(module, output).shape
-        by_position = self.sampling == "positions"
-        per_example = (
-            adapter.positions(output.new_empty(()).expand(y_shape))
-            if by_position
-            else 1
-        )
-        if self.sample_size == 0:  # fewer samples than ranks
-            return
-        total = y_shape[0] * per_example
+        y_shape = torch.Size(y_shape)
+        total = y_shape[0] * self._per_example(adapter, x, y_shape)
         key = self._key(name, self._steps[name](), pool.forwards)
         pool.forwards += 1
-        index = draw(total, self.sample_size, key, x.device)
-        if by_position:
-            sample = adapter.take_input_positions(
-                module, x, y_shape, index, self._backend(x)
-            )
-        else:
-            sample = x.index_select(0, index)
+        with self._naming(name):
+            index = draw(total, self.sample_size, key, x.device)
+            if self.sampling == "positions":
+                backend = ops.resolve(self.backend, x.device, x.dtype)
+                return adapter.take_input_positions(
+                    module, x, y_shape, index, backend
+                ), index
+            return x.index_select(0, index), index
 
-        def on_grad(grad: Tensor) -> None:
-            y = adapter.batched(module, grad.detach())
-            y = (
-                adapter.take_output_positions(y, index)
-                if by_position
-                else y.index_select(0, index)
-            )
-            self.add(name, module, sample, y, total)
+    def keep(
+        self,
+        name: str,
+        module: nn.Module,
+        adapter: LayerAdapter,
+        x: Tensor,
+        index: Tensor,
+        grad: Tensor,
+    ) -> None:
+        """Pool a call's sample, now that its output's gradient is there.
 
-        output.register_hook(on_grad)
+        Args:
+            name: of the layer.
+            module: that was called.
+            adapter: of its kind.
+            x: from `draw`.
+            index: from `draw`.
+            grad: the output's gradient.
+
+        Raises:
+            torch.OutOfMemoryError: naming the layer.
+        """
+        y = adapter.batched(module, grad.detach())
+        total = y.shape[0] * self._per_example(adapter, y, y.shape)
+        with self._naming(name):
+            if self.sampling == "positions":
+                y = adapter.take_output_positions(y, index)
+            else:
+                y = y.index_select(0, index)
+            self.add(name, module, x, y, total)
+
+    def _per_example(self, adapter: LayerAdapter, like: Tensor, y_shape: Any) -> int:
+        """Candidates in one example of an output."""
+        if self.sampling != "positions":
+            return 1
+        return adapter.positions(like.new_empty(()).expand(y_shape))
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"{name}: no memory for its {self.sample_size} sampled "
+                f"{self.sampling}; take a smaller sample_size, "
+                f"sampling='positions', or smaller batches ({error})"
+            ) from error
 
     def _key(self, name: str, *counters: Counter) -> Counter:
         return counter_key(self.seed, zlib.crc32(name.encode()), *counters)
-
-    def _backend(self, x: Tensor) -> ModuleType:
-        return ops.resolve(self.backend, x.device, x.dtype)
 
     def add(
         self,
@@ -259,6 +310,12 @@ class _ForwardHook:
         self._module = weakref.ref(module)
         self._name = name
         self._adapter = adapter
+        self._number = traced.enrol(self)
+        self._anchor = traced.make_anchor()
+        self._sample_size = capture.sample_size
+        geometry = adapter.geometry(module)
+        by_position = capture.sampling == "positions"
+        self._row = geometry.groups * geometry.dim if by_position else 0
 
     def __call__(
         self,
@@ -266,23 +323,88 @@ class _ForwardHook:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         output: Any,
-    ) -> None:
+    ) -> Any:
+        if torch.compiler.is_compiling():
+            return self._trace(module, args[0] if args else kwargs["input"], output)
         capture = self._capture()
         if capture is None or module is not self._module():
-            return
-        capture.fired.add(self._name)
-        if not (
-            module.training
-            and torch.is_grad_enabled()
-            and isinstance(output, Tensor)
-            and output.requires_grad
-        ):
-            return
+            return None
+        self.mark()
+        if not _wanted(module, output):
+            return None
         x = args[0] if args else kwargs["input"]
-        capture.record(self._name, module, self._adapter, x, output)
+        x = self._adapter.batched(module, x.detach())
+        y_shape = self._adapter.batched(module, output).shape
+        sample, index = capture.draw(self._name, module, self._adapter, x, y_shape)
+
+        hooked, shape = _written_tensor(output), output.shape
+
+        def on_grad(grad: Tensor) -> None:
+            grad = grad.view(shape)
+            capture.keep(self._name, module, self._adapter, sample, index, grad)
+
+        hooked.register_hook(on_grad)
+        return None
+
+    def _trace(self, module: nn.Module, x: Tensor, output: Any) -> Any:
+        """The same by operators that torch.compile can put into its graphs."""
+        if torch.compiler.is_exporting():
+            return None
+        traced.mark(self._number)
+        if not _wanted(module, output):
+            return None
+        y = self._adapter.batched(module, output)
+        positions = self._adapter.positions(y) if self._row else 1
+        count = torch.sym_min(self._sample_size, y.shape[0] * positions)
+        x = self._adapter.batched(module, x.detach())
+        return traced.tap(
+            output, self._anchor, x, y.shape, count, self._row, self._number
+        )
+
+    def mark(self) -> None:
+        """See `traced.Receiver`."""
+        capture = self._capture()
+        if capture is not None:
+            capture.fired.add(self._name)
+
+    def sample(self, x: Tensor, y_shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """See `traced.Receiver`."""
+        capture, module = self._capture(), self._module()
+        if capture is None or module is None or not capture.watches(self._name):
+            return None
+        return capture.draw(self._name, module, self._adapter, x, y_shape)
+
+    def keep(self, x: Tensor, index: Tensor, grad: Tensor) -> None:
+        """See `traced.Receiver`."""
+        capture, module = self._capture(), self._module()
+        if capture is not None and module is not None:
+            capture.keep(self._name, module, self._adapter, x, index, grad)
 
     def __reduce__(self) -> tuple[type[_InertHook], tuple[()]]:
         return _InertHook, ()
+
+
+def _wanted(module: nn.Module, output: Any) -> bool:
+    """Whether a call's samples may serve a step."""
+    return (
+        module.training
+        and torch.is_grad_enabled()
+        and isinstance(output, Tensor)
+        and output.requires_grad
+    )
+
+
+def _written_tensor(output: Tensor) -> Tensor:
+    """The output, or the tensor that it is another shape of.
+
+    A Linear layer's output for a sequence is a view. An in-place activation on it
+    takes the view's old node out of the graph, and its hooks with that; those of the
+    viewed tensor stay.
+    """
+    base = output._base
+    if base is None or not (base.is_contiguous() and output.is_contiguous()):
+        return output
+    return base if base.numel() == output.numel() else output
 
 
 class _InertHook:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from . import ops
 from .autotune.tuning import Tuning
 from .capture import SAMPLINGS, SampleCapture
+from .diagnostics import Diagnostics, memory_usage
 from .distributed import check_placements, find_ranks
 from .fallback import FALLBACKS
 from .groups import check_group, entries, param_list, user_groups
@@ -27,6 +28,7 @@ from .scaling import skipping, steps_taken, unscale_
 from .state import (
     MOMENTUM_DTYPES,
     STATE_VERSION,
+    check_shapes,
     check_version,
     move_state,
     restore,
@@ -211,6 +213,7 @@ class FROG(Optimizer):
         self._solved: dict[str, str] = {}
         self._stepped = False
         self._process_group = process_group
+        self._observe: Callable[..., None] | None = None
         groups = self._split(user_groups(model, params), defaults)
         self._sample_size = size
         self._ranks = find_ranks(self._plan, process_group)
@@ -276,11 +279,11 @@ class FROG(Optimizer):
     def _adopt(self, plan: Plan, group_of: dict[nn.Parameter, int]) -> None:
         """Take over a plan; parameters routed before keep their routes."""
         old = self._plan
-        reasons = {
-            p: old.reasons[p] if p in old.reasons and p not in group_of else reason
-            for p, reason in plan.reasons.items()
-        }
-        self._plan = Plan({**old.layers, **plan.layers}, plan.names, reasons)
+        kept = {p: reason for p, reason in old.reasons.items() if p not in group_of}
+        gone = [p for p in kept if p not in plan.names]
+        reasons = plan.reasons | kept | dict.fromkeys(gone, "no longer in the model")
+        names = {p: old.names[p] for p in gone} | plan.names
+        self._plan = Plan({**old.layers, **plan.layers}, names, reasons)
         self._layer_of |= {p: lay for lay in plan.layers.values() for p in lay.params}
 
     def _watch(self, layers: Iterable[Layer]) -> None:
@@ -315,15 +318,17 @@ class FROG(Optimizer):
         if "updated_by" in param_group:  # one of ours, already split
             super().add_param_group(param_group)
             return
-        known = set(self._plan.layers)
+        known = self._plan.layers
         group = {**param_group, "params": param_list(param_group["params"])}
         for half in self._split([group], self.defaults):
             super().add_param_group(half)
         if self._ranks is not None:
             self._ranks.verified = False
-        self._watch(
-            layer for name, layer in self._plan.layers.items() if name not in known
-        )
+        new = {n: x for n, x in self._plan.layers.items() if known.get(n) is not x}
+        for name in new.keys() & known.keys():  # a module put in another's place
+            self.capture.unwatch(name)
+            del self._anomalies[name]
+        self._watch(new.values())
 
     # -- the step -------------------------------------------------------------------
 
@@ -399,7 +404,9 @@ class FROG(Optimizer):
         counts = [self._anomalies[step.layer.name] for step in steps]
         with skipping(grads, counts, found_inf):
             here = self._ranks.own(steps, group) if self._ranks else steps
-            self._solved |= step_layers(here, group, self.formulation, self._anomalies)
+            self._solved |= step_layers(
+                here, group, self.formulation, self._anomalies, self._observe
+            )
             if self._ranks:
                 self._ranks.share_rows(steps)
         for step in steps:
@@ -506,7 +513,9 @@ class FROG(Optimizer):
             self._reroute(missed)
             warnings.warn(
                 f"{', '.join(missed)}: weight used without calling the module, so FROG "
-                f"sees no activations; {self._fallback} updates it from now on",
+                f"sees no activations; {self._fallback} updates it from now on (if the "
+                "model was compiled and called before FROG put its hooks on it: call "
+                "torch.compiler.reset() after FROG(model))",
                 stacklevel=4,
             )
 
@@ -552,6 +561,7 @@ class FROG(Optimizer):
         """
         check_version(state_dict)
         self._let_go_like(state_dict.get("unhooked", ()))
+        check_shapes(self, state_dict, self._plan.names)
         super().load_state_dict(state_dict)
         restore(self, state_dict, self.capturable)
         self._stepped = any(
@@ -616,7 +626,8 @@ class FROG(Optimizer):
 
     def _reason(self, param: nn.Parameter) -> str:
         layer = self._layer_of.get(param)
-        solved = "" if layer is None else self._solved.get(layer.name, "")
+        here = layer is not None and self._plan.layers.get(layer.name) is layer
+        solved = self._solved.get(layer.name, "") if layer is not None and here else ""
         if layer is not None and self._ranks is not None:
             solved = "; ".join(filter(None, [solved, self._ranks.describe(layer)]))
         return self._plan.reasons[param] + (f"; {solved}" if solved else "")
@@ -639,6 +650,32 @@ class FROG(Optimizer):
             for name, (samples, gradients) in counts.items()
             if samples or gradients
         }
+
+    @contextmanager
+    def diagnose(self) -> Iterator[Diagnostics]:
+        """Steps in this context are looked at; all others cost nothing more.
+
+        Example:
+            >>> with opt.diagnose() as diagnostics:
+            ...     opt.step()
+            >>> diagnostics.read()["fc"]["cg_residual"]  # waits for the device
+        """
+        diagnostics = Diagnostics()
+        self._observe = diagnostics.observe
+        try:
+            yield diagnostics
+        finally:
+            self._observe = None
+
+    def memory_usage(self) -> dict[str, int]:
+        """Bytes that this optimizer holds at this moment.
+
+        Returns:
+            ``state`` (of all parameters, the fallback's too), ``samples`` (between a
+            backward pass and `step`), ``counters`` of anomalies, and ``total``.
+        """
+        state = (t for values in self.state.values() for t in values.values())
+        return memory_usage(state, self.capture.tensors(), self._anomalies.values())
 
     def _counts_of(self, layer: Layer) -> None:
         """Make, or bring to the layer's device, its counters."""

@@ -57,7 +57,7 @@ def steps_taken(found_inf: Tensor | None, device: torch.device) -> float | Tenso
 
 @contextmanager
 def skipping(
-    grads: Sequence[Rows], counts: Sequence[Tensor], found_inf: Tensor | None
+    grads: Sequence[Rows], counts: list[Tensor], found_inf: Tensor | None
 ) -> Iterator[None]:
     """Where `found_inf` is not 0, a step taken in this context changes nothing.
 

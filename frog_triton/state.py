@@ -69,6 +69,25 @@ def check_version(state_dict: Mapping[str, Any]) -> None:
         )
 
 
+def check_shapes(
+    optimizer: Optimizer, state_dict: Mapping[str, Any], names: Mapping[Any, str]
+) -> None:
+    """Raise ValueError for state that does not fit, before anything is changed."""
+    for saved, group in zip(
+        state_dict["param_groups"], optimizer.param_groups, strict=False
+    ):
+        for index, param in zip(saved["params"], group["params"], strict=False):
+            for key, value in state_dict["state"].get(index, {}).items():
+                known = optimizer.state[param].get(key)
+                fits = known is not None and known.shape == value.shape
+                if isinstance(value, Tensor) and not fits:
+                    raise ValueError(
+                        f"{names[param]} has shape {tuple(param.shape)}, but its saved "
+                        f"{key} has {tuple(value.shape)}; load the state of the same "
+                        "model, with the same options of FROG"
+                    )
+
+
 def restore(
     optimizer: Optimizer, state_dict: Mapping[str, Any], capturable: bool
 ) -> None:

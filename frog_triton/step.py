@@ -123,6 +123,7 @@ def step_layers(
     group: dict[str, Any],
     formulation: str,
     counts: Mapping[str, Tensor],
+    observe: Callable[..., None] | None = None,
 ) -> dict[str, str]:
     """Momentum, solve and update of all layers, those of one geometry together.
 
@@ -132,6 +133,7 @@ def step_layers(
         formulation: ``"primal"``, ``"gram"`` or ``"auto"``.
         counts: of each layer by name, int32 ``(2, R)``: how often a row has met
             samples, and a gradient, that are not finite; updated in place.
+        observe: called with layers, solution and group between solve and update.
 
     Returns:
         How each layer was solved, in words.
@@ -156,6 +158,8 @@ def step_layers(
             cg_iters=group["cg_iters"],
             formulation=formulation,
         )
+        if observe is not None:
+            observe(bucket, solution, group)
         counters = [_counter(counts[step.layer.name], step.counted) for step in bucket]
         solution.update_(
             [step.params for step in bucket],

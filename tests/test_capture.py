@@ -194,6 +194,24 @@ def test_a_copied_model_is_inert():
         assert held(second, "0") is not None and held(opt, "0") is None
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (5, 6, 3), (2, 5, 6, 3), (3,)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_inplace_activation_after_a_linear_layer(shape, bias):
+    net = nn.Sequential(
+        nn.Linear(3, 4, bias=bias), nn.ReLU(inplace=True), nn.Linear(4, 2)
+    )
+    twin = copy.deepcopy(net)
+    twin[1] = nn.ReLU()
+    x, samples = torch.randn(shape), []
+    for model in (net, twin):
+        opt = FROG(model)
+        model(x).square().sum().backward()
+        (call,) = opt.capture._pools["0"].calls
+        samples.append(call)
+    assert torch.equal(samples[0].x, samples[1].x)
+    assert torch.equal(samples[0].y, samples[1].y)
+
+
 def test_input_by_keyword():
     net, opt = two_layers()
     net[1](net[0](input=torch.randn(5, 3).double())).sum().backward()

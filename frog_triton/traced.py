@@ -1,0 +1,151 @@
+"""Samples of layers inside a graph that torch.compile makes.
+
+Dynamo cannot trace a hook on an intermediate tensor, nor what `SampleCapture` keeps on
+the host. So both ends are custom operators, opaque to it: `sample` copies ``X[index]``
+in the forward graph; `keep` stands in the backward graph, where an identity on the
+output (`_Tap`) meets its gradient, and hands ``Y[index]`` to the capture. What `keep`
+returns is the gradient of one more tensor, so that no pass removes it as dead code (one
+that is not empty: Inductor drops what empty tensors are made of).
+
+Operators take tensors and numbers only: a hook is known to them by its number.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+
+class Receiver(Protocol):
+    """What the operators call back, outside of any graph."""
+
+    def mark(self) -> None:
+        """Remember that the layer's module has been called."""
+
+    def sample(self, x: Tensor, y_shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """``X[index]`` and index; None where nobody wants samples any more."""
+
+    def keep(self, x: Tensor, index: Tensor, grad: Tensor) -> None:
+        """Take the output's gradient in, for samples that `sample` gave."""
+
+
+_RECEIVERS: WeakValueDictionary[int, Receiver] = WeakValueDictionary()
+_numbers = itertools.count()
+
+# Replaying a graph would leave out what these do on the host.
+_TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
+
+
+def enrol(receiver: Receiver) -> int:
+    """A number by which the operators find the receiver for as long as it lives."""
+    number = next(_numbers)
+    _RECEIVERS[number] = receiver
+    return number
+
+
+def make_anchor() -> Tensor:
+    """What `keep` returns the gradient of."""
+    return torch.zeros(1, requires_grad=True)
+
+
+@torch.compiler.assume_constant_result
+def mark(number: int) -> bool:
+    """At the time of tracing: the layer's module has been called."""
+    receiver = _RECEIVERS.get(number)
+    if receiver is not None:
+        receiver.mark()
+    return True
+
+
+def tap(
+    output: Tensor,
+    anchor: Tensor,
+    x: Tensor,
+    y_shape: Sequence[int],
+    count: int,
+    row: int,
+    number: int,
+) -> Tensor:
+    """Sample a layer's call in the graph that is being made.
+
+    Args:
+        output: of the layer.
+        anchor: `make_anchor`'s.
+        x: the layer's input, batched.
+        y_shape: shape of its output, batched.
+        count: how many samples there will be.
+        row: the length of a sampled row of X; 0 if whole examples are sampled.
+        number: from `enrol`.
+
+    Returns:
+        The output, to be used from now on.
+    """
+    sampled, index = torch.ops.frog_triton.sample(x, y_shape, count, row, number)
+    tapped: Tensor = _Tap.apply(output, anchor, sampled, index, number)
+    return tapped
+
+
+class _Tap(torch.autograd.Function):
+    """The identity as a copy, because what comes after may work in place.
+
+    Inductor fuses the copy with the next pointwise operation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        anchor: Tensor,
+        sampled: Tensor,
+        index: Tensor,
+        number: int,
+    ) -> Tensor:
+        ctx.save_for_backward(sampled, index)
+        ctx.number = number
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        sampled, index = ctx.saved_tensors
+        token = torch.ops.frog_triton.keep(grad, sampled, index, ctx.number)
+        return grad, token, None, None, None
+
+
+@torch.library.custom_op("frog_triton::sample", mutates_args=(), tags=_TAGS)
+def _sample(
+    x: Tensor, y_shape: Sequence[int], count: int, row: int, number: int
+) -> tuple[Tensor, Tensor]:
+    receiver = _RECEIVERS.get(number)
+    found = None if receiver is None else receiver.sample(x, y_shape)
+    if found is None:
+        sampled, index = _empty_sample(x, y_shape, count, row, number)
+        return sampled.zero_(), index.zero_()
+    sampled, index = found
+    return sampled.contiguous(), index
+
+
+@_sample.register_fake
+def _empty_sample(
+    x: Tensor, y_shape: Sequence[int], count: int, row: int, number: int
+) -> tuple[Tensor, Tensor]:
+    shape = (count, row) if row else (count, *x.shape[1:])
+    return x.new_empty(shape), x.new_empty(count, dtype=torch.int64)
+
+
+@torch.library.custom_op("frog_triton::keep", mutates_args=(), tags=_TAGS)
+def _keep(grad: Tensor, sampled: Tensor, index: Tensor, number: int) -> Tensor:
+    receiver = _RECEIVERS.get(number)
+    if receiver is not None:
+        # The graph may use its buffers again.
+        receiver.keep(sampled.clone(), index, grad)
+    return torch.zeros(1)
+
+
+@_keep.register_fake
+def _empty_token(grad: Tensor, sampled: Tensor, index: Tensor, number: int) -> Tensor:
+    return torch.empty(1)
