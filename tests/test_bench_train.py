@@ -145,14 +145,14 @@ def test_schedules():
     assert drops == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
-def _runs(metric="accuracy"):
+def _runs(metric="accuracy", **settings):
     values = {"A": [[0.3, 0.7], [0.5, 0.8]], "B": [[0.1, 0.2], [0.1, 0.5]]}
     return [
         Run(
             *(peer, 0.1, seed, [10, 20], series, [1.0, 2.0]),
             batch_size=8,
             metric=metric,
-            settings={"epochs": 2},
+            settings={"epochs": 2, **settings},
             state_bytes=2**20,
         )
         for peer, seeds in values.items()
@@ -171,9 +171,20 @@ def test_table_of_accuracies():
 
 
 def test_table_of_losses():
-    table = report.detailed_rows(_runs("loss"), [0.4])
+    table = report.detailed_rows(_runs("loss", context=4), [0.4])
     rows = [dict(zip(table[0], row, strict=True)) for row in table[1:]]
     assert [row["steps to 0.4"] for row in rows] == ["-", "10 (10 - 10)"]
+    assert rows[1]["characters to 0.4"] == "320"
+
+
+@pytest.mark.parametrize(
+    ("metric", "more"), [("accuracy", {}), ("loss", {"context": 4})]
+)
+def test_picture(metric, more, tmp_path):
+    runs = _runs(metric, **more)
+    runs[1].diverged = True
+    report.plot(tmp_path / "curves.png", "title", runs)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_range_of_steps_is_open_where_a_run_missed():
