@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -302,3 +304,13 @@ def test_gpt_is_causal():
     same = torch.isclose(model(x), model(changed)).all(-1)[0]
     assert same[:4].all() and not same[4:].any()
     assert math.isfinite(model(x).sum().item())
+
+
+def test_arguments_need_no_extra():
+    """The command line lists the command in a plain install, too."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['rich', 'PIL', 'matplotlib']));"
+        "from frog_triton.benchmarks.train import bench;"
+        "import argparse; bench.add_arguments(argparse.ArgumentParser())"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

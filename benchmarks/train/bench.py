@@ -14,19 +14,20 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from ..environment import environment
 from . import report
 from .arguments import above_zero, positive
 from .loop import SCHEDULES, Job, Run, best_setting
 from .peers import PEERS, Peer, reference
-from .runner import train_all
 from .tasks import Task
 from .workloads import WORKLOADS, Workload
+
+if TYPE_CHECKING:  # a plain install has no rich
+    from rich.console import Console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -260,6 +261,7 @@ class _Bench:
             for job, setting in zip(jobs, settings, strict=True)
             if setting not in held
         ]
+        from .runner import train_all
 
         train_all(new, self.console, self._keep)
         return [next(r for r in self.known if r.settings == s) for s in settings]
@@ -297,6 +299,7 @@ def write(out: Path, workload: Workload, runs: Sequence[Run], console: Console) 
 
 
 def _print_table(rows: Sequence[Sequence[str]], title: str, console: Console) -> None:
+    from rich.table import Table
 
     table = Table(*rows[0], title=title)
     for row in rows[1:]:
