@@ -17,6 +17,7 @@ from frog_triton.benchmarks.train.data import Dataset, Text
 from frog_triton.benchmarks.train.loop import SCHEDULES, Job, Run, train
 from frog_triton.benchmarks.train.models import GPT, small_cnn
 from frog_triton.benchmarks.train.peers import PEERS, Peer, reference
+from frog_triton.benchmarks.train.studies import STUDIES
 from frog_triton.benchmarks.train.tasks import ImageTask, TextTask
 from frog_triton.benchmarks.train.workloads import WORKLOADS
 
@@ -268,6 +269,15 @@ def test_command_with_two_weight_decays(archive, tmp_path):
     assert _command(archive, tmp_path, "--peers", "FROG", "--weight-decays", "2") == 0
     runs = report.read(tmp_path / "runs.jsonl")
     assert len({(run.lr, run.weight_decay) for run in runs}) == 8
+
+
+@pytest.mark.parametrize("study", sorted(STUDIES))
+def test_study_at_one_learning_rate(study, archive, tmp_path, capsys):
+    assert _command(archive, tmp_path, "--study", study, "--lrs", "0.05") == 0
+    runs = report.read(tmp_path / "runs.jsonl")
+    assert {run.peer for run in runs} == {peer.name for peer in STUDIES[study]}
+    assert len(runs) == 2 * len(STUDIES[study])  # two seeds, and no grid
+    assert {run.lr for run in runs} == {0.05}
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from . import report
 from .arguments import above_zero, positive
 from .loop import SCHEDULES, Job, Run, best_setting
 from .peers import PEERS, Peer, reference
+from .studies import STUDIES
 from .tasks import Task
 from .workloads import WORKLOADS, Workload
 
@@ -56,6 +57,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="PATH",
         help="checkout of the public FROG repository, to take part as well",
+    )
+    parser.add_argument(
+        "--study",
+        choices=sorted(STUDIES),
+        help="variants of FROG in place of the workload's optimizers",
+    )
+    parser.add_argument(
+        "--lrs",
+        type=above_zero,
+        nargs="+",
+        metavar="LR",
+        help="every optimizer's learning rates, in place of its own grid; with one "
+        "there is no search",
     )
     parser.add_argument("--epochs", type=positive, help="passes over the data")
     parser.add_argument(
@@ -138,7 +152,8 @@ def _peers(
     workload: Workload, args: argparse.Namespace, console: Console
 ) -> list[Peer]:
     """Those asked for and installed."""
-    offered = {peer.name: peer for peer in workload.peers}
+    peers = workload.peers if args.study is None else STUDIES[args.study]
+    offered = {peer.name: peer for peer in peers}
     if args.reference is not None:
         peer = reference(args.reference)
         offered[peer.name] = peer
@@ -157,7 +172,11 @@ def _peers(
                 "(pip install 'frog-triton\\[peers]')"
             )
         else:
-            chosen.append(offered[name])
+            chosen.append(
+                offered[name]
+                if args.lrs is None
+                else dataclasses.replace(offered[name], lrs=tuple(args.lrs))
+            )
     if not chosen:
         raise ValueError("no optimizer is left to be run")
     return chosen
@@ -199,12 +218,17 @@ class _Bench:
         """All runs of this command, those of the grid included."""
         grids = {peer.name: self._grid(peer) for peer in self.peers}
         self._print_plan(grids)
-        tried = self._train([job for grid in grids.values() for job in grid])
+        tried = self._train(
+            [job for grid in grids.values() if len(grid) > 1 for job in grid]
+        )
         chosen = {}
         for peer in self.peers:
             mine = [run for run in tried if run.peer == peer.name]
-            chosen[peer.name] = best_setting(mine, self.workload.deciding_target)
-            self._print_grid(peer, mine, chosen[peer.name])
+            if mine:
+                chosen[peer.name] = best_setting(mine, self.workload.deciding_target)
+                self._print_grid(peer, mine, chosen[peer.name])
+            else:
+                chosen[peer.name] = (peer.lrs[0], peer.weight_decays[0])
         best = self._train(
             [
                 self._job(

@@ -209,7 +209,7 @@ PEERS = _by_name(
     Peer("SGD", _sgd, (3e-2, 1e-1, 3e-1, 1.0), (5e-4, 5e-3)),
     Peer("AdamW", _adamw, (1e-3, 3e-3, 1e-2, 3e-2)),
     Peer("Muon", _muon, (6e-3, 2e-2, 6e-2, 2e-1), options={"adamw_lr": 3e-3}),
-    Peer("SOAP", _soap, (1e-3, 3e-3, 1e-2, 3e-2), needs=("pytorch_optimizer",)),
+    Peer("SOAP", _soap, (3e-3, 1e-2, 3e-2, 1e-1), needs=("pytorch_optimizer",)),
     Peer(
         "Shampoo",
         _shampoo,
@@ -217,6 +217,6 @@ PEERS = _by_name(
         (5e-4, 5e-3),
         needs=("pytorch_optimizer",),
     ),
-    Peer("SINGD", _singd, (1e-3, 3e-3, 1e-2, 3e-2), (5e-4, 5e-3), needs=("singd",)),
+    Peer("SINGD", _singd, (3e-3, 1e-2, 3e-2, 1e-1), (5e-4, 5e-3), needs=("singd",)),
 )
 """All peers by name; `reference` makes one more."""
