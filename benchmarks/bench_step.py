@@ -21,9 +21,11 @@ from torch import nn
 
 from .. import FROG, cost
 from ..autotune.traffic import GPUS
-from ..cost import LayerShape
+from ..launches import LayerShape
 from .environment import environment
+from .plot import draw
 from .shapes import MODELS
+from .timing import milliseconds
 
 # Passes over the parameters (4 bytes each): reads and writes of p, g and the state.
 PASSES = {"AdamW (fused)": 7, "SGD (foreach)": 5, "Muon": None}
@@ -37,6 +39,7 @@ class Step:
         shapes: Sequence[LayerShape],
         dtype: torch.dtype,
         device: str = "cuda",
+        cache_dir: Path | None = None,
     ) -> None:
         self.device = device
         self.layers = nn.ModuleList(
@@ -57,6 +60,7 @@ class Step:
             sampling="positions",
             sample_size=shapes[0].samples,
             exclude_output_layer=False,
+            autotune_dir=cache_dir,
         )
 
     def fill(self) -> None:
@@ -102,25 +106,14 @@ class Step:
         return float((step - expected).norm() / expected.norm())
 
 
-def milliseconds(
-    run: Callable[[], Any], before: Callable[[], Any], repeats: int
-) -> list[float]:
-    """Time of each run between two events, after a few that do not count."""
-    times = []
-    for i in range(repeats + 5):
-        before()
-        torch.cuda.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        if i >= 5:
-            times.append(start.elapsed_time(end))
-    return times
-
-
-def bench(name: str, samples: int, dtype: torch.dtype, gpu: str, repeats: int) -> Any:
+def bench(
+    name: str,
+    samples: int,
+    dtype: torch.dtype,
+    gpu: str,
+    repeats: int,
+    cache_dir: Path | None = None,
+) -> Any:
     """Counts for a model, and times where there is a GPU."""
     shapes = MODELS[name](samples)
     counted = cost(shapes, sample_dtype=dtype, gpu=gpu)
@@ -150,7 +143,7 @@ def bench(name: str, samples: int, dtype: torch.dtype, gpu: str, repeats: int) -
                 "floor_us": 1e6 * moved / GPUS[gpu].bandwidth,
             }
     if torch.cuda.is_available():
-        step = Step(shapes, dtype)
+        step = Step(shapes, dtype, cache_dir=cache_dir)
         error = step.check()
         if not error < 1e-3:
             raise RuntimeError(f"FROG's step is off by {error:.1e}: nothing is timed")
@@ -195,11 +188,8 @@ def show(result: dict[str, Any]) -> None:
         print(f"{name:14} {launches:>8} {moved:>8} {passes:>7} {floor:>9} {timed:>18}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to a parser."""
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--samples", type=int, default=64, help="N (default: 64)")
     parser.add_argument(
@@ -209,11 +199,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpu", choices=GPUS, default="h200", help="for the floors")
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--json", type=Path, help="write the results there, too")
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="of tuned configurations"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Count, time where there is a GPU, print and write; returns the exit code."""
     if not torch.cuda.is_available():
         print("No GPU here: counts and floors from datasheet rates; no time measured.")
     results = [
-        bench(name, args.samples, getattr(torch, args.dtype), args.gpu, args.repeats)
+        bench(
+            name,
+            args.samples,
+            getattr(torch, args.dtype),
+            args.gpu,
+            args.repeats,
+            args.cache_dir,
+        )
         for name in args.model
     ]
     for result in results:
@@ -222,7 +226,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         content = {"environment": environment(), "results": results}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(content, indent=1) + "\n")
+    if args.plot:
+        points, speedups = [], []
+        for r in results:
+            ours = r["FROG"]
+            counts = (ours["operations"], ours["bytes"], ours.get("median_us"))
+            points.append((r["model"], *counts))
+            for peer in PASSES:
+                if "median_us" in r.get(peer, {}):
+                    ratio = r[peer]["median_us"] / ours["median_us"]
+                    speedups.append((f"{r['model']}: {peer}", ratio))
+        draw(args.plot, "FROG's step", points, GPUS[args.gpu], speedups)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

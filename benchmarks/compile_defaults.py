@@ -20,7 +20,7 @@ import torch
 import triton
 
 from ..autotune.offline import compile_launch
-from ..cost import LayerShape, step_launches
+from ..launches import LayerShape, step_launches
 from ..layers.conv import ConvSpec
 from ..ops import triton_ops
 from ..ops.launch import Launch, recording
@@ -34,12 +34,14 @@ DTYPES = {
 
 
 def _conv(
-    rows: int, channels: int, groups: int, samples: int, bias: bool
+    rows: int, channels: int, groups: int, samples: int, bias: bool, kernel: int = 3
 ) -> LayerShape:
-    """A 3x3 convolution over maps of 8 by 8."""
-    spec = ConvSpec((3, 3), (1, 1), (1, 1), (1, 1), groups)
-    dim = 9 * channels // groups
-    image = (channels, 8, 8)
+    """A convolution, over maps of 8 by 8; of one tap, with a stride of two."""
+    stride, pad = (1, 1) if kernel > 1 else (2, 0)
+    spec = ConvSpec((kernel,) * 2, (stride,) * 2, (pad,) * 2, (1, 1), groups)
+    dim = kernel**2 * channels // groups
+    size = 8 * stride
+    image = (channels, size, size)
     return LayerShape("", rows, dim, 64 * samples, groups, bias, image, spec)
 
 
@@ -51,6 +53,7 @@ SHAPES: dict[str, Callable[[int], LayerShape]] = {
     "stem": lambda n: _conv(64, 3, 1, n, False),
     "grouped-conv": lambda n: _conv(128, 128, 4, n, True),
     "depthwise": lambda n: _conv(128, 128, 128, n, True),
+    "pointwise": lambda n: _conv(128, 64, 1, n, False, kernel=1),
 }
 """Layers by name, as functions of the samples (of a convolution: examples)."""
 

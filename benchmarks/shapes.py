@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..cost import LayerShape
+from ..launches import LayerShape
 
 
 def gpt2_small(samples: int, blocks: int = 12) -> list[LayerShape]:

@@ -12,6 +12,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import ops
 from .layers import LayerAdapter, LinearMap, MatrixMap, pool_samples
-from .sampling import counter_key, draw
+from .sampling import Counter, counter_key, draw
 
 SAMPLINGS = {"examples": 32, "positions": 256}
 """Ways to sample, each with its default size."""
@@ -45,6 +46,7 @@ class _Pool:
 
     seen: int = 0
     forwards: int = 0
+    added: int = 0
     calls: list[_Call] = field(default_factory=list)
 
     @property
@@ -72,7 +74,7 @@ class SampleCapture:
         self.fired: set[str] = set()
         self.closed = False
         self._pools: dict[str, _Pool] = {}
-        self._steps: dict[str, Callable[[], int]] = {}
+        self._steps: dict[str, Callable[[], Counter]] = {}
         self._handles: dict[str, list[RemovableHandle]] = {}
 
     def watch(
@@ -80,7 +82,7 @@ class SampleCapture:
         name: str,
         modules: Iterable[nn.Module],
         adapter: LayerAdapter,
-        step: Callable[[], int],
+        step: Callable[[], Counter],
     ) -> None:
         """Put hooks on the modules that share a layer's weight.
 
@@ -88,7 +90,8 @@ class SampleCapture:
             name: of the layer; enters every draw.
             modules: usually one.
             adapter: of the layer's kind.
-            step: the layer's step counter, read at each forward.
+            step: the layer's step counter, read at each forward; a tensor where
+                nothing may wait for the device.
         """
         self._pools[name] = _Pool()
         self._steps[name] = step
@@ -152,9 +155,7 @@ class SampleCapture:
             else 1
         )
         total = y_shape[0] * per_example
-        key = counter_key(
-            self.seed, zlib.crc32(name.encode()), self._steps[name](), pool.forwards
-        )
+        key = self._key(name, self._steps[name](), pool.forwards)
         pool.forwards += 1
         index = draw(total, self.sample_size, key, x.device)
         if by_position:
@@ -171,9 +172,12 @@ class SampleCapture:
                 if by_position
                 else y.index_select(0, index)
             )
-            self.add(name, module, sample, y, total, key)
+            self.add(name, module, sample, y, total)
 
         output.register_hook(on_grad)
+
+    def _key(self, name: str, *counters: Counter) -> Counter:
+        return counter_key(self.seed, zlib.crc32(name.encode()), *counters)
 
     def _backend(self, x: Tensor) -> ModuleType:
         return ops.resolve(self.backend, x.device, x.dtype)
@@ -185,7 +189,6 @@ class SampleCapture:
         x: Tensor,
         y: Tensor,
         total: int,
-        key: int = 0,
     ) -> None:
         """Pool a call's samples so that every candidate so far is equally likely.
 
@@ -195,7 +198,6 @@ class SampleCapture:
             x: drawn examples of its input, or drawn rows of X.
             y: the output gradients that belong to them.
             total: how many candidates they were drawn from.
-            key: of the draw.
         """
         if x.shape[0] == 0:  # an empty batch says nothing
             return
@@ -205,23 +207,32 @@ class SampleCapture:
             return
         size, new = pool.size, call.x.shape[0]
         pool.seen += total
+        pool.added += 1
+        pool.calls.append(call)
         if size + new > self.sample_size:
             share = round(self.sample_size * total / pool.seen)
             kept_new = min(new, max(share, self.sample_size - size))
-            call.thin(draw(new, kept_new, counter_key(key, 2), call.x.device))
-            self._thin(pool, self.sample_size - kept_new, counter_key(key, 3))
-        pool.calls.append(call)
+            old = self._shares(name, pool, self.sample_size - kept_new)
+            self._thin(name, pool, [*old, kept_new])
 
-    def _thin(self, pool: _Pool, size: int, key: int) -> None:
-        if size >= pool.size:
-            return
-        kept = draw(pool.size, size, key).sort().values
-        start = 0
-        for call in pool.calls:
-            end = start + call.x.shape[0]
-            index = kept[(kept >= start) & (kept < end)] - start
-            call.thin(index.to(call.x.device))
-            start = end
+    def _shares(self, name: str, pool: _Pool, size: int) -> list[int]:
+        """How many of each earlier call's samples to keep, `size` in all.
+
+        In proportion, with the fractions rounded by one random offset. The host must
+        know, so the step, which may be on the device, has no say in it.
+        """
+        sizes = [call.x.shape[0] for call in pool.calls[:-1]]
+        total = sum(sizes)
+        offset = counter_key(self.seed, zlib.crc32(name.encode()), pool.added) % total
+        ends = [(end * size + offset) // total for end in accumulate(sizes)]
+        return [end - start for start, end in pairwise([0, *ends])]
+
+    def _thin(self, name: str, pool: _Pool, shares: list[int]) -> None:
+        for i, (call, share) in enumerate(zip(pool.calls, shares, strict=True)):
+            size = call.x.shape[0]
+            if share < size:
+                key = self._key(name, self._steps[name](), pool.added, i)
+                call.thin(draw(size, share, key, call.x.device))
         pool.calls = [call for call in pool.calls if call.x.shape[0]]
 
 

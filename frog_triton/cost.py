@@ -10,40 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .autotune.traffic import GPUS, Work, work
-from .formulation import choose_formulation, primal_work
-from .layers import ConvMap, LinearMap, MatrixMap, adapter_for
-from .layers.conv import ConvSpec
-from .ops.launch import Launch, recording
-from .ops.types import Rows
+from .autotune.traffic import GPUS, Work
+from .formulation import choose, count_works
+from .launches import LayerShape
+from .layers import ConvMap, LinearMap, adapter_for
 from .routing import Exclusion, route
-from .solvers import FORMULATIONS, Batch
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """A layer as far as cost goes.
-
-    Attributes:
-        name: for the report.
-        rows: R.
-        dim: D, weights in a row.
-        samples: N, all positions counted.
-        groups: groups.
-        bias: whether rows have a bias.
-        image: shape of an example, ``(channels, *spatial)``, where the samples are
-            whole images of a convolution; else None.
-        conv: the convolution then.
-    """
-
-    name: str
-    rows: int
-    dim: int
-    samples: int
-    groups: int = 1
-    bias: bool = True
-    image: tuple[int, ...] | None = None
-    conv: ConvSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -174,17 +145,15 @@ def cost(
         key = LayerShape("", *[getattr(shape, f) for f in _GEOMETRY])
         buckets.setdefault(key, []).append(shape)
     lines: dict[str, LayerCost] = {}
+    dtypes = (sample_dtype, param_dtype, momentum_dtype)
     total = Work()
     floor = 0.0
     for key, members in buckets.items():
         chosen = formulation
         if chosen == "auto":
-            row_length = key.dim + key.bias
-            chosen = choose_formulation(
-                key.samples, row_length, key.rows, key.groups, cg_iters
-            )
-        dtypes = (sample_dtype, param_dtype, momentum_dtype)
-        works = _bucket(key, len(members), chosen, cg_iters, nesterov, dtypes)
+            arguments = (key, len(members), cg_iters, nesterov, dtypes)
+            chosen = choose(*arguments, GPUS[gpu])
+        works = count_works(key, len(members), chosen, cg_iters, nesterov, dtypes)
         done = sum(works, Work())
         time = sum(w.floor(GPUS[gpu]) for w in works)
         total, floor = total + done, floor + time
@@ -221,94 +190,11 @@ def cost(
 _GEOMETRY = ("rows", "dim", "samples", "groups", "bias", "image", "conv")
 
 
-def _bucket(
-    shape: LayerShape,
-    count: int,
-    formulation: str,
-    cg_iters: int,
-    nesterov: bool,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-) -> list[Work]:
-    volume = shape.conv is not None and len(shape.conv.kernel) > 2
-    if volume and formulation == "primal":
-        # Three dimensions have no kernel: torch's, counted from the formulas.
-        n, d, r = shape.samples, shape.dim + shape.bias, shape.rows
-        counted = primal_work(n, d, r, cg_iters)
-        operations = count * counted.operations
-        return [Work(operations, operations, count * 4 * counted.elements, 0)]
-    launches = step_launches(shape, count, formulation, cg_iters, nesterov, *dtypes)
-    return [work(launch.name, launch.args, launch.grid) for launch in launches]
-
-
 def _images(shape: LayerShape) -> int:
     """Entries of the sampled images."""
     assert shape.image is not None and shape.conv is not None
     one = ConvMap(torch.empty(1, *shape.image, device="meta"), shape.conv, False)
     return shape.samples // one.positions * math.prod(shape.image)
-
-
-def step_launches(
-    shape: LayerShape,
-    count: int,
-    formulation: str,
-    cg_iters: int = 4,
-    nesterov: bool = False,
-    sample_dtype: torch.dtype = torch.float32,
-    param_dtype: torch.dtype = torch.float32,
-    momentum_dtype: torch.dtype = torch.float32,
-) -> list[Launch]:
-    """The launches of a step for layers of one geometry; their tensors have no memory.
-
-    Args:
-        shape: of each layer.
-        count: how many layers.
-        formulation: ``"primal"`` or ``"gram"``.
-        cg_iters: k.
-        nesterov: whether the momentum is Nesterov's.
-        sample_dtype: of activations and output gradients.
-        param_dtype: of parameters and gradients.
-        momentum_dtype: of the momentum.
-    """
-    from .ops import triton_ops
-
-    n, r, d, groups = shape.samples, shape.rows, shape.dim, shape.groups
-
-    def empty(*size: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    def rows(dtype: torch.dtype) -> list[Rows]:
-        bias = [empty(r, dtype=dtype) if shape.bias else None for _ in range(count)]
-        return [Rows(empty(r, d, dtype=dtype), b) for b in bias]
-
-    def samples(*size: int) -> list[Tensor]:
-        return [empty(*size, dtype=sample_dtype) for _ in range(count)]
-
-    xs: list[LinearMap]
-    if shape.conv is None or shape.image is None:
-        ys = samples(n, r, 1)
-        xs = [MatrixMap(x, groups, shape.bias) for x in samples(n, groups * d)]
-    else:
-        one = ConvMap(empty(1, *shape.image, dtype=sample_dtype), shape.conv, False)
-        examples = n // one.positions
-        ys = samples(examples, r, one.positions)
-        images = samples(examples, *shape.image)
-        xs = [ConvMap(x, shape.conv, shape.bias) for x in images]
-    prepared = [
-        triton_ops.prepare(x, y, torch.float32) for x, y in zip(xs, ys, strict=True)
-    ]
-    batch = Batch(
-        [x for x, _ in prepared],
-        [y for _, y in prepared],
-        rows(momentum_dtype),
-        rows(param_dtype),
-        0.9,
-        nesterov,
-    )
-    with recording(run=False) as launches:
-        solution = FORMULATIONS[formulation](triton_ops, batch, 1e-4, cg_iters)
-        counts = [empty(2, r, dtype=torch.int32) for _ in range(count)]
-        solution.update_(rows(param_dtype), counts, 2e-2, 1e-5)
-    return launches
 
 
 def _shapes(

@@ -2,6 +2,7 @@
 
 Weight decay is decoupled and left off biases and norms (parameters of fewer than two
 dimensions), so both kinds are torch's functions called without a decay of their own.
+Where no step may wait for the device (``capturable``) they are torch's fused ones.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from .scaling import multiply_, steps_taken
+from .state import step_counter
+
 
 class Fallback(ABC):
     """One of torch's optimizers behind two calls."""
@@ -22,8 +26,8 @@ class Fallback(ABC):
     defaults: dict[str, Any]
 
     @abstractmethod
-    def init_state(self, param: nn.Parameter) -> dict[str, Tensor]:
-        """Fresh state of one parameter."""
+    def init_state(self, param: nn.Parameter, capturable: bool) -> dict[str, Tensor]:
+        """Fresh state of one parameter; `capturable` keeps counters on its device."""
 
     @abstractmethod
     def update(
@@ -32,6 +36,7 @@ class Fallback(ABC):
         grads: list[Tensor],
         states: Sequence[dict[str, Tensor]],
         group: dict[str, Any],
+        found_inf: Tensor | None,
     ) -> None:
         """Step without weight decay."""
 
@@ -40,15 +45,26 @@ class Fallback(ABC):
         params: list[nn.Parameter],
         states: Sequence[dict[str, Tensor]],
         group: dict[str, Any],
+        found_inf: Tensor | None = None,
     ) -> None:
-        """Decay, then step, the parameters that have a gradient."""
+        """Decay, then step, the parameters that have a gradient.
+
+        Args:
+            params: all of one group.
+            states: theirs.
+            group: hyperparameters.
+            found_inf: a GradScaler's, for capturable groups only: nothing changes
+                where it is not 0.
+        """
         if not params:
             return
-        decayed: list[Tensor] = [p for p in params if p.ndim >= 2]
-        if decayed and group["weight_decay"] != 0:
-            torch._foreach_mul_(decayed, 1 - group["lr"] * group["weight_decay"])
+        if group["weight_decay"] != 0:
+            rate = group["lr"] * group["weight_decay"]
+            if found_inf is not None:
+                rate = rate * steps_taken(found_inf, found_inf.device)
+            multiply_([p for p in params if p.ndim >= 2], 1 - rate)
         grads = [p.grad for p in params if p.grad is not None]
-        self.update(list(params), grads, states, group)
+        self.update(list(params), grads, states, group, found_inf)
 
 
 class SGD(Fallback):
@@ -56,7 +72,9 @@ class SGD(Fallback):
 
     defaults: dict[str, Any] = {}  # noqa: RUF012
 
-    def init_state(self, param: nn.Parameter) -> dict[str, Tensor]:  # noqa: D102
+    def init_state(  # noqa: D102
+        self, param: nn.Parameter, capturable: bool
+    ) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(param)}
 
     def update(  # noqa: D102
@@ -65,6 +83,7 @@ class SGD(Fallback):
         grads: list[Tensor],
         states: Sequence[dict[str, Tensor]],
         group: dict[str, Any],
+        found_inf: Tensor | None,
     ) -> None:
         sgd(
             params,
@@ -77,6 +96,8 @@ class SGD(Fallback):
             nesterov=group["nesterov"],
             maximize=False,
             foreach=None,
+            fused=group["capturable"] or None,
+            found_inf=found_inf,
         )
 
 
@@ -85,9 +106,11 @@ class AdamW(Fallback):
 
     defaults: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}  # noqa: RUF012
 
-    def init_state(self, param: nn.Parameter) -> dict[str, Tensor]:  # noqa: D102
+    def init_state(  # noqa: D102
+        self, param: nn.Parameter, capturable: bool
+    ) -> dict[str, Tensor]:
         return {
-            "step": torch.zeros((), dtype=torch.float32),
+            "step": step_counter(param, capturable),
             "exp_avg": torch.zeros_like(param),
             "exp_avg_sq": torch.zeros_like(param),
         }
@@ -98,6 +121,7 @@ class AdamW(Fallback):
         grads: list[Tensor],
         states: Sequence[dict[str, Tensor]],
         group: dict[str, Any],
+        found_inf: Tensor | None,
     ) -> None:
         beta1, beta2 = group["betas"]
         adamw(
@@ -114,6 +138,9 @@ class AdamW(Fallback):
             weight_decay=0.0,
             eps=group["eps"],
             maximize=False,
+            fused=group["capturable"] or None,
+            capturable=group["capturable"],
+            found_inf=found_inf,
         )
 
 

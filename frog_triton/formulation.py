@@ -1,13 +1,29 @@
-"""What a solve costs, counted from its sizes, and the formulation that costs less."""
+"""What a solve costs in each formulation, and which costs less.
+
+The torch backend is counted from formulas. For the Triton backend the very launches of
+a step are counted, with their precision, by `frog_triton.autotune.traffic`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+from .autotune.table import layer_key, tuned_formulation
+from .autotune.traffic import GPU, GPUS, Work, detect, work
+from .launches import LayerShape, shape_of, step_launches
+from .solvers import FORMULATIONS, Batch
+
+DTypes = tuple[torch.dtype, torch.dtype, torch.dtype]
+"""Of the samples, the parameters and the momentum."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """Arithmetic and memory traffic.
+class Count:
+    """Arithmetic and memory traffic of the torch backend.
 
     Attributes:
         operations: floating-point operations, a multiply-add counted as two.
@@ -17,33 +33,43 @@ class Work:
     operations: int
     elements: int
 
+    @property
+    def price(self) -> int:
+        """Both in operations."""
+        return self.operations + OPERATIONS_PER_ELEMENT * self.elements
 
-# Operations that take as long as moving one element: float32 on a CPU core pair and
-# bf16 on recent GPUs both lie within a factor of two or so (600 TFLOP/s over
-# 3 TB/s / 4 bytes = 800; 100 GFLOP/s over 20 GB/s / 4 bytes = 20). Low on purpose: in
-# doubt the formulation with less arithmetic wins.
+
+# Operations that take a CPU core pair as long as moving one element: 100 GFLOP/s over
+# 20 GB/s / 4 bytes = 20. In doubt the formulation with less arithmetic wins.
 OPERATIONS_PER_ELEMENT = 32
 
 
-def primal_work(n: int, d: int, r: int, iters: int) -> Work:
-    """Count k forward and k - 1 adjoint products, with T and the vectors p, r, z."""
-    return Work(
+def count_primal(n: int, d: int, r: int, iters: int) -> Count:
+    """Count k forward and k - 1 adjoint products, with T and the vectors p, r, z.
+
+    Args:
+        n: samples, all positions counted.
+        d: weights in a row, the bias included.
+        r: rows.
+        iters: CG iterations.
+    """
+    return Count(
         operations=(4 * iters - 2) * n * d * r,
         elements=(2 * iters - 1) * (n * d + 2 * n * r) + 7 * iters * d * r,
     )
 
 
-def gram_work(n: int, d: int, r: int, groups: int, iters: int) -> Work:
+def count_gram(n: int, d: int, r: int, groups: int, iters: int) -> Count:
     """Count K and C once, k products with K, and the last combination ``X^T u``.
 
     Args:
-        n: samples.
-        d: weights in a row.
+        n: samples, all positions counted.
+        d: weights in a row, the bias included.
         r: rows.
         groups: groups, each with a K of its own.
         iters: CG iterations.
     """
-    return Work(
+    return Count(
         operations=2 * n * n * d * groups + 4 * n * d * r + 2 * iters * n * n * r,
         elements=3 * n * d * groups
         + groups * n * n * (iters + 1)
@@ -52,19 +78,95 @@ def gram_work(n: int, d: int, r: int, groups: int, iters: int) -> Work:
     )
 
 
-def choose_formulation(n: int, d: int, r: int, groups: int, iters: int) -> str:
-    """``"primal"`` or ``"gram"``, whichever counts cheaper.
+def count_works(
+    shape: LayerShape,
+    count: int,
+    formulation: str,
+    iters: int,
+    nesterov: bool,
+    dtypes: DTypes,
+) -> list[Work]:
+    """What each launch of a step does, for layers of one geometry.
 
     Args:
-        n: samples, all positions counted.
-        d: weights in a row, the bias included.
-        r: rows.
-        groups: groups.
-        iters: CG iterations.
+        shape: of each layer.
+        count: how many layers.
+        formulation: ``"primal"`` or ``"gram"``.
+        iters: k.
+        nesterov: whether the momentum is Nesterov's.
+        dtypes: of samples, parameters and momentum.
     """
-    primal, gram = primal_work(n, d, r, iters), gram_work(n, d, r, groups, iters)
-    return "gram" if _price(gram) < _price(primal) else "primal"
+    if shape.volume and formulation == "primal":
+        # Three dimensions have no kernel: torch's, counted from the formulas.
+        done = count_primal(shape.samples, shape.row_length, shape.rows, iters)
+        operations = count * done.operations
+        return [Work(operations, operations, count * 4 * done.elements, 0)]
+    launches = step_launches(shape, count, formulation, iters, nesterov, *dtypes)
+    return [work(launch.name, launch.args, launch.grid) for launch in launches]
 
 
-def _price(work: Work) -> int:
-    return work.operations + OPERATIONS_PER_ELEMENT * work.elements
+@lru_cache(maxsize=4096)
+def predict(
+    shape: LayerShape,
+    count: int,
+    iters: int,
+    nesterov: bool,
+    dtypes: DTypes,
+    gpu: GPU,
+) -> dict[str, float]:
+    """Microseconds a step takes at least in each formulation: floors and launches.
+
+    Arguments are those of `count_works`; `gpu` says whose rates.
+    """
+    times = {}
+    for formulation in FORMULATIONS:
+        works = count_works(shape, count, formulation, iters, nesterov, dtypes)
+        launches = sum(w.launches for w in works)
+        times[formulation] = sum(w.floor(gpu) for w in works) + launches * gpu.launch_us
+    return times
+
+
+def choose(
+    shape: LayerShape,
+    count: int,
+    iters: int,
+    nesterov: bool,
+    dtypes: DTypes,
+    gpu: GPU,
+) -> str:
+    """The formulation that was measured to be faster, or whose launches cost less.
+
+    With more samples than weights in a row, Gram's coordinates are redundant and lose
+    accuracy (measured: 9e-5 where the rows themselves have 7e-6 after three steps of a
+    small net in float32), so the rows are solved for then.
+    """
+    if shape.samples > shape.row_length:
+        return "primal"
+    known = tuned_formulation(layer_key(shape, count, iters, dtypes[0]))
+    if known is not None:
+        return known
+    times = predict(shape, count, iters, nesterov, dtypes, gpu)
+    return min(times, key=lambda name: times[name])
+
+
+def choose_formulation(backend: ModuleType, batch: Batch, iters: int) -> str:
+    """``"primal"`` or ``"gram"``, whichever costs less.
+
+    Args:
+        backend: a module of `frog_triton.ops`.
+        batch: prepared systems.
+        iters: k.
+    """
+    shape = shape_of(batch)
+    if not backend.GROUPS_LAYERS or shape.volume:
+        n, d, r = shape.samples, shape.row_length, shape.rows
+        counts = {
+            "primal": count_primal(n, d, r, iters),
+            "gram": count_gram(n, d, r, shape.groups, iters),
+        }
+        return min(counts, key=lambda name: counts[name].price)
+    m = batch.ms[0].weight
+    param = m if batch.grads is None else batch.grads[0].weight
+    dtypes = (batch.xs[0].dtype, param.dtype, m.dtype)
+    gpu = detect(m.device) or GPUS["h200"]
+    return choose(shape, len(batch.ms), iters, batch.nesterov, dtypes, gpu)

@@ -27,9 +27,23 @@ def user_groups(model: nn.Module, params: Iterable[Any] | None) -> list[dict[str
 
 def check_group(group: dict[str, Any]) -> None:
     """Raise ValueError for a group entry that no step can use."""
+    if group["capturable"]:
+        _check_places(group)
     for name in ("lr", "momentum", "weight_decay"):
         if not group[name] >= 0:
             raise ValueError(f"{name} must not be negative, got {group[name]}")
     if group["nesterov"] and group["momentum"] == 0:
         raise ValueError("nesterov needs a momentum above 0")
     check_solver_options(group["damping"], group["cg_iters"], "auto", "auto")
+
+
+def _check_places(group: dict[str, Any]) -> None:
+    """A tensor entry of a capturable group lies where its parameters do."""
+    devices = {param.device for param in group["params"]}
+    for name, value in group.items():
+        if isinstance(value, Tensor) and {value.device} != devices:
+            where = ", ".join(sorted(map(str, devices)))
+            raise ValueError(
+                f"{name} is a tensor on {value.device}, but its parameters are on "
+                f"{where}; with capturable=True move it there"
+            )

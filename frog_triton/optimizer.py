@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Self
 
 import torch
@@ -13,15 +14,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import ops
+from .autotune.tuning import Tuning
 from .capture import SAMPLINGS, SampleCapture
 from .fallback import FALLBACKS
 from .groups import check_group, param_list, user_groups
+from .ops.launch import capturable as without_host_copies
 from .preconditioner import check_solver_options
 from .routing import Exclusion, Layer, Plan, Route, RoutingTable, route
-from .step import LayerStep, Samples, layer_step, no_samples, step_layers
-
-STATE_VERSION = 1
-MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+from .sampling import Counter
+from .scaling import skipping, steps_taken, unscale_
+from .state import (
+    MOMENTUM_DTYPES,
+    STATE_VERSION,
+    check_version,
+    move_state,
+    restore,
+    row_state,
+)
+from .step import LayerStep, Samples, layer_step, no_samples, step_layers, tuned
 
 
 class FROG(Optimizer):
@@ -73,8 +83,17 @@ class FROG(Optimizer):
         momentum_dtype: of the momentum of preconditioned rows. None: float32, or the
             parameters' own if that is wider.
         seed: of the sampling, which never touches the global random state.
+        capturable: never wait for the device, neither in `step` nor in the hooks, so
+            that a whole training step can be captured in a CUDA graph; a GradScaler
+            then skips steps without waiting, too. Learning rates that change between
+            replays must be tensors on the device.
         formulation: ``"primal"``, ``"gram"``, or ``"auto"``, whichever counts cheaper.
         backend: ``"torch"``, ``"triton"`` or ``"auto"``.
+        autotune: block sizes of the kernels: ``"cached"`` takes those that
+            ``frog-triton autotune`` has found on this GPU, else those shipped for it,
+            else defaults; ``"now"`` finds what is missing at the first step, in up to
+            four minutes; ``"off"`` takes the defaults.
+        autotune_dir: folder of what was found. None: the user's cache folder.
 
     Raises:
         ValueError: an option out of range, an exclusion that matches nothing, a float64
@@ -108,6 +127,9 @@ class FROG(Optimizer):
         seed: int = 0,
         formulation: str = "auto",
         backend: str = "auto",
+        capturable: bool = False,
+        autotune: str = "cached",
+        autotune_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -141,8 +163,12 @@ class FROG(Optimizer):
             "weight_decay": weight_decay,
             "damping": damping,
             "cg_iters": cg_iters,
+            "capturable": capturable,
         }
         check_solver_options(damping, cg_iters, formulation, backend)
+        self._tuning = Tuning(autotune, autotune_dir)
+        self.capturable = capturable
+        self._step_supports_amp_scaling = capturable  # asked for by GradScaler
         self.formulation = formulation
         self.backend = backend
         self._model = model
@@ -226,6 +252,7 @@ class FROG(Optimizer):
                     self.state[param] = self._fresh_state(param, group)
         this = weakref.ref(self)
         for layer in layers:
+            self._counts_of(layer)
             self.capture.watch(
                 layer.name, layer.modules, layer.adapter, _step_reader(this, layer)
             )
@@ -234,13 +261,11 @@ class FROG(Optimizer):
         self, param: nn.Parameter, group: dict[str, Any]
     ) -> dict[str, Tensor]:
         if group["updated_by"] != "frog":
-            return FALLBACKS[group["updated_by"]].init_state(param)
-        dtype = self._momentum_dtype or torch.promote_types(param.dtype, torch.float32)
-        buffer = torch.zeros(param.shape, dtype=dtype, device=param.device)
-        state = {"momentum_buffer": buffer}
-        if self._layer_of[param].weight is param:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        return state
+            return FALLBACKS[group["updated_by"]].init_state(param, self.capturable)
+        is_weight = self._layer_of[param].weight is param
+        return row_state(
+            param, self._momentum_dtype, step=is_weight, capturable=self.capturable
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model, for instance of a layer put in later.
@@ -273,12 +298,15 @@ class FROG(Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse, there has been no backward pass yet, or
-                `close` has been called. Nothing has been changed then.
+                `close` has been called, or a CUDA graph is being captured without
+                `capturable`. Nothing has been changed then.
         """
         if self.capture.closed:
             raise RuntimeError(
                 "this FROG is closed: its hooks are gone; build a new one"
             )
+        if not self.capturable and _capturing():
+            raise RuntimeError("to capture step() in a CUDA graph: capturable=True")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -286,24 +314,52 @@ class FROG(Optimizer):
         self._check_grads()
         self._let_go_of_unhooked()
         for group in self.param_groups:
-            self._move_state([p for p in group["params"] if p.grad is not None])
+            params = [p for p in group["params"] if p.grad is not None]
+            move_state(self.state, params, self.capturable)
         # Products in a lower precision are for the model, not for its optimizer.
-        with _no_autocast(self.param_groups):
+        with _no_autocast(self.param_groups), self._no_waiting():
+            found_inf = self._unscale()
             # All is gathered before anything is changed.
-            for group, steps in [(g, self._gather(g)) for g in self.param_groups]:
+            gathered = [(group, self._gather(group)) for group in self.param_groups]
+            for group, steps in gathered:
                 if group["updated_by"] == "frog":
-                    self._solved |= step_layers(
-                        steps, group, self.formulation, self._anomalies
-                    )
+                    with tuned(self._tuning, gathered):
+                        self._step_rows(steps, group, found_inf)
                 else:
                     params = [p for p in group["params"] if p.grad is not None]
                     states = [self.state[p] for p in params]
-                    FALLBACKS[group["updated_by"]].step(params, states, group)
-                for step in steps:
-                    self.state[step.layer.weight]["step"] += 1
+                    fallback = FALLBACKS[group["updated_by"]]
+                    fallback.step(params, states, group, found_inf)
         self.capture.clear()
         self._stepped = True
         return loss
+
+    def _unscale(self) -> Tensor | None:
+        """Divide by a GradScaler's scale, if it left that to us; its ``found_inf``."""
+        found_inf = getattr(self, "found_inf", None)
+        if not isinstance(found_inf, Tensor):
+            return None
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params if p.grad is not None]
+        unscale_(grads, getattr(self, "grad_scale", None))
+        return found_inf
+
+    def _step_rows(
+        self,
+        steps: list[LayerStep],
+        group: dict[str, Any],
+        found_inf: Tensor | None,
+    ) -> None:
+        grads = [step.grads for step in steps]
+        counts = [self._anomalies[step.layer.name] for step in steps]
+        with skipping(grads, counts, found_inf):
+            self._solved |= step_layers(steps, group, self.formulation, self._anomalies)
+        for step in steps:
+            counter = self.state[step.layer.weight]["step"]
+            counter += steps_taken(found_inf, counter.device)
+
+    def _no_waiting(self) -> AbstractContextManager[Any]:
+        return without_host_copies() if self.capturable else nullcontext()
 
     def _gather(self, group: dict[str, Any]) -> list[LayerStep]:
         """What the layers of a group bring to the step."""
@@ -385,14 +441,6 @@ class FROG(Optimizer):
                         self.state[param] = self._fresh_state(param, rest)
                         break
 
-    def _move_state(self, params: list[nn.Parameter]) -> None:
-        """Follow parameters that were moved to another device."""
-        for param in params:
-            state = self.state[param]
-            for key, value in state.items():
-                if key != "step" and value.device != param.device:
-                    state[key] = value.to(param.device)
-
     # -- state ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -415,21 +463,10 @@ class FROG(Optimizer):
         Raises:
             ValueError: written by a later version, or groups that do not match.
         """
-        version = state_dict.get("version", STATE_VERSION)
-        if version > STATE_VERSION:
-            raise ValueError(
-                f"this state_dict has version {version}, but this frog_triton reads up "
-                f"to {STATE_VERSION}: upgrade frog_triton"
-            )
+        check_version(state_dict)
         self._let_go_like(state_dict.get("unhooked", ()))
         super().load_state_dict(state_dict)
-        # torch casts state to the parameter's dtype; a momentum in float32 stays one.
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, param in zip(saved, params, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                if key != "step" and isinstance(value, Tensor):
-                    self.state[param][key] = value.to(param.device, copy=True)
+        restore(self, state_dict, self.capturable)
         self._stepped = any(
             bool(state["step"] > 0) for state in self.state.values() if "step" in state
         )
@@ -545,9 +582,17 @@ def _no_autocast(groups: list[dict[str, Any]]) -> AbstractContextManager[Any]:
     return stack
 
 
-def _step_reader(this: weakref.ref[FROG], layer: Layer) -> Callable[[], int]:
-    def step() -> int:
+def _step_reader(this: weakref.ref[FROG], layer: Layer) -> Callable[[], Counter]:
+    def step() -> Counter:
         optimizer = this()
-        return 0 if optimizer is None else int(optimizer.state[layer.weight]["step"])
+        if optimizer is None:
+            return 0
+        counter: Tensor = optimizer.state[layer.weight]["step"]
+        return counter.to(torch.int64) if optimizer.capturable else int(counter)
 
     return step
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured; builds without CUDA cannot tell."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -58,14 +58,7 @@ def solve(
     xs, ys = [x for x, _ in prepared], [y for _, y in prepared]
     batch = replace(batch, xs=xs, ys=ys)
     if formulation == "auto":
-        x = batch.xs[0]
-        formulation = choose_formulation(
-            x.samples * x.positions,
-            batch.row_length,
-            rows.shape[0],
-            x.groups,
-            cg_iters,
-        )
+        formulation = choose_formulation(backend, batch, cg_iters)
     return FORMULATIONS[formulation](backend, batch, damping, cg_iters)
 
 

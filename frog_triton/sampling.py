@@ -3,10 +3,13 @@
 Indices come from hashing ``(seed, step, layer, call)``, never from a random
 generator with state, so a run resumed from a checkpoint draws what the
 uninterrupted run would have drawn, and the global random state is untouched.
-All arithmetic is on integers, hence identical on every device.
+All arithmetic is on integers, hence identical on every device. A counter may be a
+tensor on the device, as the step is where nothing may wait for it: then the key is one.
 """
 
 from __future__ import annotations
+
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -15,16 +18,40 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment and multipliers
 _MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
+Counter = int | Tensor
 
-def counter_key(*counters: int) -> int:
-    """Hash a tuple of integers into one 64-bit key."""
-    key = 0
+
+@overload
+def counter_key(*counters: int) -> int: ...
+
+
+@overload
+def counter_key(*counters: Counter) -> Counter: ...
+
+
+def counter_key(*counters: Counter) -> Counter:
+    """Hash a tuple of integers into one 64-bit key.
+
+    Args:
+        counters: integers, or int64 tensors of no dimension, all on one device.
+
+    Returns:
+        An integer below ``2**64``, or if a counter is a tensor, a tensor of the same
+        bits.
+    """
+    key: Counter = 0
     for counter in counters:
-        key = _splitmix64((key + _GOLDEN + counter) & _MASK)
+        if isinstance(key, int) and isinstance(counter, int):
+            key = _splitmix64((key + _GOLDEN + counter) & _MASK)
+        else:
+            z = _add(_signed(_GOLDEN), key)
+            key = _mix(torch.as_tensor(_add(z, counter)))
     return key
 
 
-def draw(total: int, size: int, key: int, device: torch.device | str = "cpu") -> Tensor:
+def draw(
+    total: int, size: int, key: Counter, device: torch.device | str = "cpu"
+) -> Tensor:
     """Draw ``min(size, total)`` distinct indices below ``total``, one per stratum.
 
     The range is cut into ``size`` slices of equal length (up to one), one index is
@@ -35,7 +62,7 @@ def draw(total: int, size: int, key: int, device: torch.device | str = "cpu") ->
         total: how many candidates there are.
         size: how many to draw.
         key: from `counter_key`; the same key gives the same indices.
-        device: where the indices are made.
+        device: where the indices are made; the key's, if that is a tensor.
 
     Returns:
         int64 tensor of shape ``(min(size, total),)``.
@@ -45,8 +72,23 @@ def draw(total: int, size: int, key: int, device: torch.device | str = "cpu") ->
         return index
     start = index * total // size
     length = (index + 1) * total // size - start
-    offset = counter_key(key, 1) % total
+    offset = _remainder(counter_key(key, 1), total)
     return (start + _below(length, index, key) + offset) % total
+
+
+def _remainder(key: Counter, total: int) -> Counter:
+    """``key % total``, where a tensor's bits stand for an unsigned number."""
+    if isinstance(key, int):
+        return key % total
+    return (_shift_right(key, 1) % total * 2 + (key & 1)) % total
+
+
+def _add(a: Counter, b: Counter) -> Counter:
+    """The sum modulo ``2**64``: tensors wrap around by themselves."""
+    a, b = (v if isinstance(v, Tensor) else _signed(v & _MASK) for v in (a, b))
+    if isinstance(a, int) and isinstance(b, int):
+        return _signed((a + b) & _MASK)
+    return a + b
 
 
 def _splitmix64(z: int) -> int:
@@ -55,12 +97,16 @@ def _splitmix64(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def _below(bound: Tensor, index: Tensor, key: int) -> Tensor:
-    """One pseudo-random integer in ``[0, bound)`` for each index."""
-    z = index * _signed(_GOLDEN) + _signed(key)
+def _mix(z: Tensor) -> Tensor:
+    """`_splitmix64` of each entry."""
     for shift, multiplier in _MULTIPLIERS:
         z = (z ^ _shift_right(z, shift)) * _signed(multiplier)
-    z = z ^ _shift_right(z, 31)
+    return z ^ _shift_right(z, 31)
+
+
+def _below(bound: Tensor, index: Tensor, key: Counter) -> Tensor:
+    """One pseudo-random integer in ``[0, bound)`` for each index."""
+    z = _mix(torch.as_tensor(_add(index * _signed(_GOLDEN), key)))
     return ((z & 0xFFFFFFFF) * bound) >> 32
 
 

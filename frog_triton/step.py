@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .autotune.tuning import Tuning
+from .launches import shape_of
 from .layers import LinearMap, MatrixMap
 from .ops.types import Rows
 from .preconditioner import solve
 from .routing import Layer
 from .solvers import Batch
+
+if TYPE_CHECKING:
+    from .autotune.jobs import Geometry
 
 Samples = tuple[LinearMap, Tensor]
 
@@ -151,6 +157,46 @@ def step_layers(
             count = step.x.samples * step.x.positions
             solved[step.layer.name] = f"{solution.formulation}, N = {count}"
     return solved
+
+
+Gathered = Sequence[tuple[dict[str, Any], Sequence["LayerStep"]]]
+"""Parameter groups, each with what its layers bring to the step."""
+
+
+def tuned(tuning: Tuning, gathered: Gathered) -> AbstractContextManager[None]:
+    """A context in which launches use the tuning's table; see `Tuning.applied`."""
+    devices = [step.params.weight.device for _, steps in gathered for step in steps]
+    if not devices:
+        return nullcontext()
+    return tuning.applied(
+        devices[0],
+        lambda: [g for group, steps in gathered for g in geometries(steps, group)],
+    )
+
+
+def geometries(steps: Iterable[LayerStep], group: dict[str, Any]) -> list[Geometry]:
+    """Layers that share launches, as the tuner wants to know them.
+
+    Args:
+        steps: from `layer_step`.
+        group: hyperparameters.
+    """
+    from .autotune.jobs import Geometry
+
+    buckets: dict[Hashable, list[LayerStep]] = {}
+    for step in steps:
+        if step.backend.GROUPS_LAYERS:
+            buckets.setdefault(step.key, []).append(step)
+    found = []
+    for bucket in buckets.values():
+        first = bucket[0]
+        shape = shape_of(Batch([first.x], [first.y], [first.momentum]))
+        rows = (first.params, first.momentum)
+        dtypes = (first.x.dtype, *(r.weight.dtype for r in rows))
+        named = replace(shape, name=first.layer.name)
+        iters, nesterov = group["cg_iters"], group["nesterov"]
+        found.append(Geometry(named, len(bucket), iters, nesterov, dtypes))
+    return found
 
 
 def no_samples(layer: Layer, bias: bool, dtype: torch.dtype) -> Samples:

@@ -62,6 +62,20 @@ def ordered_sum(partial_ptr, count, stride, offsets, mask):
 
 
 @triton.jit
+def grouped_program(rows_blocks, other_blocks, GROUP_M: tl.constexpr):
+    """Block of rows and block of the other axis that this program works on.
+
+    GROUP_M blocks of rows advance together along the other axis, so that what they
+    share is still in the cache.
+    """
+    program = tl.program_id(0)
+    first = program // (GROUP_M * other_blocks) * GROUP_M
+    height = tl.minimum(rows_blocks - first, GROUP_M)
+    within = program % (GROUP_M * other_blocks)
+    return first + within % height, within // height
+
+
+@triton.jit
 def _sum_splits_kernel(
     partial_ptr, out_ptr, numel, split_stride, SPLITS, BLOCK: tl.constexpr
 ):

@@ -12,7 +12,13 @@ groups of a layer count as one problem, and taps are summed one by one.
 import triton
 import triton.language as tl
 
-from .common import count_anomalies, layer_pointer, load_scalar, ordered_sum
+from .common import (
+    count_anomalies,
+    grouped_program,
+    layer_pointer,
+    load_scalar,
+    ordered_sum,
+)
 from .samples import load_window, native_column, product
 
 # (4 * 2^-23)^2: what is left of an exactly solved row is a few roundings of m.
@@ -98,6 +104,7 @@ def _primal_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``p = r + beta p``, then ``T = Lambda * (X p)`` and what ``p^T A p`` is made of.
@@ -108,9 +115,9 @@ def _primal_forward_kernel(
     problem = tl.program_id(1).to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
     blocks_n = tl.cdiv(N, BLOCK_N)
-    block_n = tl.program_id(0) % blocks_n
+    block_r, block_n = grouped_program(tl.cdiv(R, BLOCK_R), blocks_n, GROUP_M)
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    rows = (tl.program_id(0) // blocks_n) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
     layer_rows = group * R + rows.to(tl.int64)
     at = problem * R + rows
@@ -372,6 +379,7 @@ def _primal_adjoint_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``X^T T``; alpha is known already, so ``z += alpha p``, ``r -= alpha A p``.
@@ -384,8 +392,8 @@ def _primal_adjoint_kernel(
     split = tl.program_id(2).to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
     blocks_d = tl.maximum(tl.cdiv(D, BLOCK_D), 1)
-    block_d = tl.program_id(0) % blocks_d
-    rows = (tl.program_id(0) // blocks_d) * BLOCK_R + tl.arange(0, BLOCK_R)
+    block_r, block_d = grouped_program(tl.cdiv(R, BLOCK_R), blocks_d, GROUP_M)
+    rows = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
     layer_rows = group * R + rows.to(tl.int64)
     at = problem * R + rows

@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from .common import count_anomalies, is_finite, layer_pointer, load_scalar, problem_base
+from .common import (
+    count_anomalies,
+    grouped_program,
+    is_finite,
+    layer_pointer,
+    load_scalar,
+    problem_base,
+)
 
 
 @triton.jit
@@ -33,6 +40,7 @@ def _update_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of rows; the programs of the first columns see to the biases too.
@@ -43,8 +51,8 @@ def _update_kernel(
     problem = tl.program_id(1).to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
     blocks_d = tl.maximum(tl.cdiv(D, BLOCK_D), 1)
-    block_d = tl.program_id(0) % blocks_d
-    rows = (tl.program_id(0) // blocks_d) * BLOCK_R + tl.arange(0, BLOCK_R)
+    block_r, block_d = grouped_program(tl.cdiv(R, BLOCK_R), blocks_d, GROUP_M)
+    rows = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
     layer_rows = group * R + rows.to(tl.int64)
     d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -17,6 +17,9 @@ CASES = {
     "conv2d": (lambda: nn.Conv2d(3, 4, 3, padding=1), (2, 3, 5, 6)),
     "conv2d-unbatched": (lambda: nn.Conv2d(3, 4, 3), (3, 5, 6)),
     "conv2d-1x1": (lambda: nn.Conv2d(4, 3, 1, bias=False), (3, 4, 3, 3)),
+    "conv2d-1x1-stride": (lambda: nn.Conv2d(4, 6, 1, stride=2), (2, 4, 5, 6)),
+    "conv2d-1x1-padded": (lambda: nn.Conv2d(2, 3, 1, padding=1), (2, 2, 3, 4)),
+    "conv2d-1x1-groups": (lambda: nn.Conv2d(4, 6, 1, groups=2), (3, 4, 3, 3)),
     "conv2d-stride-beyond-kernel": (lambda: nn.Conv2d(2, 3, 2, stride=3), (3, 2, 8, 7)),
     "conv2d-oblong": (
         lambda: nn.Conv2d(2, 3, (3, 2), (2, 1), (2, 0), (1, 2)),

@@ -10,7 +10,7 @@ from torch import nn
 
 from frog_triton import FROG, precondition
 from frog_triton.layers import adapter_for
-from frog_triton.ops import torch_ops, triton_ops
+from frog_triton.ops import torch_ops, triton_ops, triton_samples
 from frog_triton.ops.launch import recording
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -51,9 +51,31 @@ def test_every_geometry(name, formulation, iters):
     compare(*on_device(problem(name, dtype=torch.float32)), iters, formulation)
 
 
-@pytest.mark.parametrize("name", ["conv2d", "conv2d-groups", "conv2d-depthwise"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "name", ["conv2d", "conv2d-1x1", "conv2d-1x1-stride", "conv2d-depthwise"]
+)
+def test_activations_are_read_where_they_lie(name, layout):
+    module, x, y, _, _ = on_device(problem(name, dtype=torch.float32))
+    x = x.contiguous(memory_format=layout)
+    map_ = adapter_for(module).linear_map(module, x, False)
+    map_, _ = triton_ops.prepare(map_, y.flatten(2), torch.float32)
+    described = triton_samples.samples([map_], module.weight.shape[0])
+    assert described.tensors[0].data_ptr() == x.data_ptr()
+    # Rows of channels_last images are a matrix if no window jumps or overlaps.
+    plain = name == "conv2d-1x1" and layout == torch.channels_last
+    assert described.window["POINTWISE"] == plain
+    with recording() as launches:
+        rows = triton_ops.write_out([map_], [y.flatten(2)])[0][0].x
+    assert [a.name for a in launches] == ([] if plain else ["_gather_kernel"])
+    torch.testing.assert_close(rows, map_.matrix().x, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["conv2d", "conv2d-groups", "conv2d-depthwise", "conv2d-1x1-stride"]
+)
 @pytest.mark.parametrize("formulation", FORMULATIONS)
-def test_channels_last_is_read_in_place(name, formulation):
+def test_layouts_give_the_same_bits(name, formulation):
     module, x, y, m, mb = on_device(problem(name, dtype=torch.float32))
     strided = (t.contiguous(memory_format=torch.channels_last) for t in (x, y))
     options = {"formulation": formulation, "backend": "triton"}
@@ -62,7 +84,9 @@ def test_channels_last_is_read_in_place(name, formulation):
     assert torch.equal(plain[0], last[0])
 
 
-@pytest.mark.parametrize("name", ["conv2d", "conv2d-groups", "conv2d-depthwise"])
+@pytest.mark.parametrize(
+    "name", ["conv2d", "conv2d-groups", "conv2d-depthwise", "conv2d-1x1"]
+)
 @pytest.mark.parametrize("formulation", FORMULATIONS)
 @pytest.mark.parametrize(
     ("dtype", "limit"),

@@ -2,18 +2,26 @@
 
 import json
 
+import oracles
 import pytest
 import torch
+from cases import problem
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import frog_triton
 from frog_triton.autotune.traffic import GPUS
-from frog_triton.benchmarks import bench_kernels, bench_step
+from frog_triton.benchmarks import bench_kernels, bench_step, reference
+from frog_triton.benchmarks.eager import eager_solve
 from frog_triton.benchmarks.models import resnet
 from frog_triton.benchmarks.shapes import gpt2_small, resnet50
-from frog_triton.cost import LayerShape, step_launches
+from frog_triton.formulation import count_works
+from frog_triton.launches import LayerShape, step_launches
+from frog_triton.layers import adapter_for
+from frog_triton.layers.conv import ConvSpec
 from frog_triton.ops.launch import recording
+
+FLOATS = (torch.float32,) * 3
 
 
 @pytest.mark.parametrize("blocks", [1, 12, 48])
@@ -79,10 +87,65 @@ def test_resnet18_takes_few_launches():
     geometries = {(line.layer.rows, line.layer.dim) for line in counted.layers}
     assert len(counted.layers) == 20 and len(geometries) == 11
     # Momentum, norms, scale (2), k forward, k - 1 adjoint (2 each where positions are
-    # split), update; in Gram space a gather for each layer and six or five more.
-    assert counted.launches == 148
-    solved = {line.layer.name: line.formulation for line in counted.layers}
-    assert solved["3.body.0"] == "primal" and solved["10.body.3"] == "gram"
+    # split), update.
+    assert counted.launches == 156
+    assert {line.formulation for line in counted.layers} == {"primal"}
+
+
+def test_the_formulation_with_the_lower_time_is_chosen():
+    image, spec = (512, 4, 4), ConvSpec((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    deep = LayerShape("", 512, 4608, 1024, 1, False, image, spec)
+    h200, k, rd, n = GPUS["h200"], 4, 512 * 4608, 1024
+
+    def chosen(dtype):
+        line = frog_triton.cost([deep], sample_dtype=dtype).layers[0]
+        return line.formulation
+
+    # Arithmetic alone, in bfloat16 against Gram's products of float32's accuracy:
+    primal = (4 * k - 2) * n * rd / h200.bf16
+    gram = 3 * (4 * n * rd + 2 * (k - 1) * n * n * 512) / h200.tf32
+    assert primal < gram and chosen(torch.bfloat16) == "primal"
+    # Where a step is all launches, the formulation with fewer is chosen.
+    small = LayerShape("", 16, 40, 32)
+    works = {f: count_works(small, 1, f, k, False, FLOATS) for f in ("gram", "primal")}
+    assert len(works["gram"]) < len(works["primal"])
+    assert frog_triton.cost([small]).layers[0].formulation == "gram"
+
+
+def test_the_eager_rival_solves_the_same_system():
+    for name in ("conv2d", "conv2d-groups", "conv2d-oblong"):
+        module, x, y, m, _ = problem(name)
+        map_ = adapter_for(module).linear_map(module, x, False)
+        z = eager_solve(x, y, m, map_.spec, 1e-2, 4)
+        expected, _ = oracles.precondition(module, x, y, m, None, 1e-2, 4)
+        assert oracles.relative_error(z, expected) < 1e-12  # measured 4e-15
+
+
+def test_products_are_timed_from_the_middle_of_a_solve():
+    image, spec = (4, 6, 6), ConvSpec((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    shape = LayerShape("", 6, 36, 4 * 36, 1, False, image, spec)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch, _ = bench_kernels.problem(shape, torch.float32, device)
+    for launch in bench_kernels.products(batch, 1e-4).values():
+        assert not launch.args["FIRST"]
+        launch.run()
+
+
+def test_the_reference_is_loaded_from_a_path(tmp_path):
+    path = tmp_path / "frog.py"
+    with pytest.raises(ValueError, match="is not a file"):
+        reference.load(path)
+    path.write_text("")
+    with pytest.raises(ValueError, match="no class Frog"):
+        reference.load(path)
+    path.write_text(
+        "import torch\n"
+        "class Frog(torch.optim.SGD):\n"
+        "    def __init__(self, params, model, lr, momentum, **others):\n"
+        "        super().__init__(params, lr, momentum)\n"
+    )
+    results = reference.compare(path, batch=2, size=8, repeats=1)
+    assert list(results) == ["FROG, float32", "FROG, bfloat16", "reference, float32"]
 
 
 def test_describe_tells_the_formulation():

@@ -49,7 +49,7 @@ def test_gram_kernels(dtype):
 
 
 def test_convolution_kernels():
-    shapes = ("conv", "stem", "grouped-conv", "depthwise")
+    shapes = ("conv", "stem", "grouped-conv", "depthwise", "pointwise")
     check(compiled("--samples", "16", "--formulation", "primal", "--shape", *shapes))
 
 

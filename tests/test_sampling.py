@@ -37,6 +37,15 @@ def test_function_of_the_counters_only():
     assert counter_key(1, 2) != counter_key(2, 1)
 
 
+@pytest.mark.parametrize(("total", "size"), [(1, 1), (5, 9), (10, 3), (2**40, 100)])
+def test_a_counter_on_the_device_draws_what_one_on_the_host_does(total, size):
+    for step in range(50):
+        on_device = torch.tensor(step)
+        key = counter_key(7, 2**63 + 1, on_device, 3)
+        expected = draw(total, size, counter_key(7, 2**63 + 1, step, 3))
+        assert torch.equal(draw(total, size, key), expected)
+
+
 def test_large_ranges_stay_exact():
     index = draw(2**40, 1000, counter_key(5))
     assert len(index.unique()) == 1000

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass(frozen=True)
 class Config:
-    """What every kernel has; subclasses add block sizes under the kernel's names."""
+    """What every kernel has; subclasses add block sizes under the kernel's names.
+
+    Attributes:
+        num_warps: warps of a program.
+        num_stages: of Triton's software pipeline.
+        key: what it was asked for; see `table.tuned`.
+    """
 
     num_warps: int = 4
     num_stages: int = 2
+    key: str = field(default="", compare=False, kw_only=True)
+
+    def values(self) -> dict[str, int]:
+        """All that can be tuned, by name."""
+        return {name: v for name, v in asdict(self).items() if name != "key"}
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of a launch."""
-        return asdict(self)
+        return {name: v for name, v in self.values().items() if name != "programs"}
+
+
+@dataclass(frozen=True)
+class SplitConfig(Config):
+    """Of kernels that split a reduction where it is long.
+
+    Attributes:
+        programs: how many to split for. The default fills a large GPU about twice; it
+            is a constant, so that results do not depend on the card.
+    """
+
+    programs: int = 256
 
 
 @dataclass(frozen=True)
@@ -33,6 +56,14 @@ class WeightsConfig(Config):
 
 
 @dataclass(frozen=True)
+class ScaleConfig(SplitConfig):
+    """`_row_scale_kernel`."""
+
+    BLOCK_N: int = 64
+    BLOCK_R: int = 16
+
+
+@dataclass(frozen=True)
 class ProjectConfig(Config):
     """`_momentum_project_kernel`."""
 
@@ -42,7 +73,7 @@ class ProjectConfig(Config):
 
 
 @dataclass(frozen=True)
-class GramConfig(Config):
+class GramConfig(SplitConfig):
     """`_gram_kernel`."""
 
     BLOCK_N: int = 64
@@ -65,6 +96,7 @@ class UpdateConfig(Config):
     BLOCK_N: int = 32
     BLOCK_R: int = 64
     BLOCK_D: int = 64
+    GROUP_M: int = 1
 
 
 @dataclass(frozen=True)
@@ -81,15 +113,17 @@ class ForwardConfig(Config):
     BLOCK_N: int = 64
     BLOCK_R: int = 32
     BLOCK_D: int = 32
+    GROUP_M: int = 1
 
 
 @dataclass(frozen=True)
-class AdjointConfig(Config):
+class AdjointConfig(SplitConfig):
     """`_primal_adjoint_kernel`."""
 
     BLOCK_N: int = 32
     BLOCK_R: int = 64
     BLOCK_D: int = 64
+    GROUP_M: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,7 +144,9 @@ class NormsConfig(Config):
 
 
 RESIDENT_SAMPLES = 128
-"""Up to so many samples the vectors of CG in Gram space stay in registers."""
+"""Up to so many samples the default keeps the vectors of CG in Gram space in registers.
+
+A tuned configuration whose BLOCK_N is no less than N does so for more."""
 
 # The defaults below were chosen by offline compilation for sm_80, sm_90 and sm_100:
 # none spills on any of them. No time has been measured.
@@ -123,7 +159,9 @@ def weights_config(n: int) -> WeightsConfig:
 
 
 def project_config(n: int) -> ProjectConfig:
-    """Up to 128 samples beside a block of rows."""
+    """Up to 128 samples beside a block of rows; without any, long pieces of rows."""
+    if n == 0:
+        return ProjectConfig(BLOCK_N=16, BLOCK_R=8, BLOCK_D=128)
     block_n = min(power_of_two(n), 128)
     return ProjectConfig(
         BLOCK_N=block_n,
@@ -153,9 +191,9 @@ def update_config(n: int) -> UpdateConfig:
     return UpdateConfig(BLOCK_N=min(power_of_two(n), 32), num_stages=3)
 
 
-def scale_config(n: int) -> WeightsConfig:
+def scale_config(n: int) -> ScaleConfig:
     """Tiles of samples by rows, of which a program sees many."""
-    return WeightsConfig(BLOCK_N=min(power_of_two(n), 64), BLOCK_R=16, num_warps=8)
+    return ScaleConfig(BLOCK_N=min(power_of_two(n), 64), num_warps=8)
 
 
 def forward_config(n: int, depthwise: bool = False) -> ForwardConfig:
@@ -164,7 +202,7 @@ def forward_config(n: int, depthwise: bool = False) -> ForwardConfig:
         return ForwardConfig(BLOCK_N=min(power_of_two(n), 64), BLOCK_D=16)
     if n <= 32:
         return ForwardConfig(BLOCK_N=power_of_two(n), BLOCK_R=16)
-    return ForwardConfig(num_warps=8)
+    return ForwardConfig(num_warps=8, num_stages=3)
 
 
 def adjoint_config(n: int, depthwise: bool = False) -> AdjointConfig:

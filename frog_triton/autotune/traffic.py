@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-import triton.language as tl
+import torch
 
 
 @dataclass(frozen=True)
@@ -19,32 +20,67 @@ class GPU:
     """Datasheet rates.
 
     Attributes:
+        name: as the driver reports it, or a part of that.
         bandwidth: of device memory, bytes per second.
         tf32: dense tf32 tensor-core operations per second.
         bf16: dense bf16 tensor-core operations per second.
         capability: compute capability.
+        processors: streaming multiprocessors.
+        launch_us: microseconds from one launch to the next where both are short. An
+            assumption: none has been measured.
     """
 
+    name: str
     bandwidth: float
     tf32: float
     bf16: float
     capability: int
+    processors: int
+    launch_us: float = 5.0
 
 
 # NVIDIA's datasheets, dense rates: A100 80 GB SXM, H100 SXM, H200 SXM, B200 (HGX),
 # RTX 4090.
 GPUS = {
-    "a100": GPU(2.039e12, 156e12, 312e12, 80),
-    "h100": GPU(3.35e12, 494e12, 989e12, 90),
-    "h200": GPU(4.8e12, 494e12, 989e12, 90),
-    "b200": GPU(8.0e12, 1.1e15, 2.25e15, 100),
-    "rtx4090": GPU(1.008e12, 82.6e12, 165e12, 89),
+    "a100": GPU("A100", 2.039e12, 156e12, 312e12, 80, 108),
+    "h100": GPU("H100", 3.35e12, 494e12, 989e12, 90, 132),
+    "h200": GPU("H200", 4.8e12, 494e12, 989e12, 90, 132),
+    "b200": GPU("B200", 8.0e12, 1.1e15, 2.25e15, 100, 148),
+    "rtx4090": GPU("RTX 4090", 1.008e12, 82.6e12, 165e12, 89, 128),
 }
+
+
+@lru_cache(maxsize=64)
+def detect(device: torch.device) -> GPU | None:
+    """The GPU that a device is, or the one nearest to it; None for a CPU.
+
+    A GPU that is not listed takes the rates of the newest listed one that is not
+    newer, scaled by their numbers of processors.
+    """
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    for gpu in GPUS.values():
+        if gpu.name in found.name:
+            return gpu
+    capability = 10 * found.major + found.minor
+    older = [gpu for gpu in GPUS.values() if gpu.capability <= capability]
+    near = max(older or GPUS.values(), key=lambda gpu: gpu.capability)
+    share = found.multi_processor_count / near.processors
+    return GPU(
+        found.name,
+        near.bandwidth * share,
+        near.tf32 * share,
+        near.bf16 * share,
+        capability,
+        found.multi_processor_count,
+    )
+
 
 PRICES = {"tf32x3": 3.0, "tf32": 1.0, "bf16": 0.5, "bf16_tf32": 0.5}
 """tf32 products that one product takes, by precision."""
 
-_SIZES = {tl.float32: 4, tl.bfloat16: 2, tl.float16: 2}
+_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -87,12 +123,12 @@ def work(name: str, args: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
         args: of the launch.
         grid: of the launch.
     """
-    operations, moved = _COUNTS[name](_Sizes(args, grid))
+    operations, moved = _COUNTS[name](Sizes(args, grid))
     price = PRICES[args.get("PRECISION", "tf32")]
     return Work(operations, price * operations, moved, 1)
 
 
-class _Sizes:
+class Sizes:
     """Sizes of a launch under the symbols of the formulas below."""
 
     def __init__(self, args: Mapping[str, Any], grid: tuple[int, ...]) -> None:
@@ -118,20 +154,22 @@ class _Sizes:
         channels = args.get("group_channels", 0) * self.g
         if args.get("DEPTHWISE"):
             channels = args["R"] // args["multiplier"]
-        image = args["HEIGHT"] * args["WIDTH"]
-        return int(examples * image * channels * self.layers)
+        # A stride beyond the kernel skips positions.
+        read = args["OUT_HEIGHT"] * args["OUT_WIDTH"] * args["TAPS"]
+        read = min(read, args["HEIGHT"] * args["WIDTH"])
+        return int(examples * read * channels * self.layers)
 
     def size(self, name: str) -> int:
         """Bytes of an entry of the tensor with this dtype argument."""
-        return _SIZES[self.args[name]]
+        return _SIZES[str(self.args[name])]
 
 
-def _weights(s: _Sizes) -> tuple[int, int]:
+def _weights(s: Sizes) -> tuple[int, int]:
     y = s.nr * s.size("Y_DTYPE")
     return 0, y + 4 * s.nr + 4 * s.n * s.problems + 4 * s.rows
 
 
-def _project(s: _Sizes) -> tuple[int, int]:
+def _project(s: Sizes) -> tuple[int, int]:
     moved = s.row_entries * s.size("M_DTYPE") + 5 * s.rows
     if s.args["UPDATE"]:
         moved += s.row_entries * (s.size("G_DTYPE") + s.size("M_DTYPE"))
@@ -141,60 +179,60 @@ def _project(s: _Sizes) -> tuple[int, int]:
     return s.products, moved + s.x_entries * s.size("X_DTYPE") + 4 * s.nr
 
 
-def _gram(s: _Sizes) -> tuple[int, int]:
+def _gram(s: Sizes) -> tuple[int, int]:
     splits = -(-s.args["D"] // max(1, s.args["split_length"])) or 1
     operations = 2 * s.n * s.n * s.args["D"] * s.problems
     return operations, s.x_entries * s.size("X_DTYPE") + 4 * splits * s.nn
 
 
-def _sum(s: _Sizes) -> tuple[int, int]:
+def _sum(s: Sizes) -> tuple[int, int]:
     return 0, 4 * s.args["numel"] * (s.args["SPLITS"] + 1)
 
 
-def _cg(s: _Sizes) -> tuple[int, int]:
+def _cg(s: Sizes) -> tuple[int, int]:
     operations = 2 * (s.args["ITERS"] - 1) * s.n * s.nr
     return operations, 4 * (s.nn + 3 * s.nr + 3 * s.rows)
 
 
-def _cg_tiled(s: _Sizes) -> tuple[int, int]:
+def _cg_tiled(s: Sizes) -> tuple[int, int]:
     operations, moved = _cg(s)
     return operations, moved + 4 * 4 * s.nr  # scratch, written back once
 
 
-def _update(s: _Sizes) -> tuple[int, int]:
+def _update(s: Sizes) -> tuple[int, int]:
     theta = (1 + s.args["STEP"]) * s.size("THETA_DTYPE")
     moved = s.row_entries * (s.size("M_DTYPE") + theta)
     moved += s.x_entries * s.size("X_DTYPE") + 4 * s.nr + 5 * s.rows
     return s.products, moved
 
 
-def _gather(s: _Sizes) -> tuple[int, int]:
+def _gather(s: Sizes) -> tuple[int, int]:
     size = s.args["out_ptr"].element_size()
     return 0, s.n * (2 * s.args["ROW"] * size + 8)
 
 
-def _norms(s: _Sizes) -> tuple[int, int]:
+def _norms(s: Sizes) -> tuple[int, int]:
     return 0, s.x_entries * s.size("X_DTYPE") + 4 * s.n * s.problems
 
 
-def _scale(s: _Sizes) -> tuple[int, int]:
+def _scale(s: Sizes) -> tuple[int, int]:
     x = s.x_entries * s.size("X_DTYPE") if s.args["DEPTHWISE"] else 4 * s.n * s.problems
     splits = -(-s.n // s.args["split_length"])
     return 0, x + s.nr * s.size("Y_DTYPE") + 8 * splits * s.rows
 
 
-def _scale_sum(s: _Sizes) -> tuple[int, int]:
+def _scale_sum(s: Sizes) -> tuple[int, int]:
     return 0, 4 * s.args["total"] * (2 * s.args["SPLITS"] + 3)
 
 
-def _forward(s: _Sizes) -> tuple[int, int]:
+def _forward(s: Sizes) -> tuple[int, int]:
     vectors = 4 + s.size("M_DTYPE") if s.args["FIRST"] else 3 * 4
     moved = vectors * s.row_entries + s.x_entries * s.size("X_DTYPE")
     moved += s.nr * s.size("Y_DTYPE") + 16 * s.rows
     return s.products, moved + s.nr * s.size("T_DTYPE") * (not s.args["LAST"])
 
 
-def _adjoint(s: _Sizes) -> tuple[int, int]:
+def _adjoint(s: Sizes) -> tuple[int, int]:
     operations = moved = 0
     partial = 4 * s.args["SPLITS"] * s.row_entries
     if s.args["MULTIPLY"]:
@@ -209,13 +247,13 @@ def _adjoint(s: _Sizes) -> tuple[int, int]:
     return operations, moved
 
 
-def _finish(s: _Sizes) -> tuple[int, int]:
+def _finish(s: Sizes) -> tuple[int, int]:
     theta = (1 + s.args["STEP"]) * s.size("THETA_DTYPE")
     vectors = 4 if s.args["FIRST"] else 2 * 4
     return 0, (theta + vectors) * s.row_entries + 24 * s.rows
 
 
-_COUNTS: dict[str, Callable[[_Sizes], tuple[int, int]]] = {
+_COUNTS: dict[str, Callable[[Sizes], tuple[int, int]]] = {
     "_fisher_weights_kernel": _weights,
     "_momentum_project_kernel": _project,
     "_gram_kernel": _gram,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.types import Rows, Window
+from ..ops.types import Rows, Window, unravel
 from .base import Geometry, LayerAdapter, LinearMap, MatrixMap
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -197,7 +197,7 @@ class ConvAdapter(LayerAdapter):
         return patches
 
     def take_output_positions(self, y: Tensor, index: Tensor) -> Tensor:  # noqa: D102
-        sample, *output = _unravel(y.shape, index)
+        sample, *output = unravel(index, (y.shape[0], *y.shape[2:]))
         where: Any = (sample, slice(None), *output)
         return y[where]
 
@@ -234,8 +234,3 @@ def _pads(conv: _Conv) -> list[tuple[int, int]]:
         ]
         return [(t // 2, t - t // 2) for t in total]
     return [(int(p), int(p)) for p in conv.padding]
-
-
-def _unravel(y_shape: torch.Size, index: Tensor) -> tuple[Tensor, ...]:
-    """Flat positions to (example, *output position)."""
-    return torch.unravel_index(index, (y_shape[0], *y_shape[2:]))

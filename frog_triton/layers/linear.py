@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from ..ops.types import unravel
 from .base import Geometry, LayerAdapter, MatrixMap
 
 
@@ -48,4 +49,4 @@ class LinearAdapter(LayerAdapter):
 
 def _at(x: Tensor, index: Tensor) -> Tensor:
     """Rows of ``x`` at flat leading positions, without flattening (a copy) first."""
-    return x[torch.unravel_index(index, x.shape[:-1])]
+    return x[tuple(unravel(index, x.shape[:-1]))]

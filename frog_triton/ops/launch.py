@@ -38,6 +38,14 @@ class Launch:
         """The kernel's name."""
         return str(self.kernel.__name__)
 
+    def run(self) -> None:
+        """Launch."""
+        first = next(a for a in self.args.values() if isinstance(a, torch.Tensor))
+        # Triton launches on the current device, which need not be the tensors'.
+        on_device = torch.cuda.device(first.device) if first.is_cuda else nullcontext()
+        with on_device:
+            self.kernel[self.grid](**self.args, **self.config.options())
+
 
 @dataclass
 class Recording:
@@ -50,6 +58,24 @@ class Recording:
 
     run: bool
     launches: list[Launch]
+
+
+_CAPTURABLE: ContextVar[bool] = ContextVar("capturable", default=False)
+
+
+@contextmanager
+def capturable() -> Iterator[None]:
+    """Copy nothing from the host, so that a CUDA graph can capture this context."""
+    token = _CAPTURABLE.set(True)
+    try:
+        yield
+    finally:
+        _CAPTURABLE.reset(token)
+
+
+def is_capturable() -> bool:
+    """Whether what runs now must be capturable in a CUDA graph."""
+    return _CAPTURABLE.get()
 
 
 _RECORDING: ContextVar[Recording | None] = ContextVar("recording", default=None)
@@ -72,13 +98,10 @@ def recording(run: bool = True) -> Iterator[list[Launch]]:
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, **args: Any) -> None:
     """Launch a kernel with a configuration's block sizes, warps and stages."""
+    made = Launch(kernel, grid, args, config)
     current = _RECORDING.get()
     if current is not None:
-        current.launches.append(Launch(kernel, grid, args, config))
+        current.launches.append(made)
         if not current.run:
             return
-    first = next(a for a in args.values() if isinstance(a, torch.Tensor))
-    # Triton launches on the current device, which need not be the tensors'.
-    on_device = torch.cuda.device(first.device) if first.is_cuda else nullcontext()
-    with on_device:
-        kernel[grid](**args, **config.options())
+    made.run()

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..autotune.config import Config
+from ..kernels.tables import _fill_table_kernel
+from .launch import is_capturable, launch
+
+_WORDS = 16
+"""Words that one launch of `_fill_table_kernel` writes."""
+
 
 class Tables:
     """Addresses of tensors, one row a kind and one column a layer, on the device.
 
-    All rows, and the scalars, travel in one copy. The tensors must outlive the launch,
-    which on one stream the caching allocator sees to.
+    All rows, and the scalars, travel together: in one copy from the host's memory, or
+    where a CUDA graph must be able to capture that, as arguments of a kernel. The
+    tensors must outlive the launch, which on one stream the caching allocator sees to.
 
     Args:
         rows: tensors by kind, each a list of one a layer.
@@ -28,27 +37,51 @@ class Tables:
     ) -> None:
         layers = len(rows[0])
         width = layers + layers % 2  # rows begin at multiples of 16 bytes
-        addresses = torch.zeros(len(rows), width, dtype=torch.int64)
-        addresses[:, :layers] = torch.tensor(
-            [[tensor.data_ptr() for tensor in row] for row in rows]
+        words = []
+        for row in rows:
+            words += [tensor.data_ptr() for tensor in row] + [0] * (width - layers)
+        count = len(words)
+        self.align = min(
+            (address & -address for address in words if address), default=16
         )
-        numbers = [0.0 if isinstance(s, Tensor) else s for s in scalars]
-        bits = torch.tensor(numbers, dtype=torch.float64).view(torch.int64)
-        packed = torch.cat([addresses.flatten(), bits])
-        device = rows[0][0].device
-        self._packed = packed.to(device, non_blocking=True)
-        self._rows = self._packed[: addresses.numel()].view(len(rows), width)
-        self.scalars = self._packed[addresses.numel() :].view(torch.float64)
+        self.align = min(self.align, 16)
+        for scalar in scalars:
+            words.append(0 if isinstance(scalar, Tensor) else _bits(scalar))
+        upload = _filled if is_capturable() else _copied
+        packed = upload(words, rows[0][0].device)
+        self._rows = packed[:count].view(len(rows), width)
+        self.scalars = packed[count : len(words)].view(torch.float64)
         for i, scalar in enumerate(scalars):
             if isinstance(scalar, Tensor):
                 self.scalars[i].copy_(scalar)
-        every = 16
-        for row in rows:
-            for tensor in row:
-                while tensor.data_ptr() % every:
-                    every //= 2
-        self.align = every
 
     def __getitem__(self, kind: int) -> Tensor:
         """The row of one kind."""
         return self._rows[kind]
+
+
+def _bits(number: float) -> int:
+    """A float64's bits as a signed integer."""
+    bits: int = struct.unpack("<q", struct.pack("<d", number))[0]
+    return bits
+
+
+def _copied(words: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(words, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def _filled(words: Sequence[int], device: torch.device) -> Tensor:
+    padded = [*words, *[0] * (-len(words) % _WORDS)]
+    table = torch.empty(len(padded), dtype=torch.int64, device=device)
+    for first in range(0, len(padded), _WORDS):
+        arguments = {
+            f"word_{i}": padded[first + i] for i in range(_WORDS)
+        }  # by value, hence part of a captured graph
+        launch(
+            _fill_table_kernel,
+            (1,),
+            Config(num_warps=1, num_stages=1),
+            table_ptr=table[first:],
+            **arguments,
+        )
+    return table

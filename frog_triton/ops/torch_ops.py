@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .types import Rows, SampleMap, Window, stack_rows, written_out
+from .types import Rows, SampleMap, Window, stack_rows, unravel, written_out
 
 GROUPS_LAYERS = False  # one layer at a time: stacking would only copy
 
@@ -420,7 +420,7 @@ def gather_patches(
     Returns:
         ``(N, C * kernel size)``, ordered channel first.
     """
-    sample, *output = torch.unravel_index(index, (x.shape[0], *output_shape))
+    sample, *output = unravel(index, (x.shape[0], *output_shape))
     count, spatial = index.numel(), len(output)
     at: list[Tensor] = []
     inside = torch.ones((), dtype=torch.bool, device=x.device)

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from ..autotune import config
+from ..autotune.table import tuned
 from ..kernels.common import _sum_splits_kernel
 from ..kernels.gather import _gather_kernel
 from ..kernels.gram import _gram_kernel
@@ -38,7 +39,7 @@ from .triton_common import (
     write_back,
 )
 from .triton_primal import PrimalState
-from .triton_samples import serves
+from .triton_samples import matrix_view, serves
 from .types import Rows, SampleMap, Window, written_out
 
 __all__ = [
@@ -67,17 +68,14 @@ __all__ = [
 
 GROUPS_LAYERS = True
 
-# Programs that fill a large GPU about twice; a constant, so that results do not depend
-# on the card.
-_PROGRAMS = 256
-
 
 def prepare(x: SampleMap, y: Tensor, dtype: torch.dtype) -> tuple[SampleMap, Tensor]:
-    """See `torch_ops.prepare`: 16-bit samples stay so, and 1x1 windows are written out.
+    """See `torch_ops.prepare`: 16-bit samples stay so, images where they lie.
 
-    Windows in three dimensions go through torch's convolutions.
+    Windows in three dimensions go through torch's convolutions, unless they have one
+    tap.
     """
-    if x.pointwise:
+    if x.pointwise and x.window is None:
         x, y = x.matrix(), written_out(y)
     if not serves(x) or x.dtype not in DTYPES:
         x = x.to(dtype)
@@ -138,7 +136,13 @@ def _momentum(
     m_squared = m.new_empty(layers, rows, dtype=torch.float32)
     make = m.new_ones if grads is None else m.new_empty
     finite = make(layers, rows, dtype=torch.bool)
-    chosen = config.project_config(n)
+    chosen = tuned(
+        "_momentum_project_kernel",
+        config.project_config(0 if xs is None else n),
+        {"n": n, "r": rows // groups, "d": dim, "p": layers * groups},
+        (gs[0].weight.dtype, m.dtype, samples[0].dtype),
+        "alone" if xs is None else "",
+    )
     blocks_n = triton.cdiv(n, chosen.BLOCK_N)
 
     def run(row: int, update: bool, first: int, count: int) -> None:
@@ -193,10 +197,10 @@ def write_out(
     """See `torch_ops.write_out`; a launch for each layer that is not a matrix yet."""
     maps: list[SampleMap] = []
     for x in xs:
-        if x.window is None:
-            maps.append(x.matrix())
-        else:
-            maps.append(x.explicit(_gather(x.x, None, x.output_shape, x.window)))
+        rows = matrix_view(x)
+        if rows is None and x.window is not None:
+            rows = _gather(x.x, None, x.output_shape, x.window)
+        maps.append(x.matrix() if rows is None else x.explicit(rows))
     return maps, list(ys)
 
 
@@ -224,7 +228,12 @@ def fisher_weights(
     tables = Tables([ys, norms])
     weights = y.new_empty(layers, n, rows, 1, dtype=torch.float32)
     status = y.new_empty(layers, rows, dtype=torch.int32)
-    chosen = config.weights_config(n)
+    chosen = tuned(
+        "_fisher_weights_kernel",
+        config.weights_config(n),
+        {"n": n, "r": rows // groups, "p": layers * groups},
+        (y.dtype,),
+    )
     launch(
         _fisher_weights_kernel,
         (triton.cdiv(rows // groups, chosen.BLOCK_R), layers * groups),
@@ -253,9 +262,14 @@ def gram(xs: Sequence[SampleMap]) -> Tensor:
     """See `torch_ops.gram`; one launch, two where D is split."""
     x, samples = flat_samples(xs)
     layers, n, problems = len(xs), x.samples, len(xs) * x.groups
-    chosen = config.gram_config(n)
+    chosen = tuned(
+        "_gram_kernel",
+        config.gram_config(n),
+        {"n": n, "d": x.dim, "p": problems},
+        (samples[0].dtype,),
+    )
     tiles = triton.cdiv(n, chosen.BLOCK_N) ** 2
-    splits = max(1, min(_PROGRAMS // (tiles * problems), x.dim // 256))
+    splits = max(1, min(chosen.programs // (tiles * problems), x.dim // 256))
     length = triton.cdiv(triton.cdiv(x.dim, splits), chosen.BLOCK_D) * chosen.BLOCK_D
     splits = triton.cdiv(x.dim, max(length, 1)) or 1
     tables = Tables([samples])
@@ -309,10 +323,14 @@ def gram_cg(
     s = torch.empty_like(m_squared)
     u = torch.empty_like(c)
     tables = Tables([[c]], [0.0, damping])
-    chosen = config.gram_cg_config(n)
+    chosen = tuned(
+        "_gram_cg_kernel",
+        config.gram_cg_config(n),
+        {"n": n, "r": rows, "p": layers * groups, "k": iters},
+    )
     kernel: Any = _gram_cg_kernel
     scratch = {}
-    if n > config.RESIDENT_SAMPLES:
+    if n > chosen.BLOCK_N:
         kernel = _gram_cg_tiled_kernel
         names = ("u_r_ptr", "u_p_ptr", "x_r_ptr", "x_p_ptr")
         scratch = {name: torch.empty_like(c) for name in names}
@@ -391,7 +409,12 @@ def _gram_step(
         ],
         [0.0, 0.0, lr, weight_decay],
     )
-    chosen = config.update_config(x.samples)
+    chosen = tuned(
+        "_update_kernel",
+        config.update_config(x.samples),
+        {"n": x.samples, "r": rows // x.groups, "d": dim, "p": len(ms) * x.groups},
+        (thetas[0].weight.dtype, m.dtype, samples[0].dtype),
+    )
     blocks = triton.cdiv(rows // x.groups, chosen.BLOCK_R)
     launch(
         _update_kernel,
@@ -509,7 +532,9 @@ def _gather(
     stride_xh, stride_xw = (*zeros, *x.stride()[2:])
     row = x.shape[1] * kernel_h * kernel_w
     out = x.new_empty(count, row)
-    chosen = config.gather_config(row)
+    chosen = tuned(
+        "_gather_kernel", config.gather_config(row), {"n": count, "d": row}, (x.dtype,)
+    )
     launch(
         _gather_kernel,
         (count, triton.cdiv(row, chosen.BLOCK_D)),

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from ..autotune import config
+from ..autotune.table import tuned
 from ..kernels.primal import (
     _primal_adjoint_kernel,
     _primal_forward_kernel,
@@ -29,10 +30,6 @@ from .tables import Tables
 from .triton_common import DTYPES, biases
 from .triton_samples import Samples, product_precision, samples
 from .types import Rows, SampleMap
-
-# Programs that fill a large GPU about twice; a constant, so that results do not depend
-# on the card.
-_PROGRAMS = 256
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,13 @@ def row_weights(
     tables = Tables([s.tensors, ys])
     problems = layers * s.groups
     if not s.depthwise:
-        chosen = config.NormsConfig()
+        chosen = tuned(
+            "_row_norms_kernel",
+            config.NormsConfig(),
+            {"n": s.n, "d": s.map.dim, "p": problems},
+            (s.tensors[0].dtype,),
+            s.kind,
+        )
         launch(
             _row_norms_kernel,
             (triton.cdiv(s.n, chosen.BLOCK_N), problems),
@@ -94,9 +97,16 @@ def row_weights(
             X_DTYPE=DTYPES[s.tensors[0].dtype],
             HAS_BIAS=s.map.bias,
         )
-    scaling = config.scale_config(s.n)
+    scaling = tuned(
+        "_row_scale_kernel",
+        config.scale_config(s.n),
+        {"n": s.n, "r": s.problem_rows, "p": problems},
+        (y.dtype,),
+        s.kind,
+    )
     blocks_r = triton.cdiv(s.problem_rows, scaling.BLOCK_R)
-    splits, length = _splits(s.n, blocks_r * problems, 4 * scaling.BLOCK_N)
+    programs = blocks_r * problems
+    splits, length = _splits(s.n, programs, 4 * scaling.BLOCK_N, scaling.programs)
     largest, trace = empty(splits, layers, rows), empty(splits, layers, rows)
     weights = RowWeights(list(ys), empty(layers, rows), empty(layers, rows))
     status = empty(layers, rows, dtype=torch.int32)
@@ -146,6 +156,8 @@ class PrimalState:
 
     Attributes:
         samples: of the layers.
+        forward: configuration of the forward products.
+        adjoint: configuration of the adjoint products.
         ms: right-hand sides of each layer.
         status: of the rows ``(L, R)``.
         iteration: how many forward products have been made.
@@ -162,6 +174,8 @@ class PrimalState:
     """
 
     samples: Samples
+    forward: config.ForwardConfig
+    adjoint: config.AdjointConfig
     ms: Sequence[Rows]
     status: Tensor
     iteration: int
@@ -192,17 +206,31 @@ def start(
         bias = None if m.bias is None else empty(*leading, layers, rows)
         return Rows(empty(*leading, layers, rows, dim), bias)
 
-    forward_blocks = config.forward_config(s.n, s.depthwise > 0)
-    adjoint_blocks = config.adjoint_config(s.n, s.depthwise > 0)
-    blocks_n = triton.cdiv(s.n, forward_blocks.BLOCK_N)
-    blocks_d = max(1, triton.cdiv(dim, adjoint_blocks.BLOCK_D))
-    programs = triton.cdiv(s.problem_rows, adjoint_blocks.BLOCK_R) * blocks_d
-    programs *= layers * s.groups
-    splits, _ = _splits(s.n, programs, 8 * adjoint_blocks.BLOCK_N)
-    rounded = product_precision(s).startswith("bf16") and not s.depthwise
+    precision = product_precision(s)
+    dtypes, kind = (s.tensors[0].dtype,), f"{s.kind} {precision}"
+    of_forward = tuned(
+        "_primal_forward_kernel",
+        config.forward_config(s.n, s.depthwise > 0),
+        s.key,
+        dtypes,
+        kind,
+    )
+    of_adjoint = tuned(
+        "_primal_adjoint_kernel",
+        config.adjoint_config(s.n, s.depthwise > 0),
+        s.key,
+        dtypes,
+        kind,
+    )
+    blocks_n = triton.cdiv(s.n, of_forward.BLOCK_N)
+    blocks_d = max(1, triton.cdiv(dim, of_adjoint.BLOCK_D))
+    splits, _ = _adjoint_splits(s, of_adjoint, blocks_d)
+    rounded = precision.startswith("bf16") and not s.depthwise
     t_dtype = torch.bfloat16 if rounded else torch.float32
     return PrimalState(
         s,
+        of_forward,
+        of_adjoint,
         ms,
         status,
         0,
@@ -226,7 +254,7 @@ def forward(
     k = state.iteration
     before = max(k - 1, 0)
     p, old_p, (r, _) = state.vectors[k % 2], state.vectors[1 - k % 2], state.vectors[2:]
-    chosen = config.forward_config(s.n, s.depthwise > 0)
+    chosen = state.forward
     blocks_r = triton.cdiv(s.problem_rows, chosen.BLOCK_R)
     tables = Tables(
         [s.tensors, weights.ys, [m.weight for m in state.ms], biases(state.ms)]
@@ -283,10 +311,11 @@ def adjoint(state: PrimalState, damping: float | Tensor) -> None:
     s, m = state.samples, state.ms[0]
     k = state.iteration - 1
     p, (r, z) = state.vectors[k % 2], state.vectors[2:]
-    chosen = config.adjoint_config(s.n, s.depthwise > 0)
-    blocks = triton.cdiv(s.problem_rows, chosen.BLOCK_R) * state.rho_partial.shape[0]
+    chosen = state.adjoint
+    blocks_d = state.rho_partial.shape[0]
+    blocks = triton.cdiv(s.problem_rows, chosen.BLOCK_R) * blocks_d
     problems = len(state.ms) * s.groups
-    splits, length = _splits(s.n, blocks * problems, 8 * chosen.BLOCK_N)
+    splits, length = _adjoint_splits(s, chosen, blocks_d)
     tables = Tables(
         [s.tensors, [m.weight for m in state.ms], biases(state.ms)], [0.0, damping]
     )
@@ -358,7 +387,12 @@ def finish(
     dim = m.weight.shape[1]
     k = state.iteration - 1
     p, z = state.vectors[k % 2], state.vectors[3]
-    chosen = config.FinishConfig()
+    chosen = tuned(
+        "_primal_update_kernel",
+        config.FinishConfig(),
+        {"r": s.problem_rows, "d": dim, "p": len(thetas) * s.groups},
+        (thetas[0].weight.dtype, m.weight.dtype),
+    )
     blocks_r = triton.cdiv(s.problem_rows, chosen.BLOCK_R)
     blocks_d = max(1, triton.cdiv(dim, chosen.BLOCK_D))
     tables = Tables(
@@ -408,9 +442,18 @@ def finish(
     )
 
 
-def _splits(n: int, programs: int, least: int) -> tuple[int, int]:
-    """How many pieces of at least `least` positions fill the GPU, and their length."""
-    splits = max(1, min(triton.cdiv(_PROGRAMS, programs), n // least))
+def _adjoint_splits(
+    s: Samples, chosen: config.AdjointConfig, blocks_d: int
+) -> tuple[int, int]:
+    """Pieces of the positions in an adjoint product, and their length."""
+    programs = triton.cdiv(s.problem_rows, chosen.BLOCK_R) * blocks_d
+    programs *= len(s.tensors) * s.groups
+    return _splits(s.n, programs, 8 * chosen.BLOCK_N, chosen.programs)
+
+
+def _splits(n: int, programs: int, least: int, fill: int) -> tuple[int, int]:
+    """How many pieces of at least `least` positions make `fill` programs."""
+    splits = max(1, min(triton.cdiv(fill, programs), n // least))
     length = triton.cdiv(triton.cdiv(n, splits), 16) * 16
     return triton.cdiv(n, length), length
 

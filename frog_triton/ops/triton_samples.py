@@ -64,6 +64,20 @@ class Samples:
         return 0 if self.depthwise else self.map.dim // int(self.window["TAPS"])
 
     @property
+    def kind(self) -> str:
+        """How samples are addressed, in a word."""
+        if self.depthwise:
+            return "depthwise"
+        return "matrix" if self.window["POINTWISE"] else "window"
+
+    @property
+    def key(self) -> dict[str, int]:
+        """Sizes that matter to speed, for `tuned`."""
+        problems = len(self.tensors) * self.groups
+        sizes = {"n": self.n, "r": self.problem_rows, "d": self.map.dim}
+        return {**sizes, "p": problems}
+
+    @property
     def sizes(self) -> dict[str, Any]:
         """Arguments that all kernels here take."""
         return {
@@ -81,18 +95,40 @@ class Samples:
 
 def serves(x: SampleMap) -> bool:
     """Whether the kernels can read these samples in place."""
-    return (x.pointwise and x.matrix() is x) or (x.window is not None)
+    return x.window is not None or x.x.ndim == 2
+
+
+def matrix_view(x: SampleMap) -> Tensor | None:
+    """The rows ``(N, groups * D)`` where the activations lie, if they lie so.
+
+    They do in a matrix, and in channels_last images that a window of one tap visits
+    one position at a time.
+    """
+    if x.x.ndim == 2:
+        return x.x
+    window = x.window
+    if not x.pointwise or window is None or {*window.stride} != {1} or any(window.pads):
+        return None
+    rows = x.x.movedim(1, -1)
+    return rows.view(-1, rows.shape[-1]) if rows.is_contiguous() else None
 
 
 def samples(xs: Sequence[SampleMap], rows: int) -> Samples:
     """Describe the samples of layers of one geometry with `rows` rows."""
-    x = xs[0]
+    x, n = xs[0], xs[0].samples * xs[0].positions
     tensors = [m.x for m in xs]
     if len({t.stride() for t in tensors}) > 1:
         tensors = [t.contiguous() for t in tensors]
-    first, spec = tensors[0], x.window
-    if spec is None or first.ndim == 2:
-        n, channels, taps, depthwise = x.samples, x.dim, 1, 0
+    spec = x.window
+    views = [matrix_view(m) for m in xs]
+    if all(view is not None for view in views):
+        tensors = [view for view in views if view is not None]
+        if len({t.stride() for t in tensors}) > 1:
+            tensors = [t.contiguous() for t in tensors]
+        spec = None
+    first = tensors[0]
+    if spec is None:
+        channels, taps, depthwise = x.dim, 1, 0
         place = (1, 1, 1, 1, *first.stride(), 0, 0)
         window = (1, 1, 1, 0, 0, 1, 1, True)
     else:
@@ -101,7 +137,6 @@ def samples(xs: Sequence[SampleMap], rows: int) -> Samples:
         stride, pads = _two(spec.stride, 1), _two(spec.pads, 0)
         dilation = _two(spec.dilation, 1)
         out_height, out_width = _two(x.output_shape, 1)
-        n = x.samples * x.positions
         taps = kernel_h * kernel_w
         channels = x.dim // taps
         depthwise = rows // x.groups if channels == 1 and x.groups > 1 else 0
@@ -110,7 +145,8 @@ def samples(xs: Sequence[SampleMap], rows: int) -> Samples:
         window = (kernel_w, *stride, *pads, *dilation, False)
     described = dict(zip(_PLACE, place, strict=True))
     described |= dict(zip(_WINDOW, window, strict=True))
-    described |= {"CHANNELS": channels if taps > 1 else 1, "TAPS": taps}
+    # One value for all matrices, so that they share a compiled kernel.
+    described |= {"CHANNELS": 1 if spec is None else channels, "TAPS": taps}
     return Samples(x, tensors, depthwise, n, rows, described)
 
 
@@ -127,7 +163,7 @@ def product_precision(s: Samples) -> str:
     for the rows, and float32 in tf32; float32 to its full precision where
     `torch.backends.cudnn.allow_tf32` is off.
     """
-    if s.window["POINTWISE"]:
+    if s.map.window is None:
         return PRECISION
     dtype = s.tensors[0].dtype
     if dtype == torch.bfloat16:

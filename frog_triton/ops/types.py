@@ -150,6 +150,19 @@ class MatrixSamples(SampleMap, Protocol):
         """``X`` as ``(groups, N, D)``."""
 
 
+def unravel(index: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """Flat positions to one index a dimension.
+
+    `torch.unravel_index` copies the shape to the device, which waits for the host and
+    cannot be captured in a CUDA graph.
+    """
+    indices = []
+    for size in reversed(shape[1:]):
+        indices.append(index % size)
+        index = index // size
+    return [index, *reversed(indices)]
+
+
 def written_out(y: Tensor) -> Tensor:
     """``(n, R, P)`` as ``(n * P, R, 1)``, the order of `SampleMap.matrix`."""
     return y.transpose(1, 2).reshape(-1, y.shape[1], 1)

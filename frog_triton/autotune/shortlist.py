@@ -1,0 +1,204 @@
+"""Candidates for each key that a step asks for, pruned without running anything.
+
+What cannot serve the GPU is dropped, what is predicted to be slow is left out, and what
+spills or needs too much shared memory is dropped once it has been compiled offline.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..ops.launch import Launch
+from .config import Config
+from .jobs import Geometry, Job, compile_jobs, costliest
+from .model import predict
+from .offline import Resources
+from .space import candidates, invalid, shared_limit
+from .table import kernel_of
+from .traffic import GPU
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration that was looked at closely.
+
+    Attributes:
+        config: the configuration.
+        predicted_us: of its costliest launch.
+        resources: that it compiles to, if it was compiled.
+        median_us: of all its launches in a step, if it was timed.
+        noise_us: spread of the middle half of those times.
+        verdict: what became of it.
+    """
+
+    config: Config
+    predicted_us: float
+    resources: Resources | None = None
+    median_us: float | None = None
+    noise_us: float | None = None
+    verdict: str = ""
+
+
+@dataclass
+class KeyReport:
+    """What was done for one key.
+
+    Attributes:
+        key: the key.
+        layer: name of a layer that asks for it.
+        formulation: of its step.
+        floor_us: of its costliest launch.
+        pruned: how many candidates were dropped, by cause.
+        candidates: the others, best first; the default among them.
+        chosen: the winner, or None where nothing was timed.
+    """
+
+    key: str
+    layer: str
+    formulation: str
+    floor_us: float
+    pruned: Counter[str] = field(default_factory=Counter)
+    candidates: list[Candidate] = field(default_factory=list)
+    chosen: Config | None = None
+
+
+@dataclass
+class Asked:
+    """A key, and a step that asks for it."""
+
+    key: str
+    geometry: Geometry
+    formulation: str
+    launch: Launch
+
+
+def keys(geometries: Iterable[Geometry]) -> list[Asked]:
+    """What the steps of layers ask for, in every formulation that may be taken.
+
+    The costliest come first, so that a budget is spent where it tells.
+    """
+    found: dict[str, Asked] = {}
+    for geometry in geometries:
+        for formulation in ("primal", "gram"):
+            if formulation == "gram" and not may_be_gram(geometry):
+                continue
+            by_key: dict[str, list[Launch]] = {}
+            for launch in geometry.launches(formulation):
+                if launch.config.key:
+                    by_key.setdefault(launch.config.key, []).append(launch)
+            for key, launches in by_key.items():
+                asked = Asked(key, geometry, formulation, costliest(launches))
+                found.setdefault(key, asked)
+    return list(found.values())
+
+
+def may_be_gram(geometry: Geometry) -> bool:
+    """Whether Gram's coordinates are no more than the weights of a row."""
+    return geometry.shape.samples <= geometry.shape.row_length
+
+
+def shortlist(asked: Asked, gpu: GPU, top: int) -> KeyReport:
+    """Candidates that are valid, the `top` best by prediction; and the default.
+
+    Args:
+        asked: the key.
+        gpu: whose limits and rates.
+        top: how many.
+    """
+    launch, default = asked.launch, asked.launch.config
+    kernel, args = kernel_of(asked.key), launch.args
+    report = KeyReport(
+        asked.key,
+        asked.geometry.shape.name,
+        asked.formulation,
+        predict(launch, gpu).floor_us,
+    )
+    sizes = {name.lower(): args[name] for name in "NRD" if name in args}
+    valid: list[Candidate] = []
+    for config in candidates(kernel, default):
+        why = invalid(
+            kernel, config, sizes, _kind(args), gpu.capability, _itemsize(args)
+        )
+        if why is None or config == default:
+            time_us = predict(launch, gpu, config=config).time_us
+            valid.append(Candidate(config, time_us))
+        else:
+            report.pruned["shared memory" if why == "shared memory" else "invalid"] += 1
+    ranked = sorted(valid, key=lambda c: (c.predicted_us, _distance(c.config, default)))
+    kept = [c for c in ranked[:top] if c.config != default]
+    report.candidates = [*kept, next(c for c in valid if c.config == default)]
+    report.pruned["predicted slower"] += len(valid) - len(report.candidates)
+    return report
+
+
+def _distance(config: Config, default: Config) -> int:
+    """How many values differ: of equal predictions, the one nearest to the default."""
+    pairs = zip(config.values().values(), default.values().values(), strict=True)
+    return sum(a != b for a, b in pairs)
+
+
+def _kind(args: Mapping[str, Any]) -> str:
+    if args.get("DEPTHWISE"):
+        return "depthwise"
+    return "alone" if args.get("PROJECT") is False else ""
+
+
+def _itemsize(args: Mapping[str, Any]) -> int:
+    sizes = {"fp32": 4, "bf16": 2, "fp16": 2}
+    return sizes.get(str(args.get("X_DTYPE", "fp32")), 4)
+
+
+def inspect(
+    shortlists: Sequence[tuple[Asked, KeyReport]],
+    gpu: GPU,
+    done: Callable[[], object] = lambda: None,
+    timeout: float = float("inf"),
+) -> None:
+    """Compile shortlisted candidates offline, and drop what spills or does not fit.
+
+    Args:
+        shortlists: changed in place; the default is never dropped.
+        gpu: what to compile for.
+        done: called after each candidate.
+        timeout: seconds after which no other is begun.
+    """
+    places = [
+        (asked, report, i)
+        for asked, report in shortlists
+        for i in range(len(report.candidates))
+    ]
+    jobs = [
+        Job(
+            asked.geometry,
+            asked.formulation,
+            asked.key,
+            report.candidates[i].config,
+            gpu.capability,
+        )
+        for asked, report, i in places
+    ]
+    found = compile_jobs(jobs, done=done, timeout=timeout)
+    for (asked, report, i), usage in zip(places, found, strict=True):
+        config = report.candidates[i].config
+        time_us = predict(asked.launch, gpu, usage, config).time_us
+        report.candidates[i] = Candidate(config, time_us, usage)
+    for asked, report in shortlists:
+        kept = []
+        for candidate in report.candidates:
+            why = _unusable(candidate.resources, gpu)
+            if why and candidate.config != asked.launch.config:
+                report.pruned[why] += 1
+            else:
+                kept.append(candidate)
+        report.candidates = sorted(kept, key=lambda c: c.predicted_us)
+
+
+def _unusable(usage: Resources | None, gpu: GPU) -> str:
+    if usage is None:
+        return ""
+    if usage.spilled:
+        return "spills"
+    return "shared memory" if usage.shared > shared_limit(gpu.capability) else ""

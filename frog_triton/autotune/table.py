@@ -1,0 +1,121 @@
+"""Tuned configurations by key, and how a launcher asks for one.
+
+A key is the kernel, its sizes, each rounded up to a power of two so that a change of
+batch size does not call for new tuning, and the dtypes it reads. A table belongs to one
+GPU and one version of Triton; `using` says which table holds in a context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+
+from .config import Config
+
+C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What tuning found.
+
+    Attributes:
+        configs: a configuration for each key of `kernel_key`.
+        formulations: ``"primal"`` or ``"gram"`` for each key of `layer_key`.
+    """
+
+    configs: Mapping[str, Config] = field(default_factory=dict)
+    formulations: Mapping[str, str] = field(default_factory=dict)
+
+    def merged(self, other: Table) -> Table:
+        """Both; where both have an entry, the other's."""
+        return Table(
+            {**self.configs, **other.configs},
+            {**self.formulations, **other.formulations},
+        )
+
+
+_ACTIVE: ContextVar[Table | None] = ContextVar("table", default=None)
+
+
+@contextmanager
+def using(table: Table) -> Iterator[None]:
+    """Let launches in this context take their configurations from a table."""
+    token = _ACTIVE.set(table)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def tuned(
+    kernel: str,
+    default: C,
+    sizes: Mapping[str, int],
+    dtypes: Sequence[torch.dtype] = (),
+    kind: str = "",
+) -> C:
+    """The table's configuration for a launch, else the default; it knows its key.
+
+    Args:
+        kernel: its name.
+        default: its default.
+        sizes: that matter to its speed, by letter.
+        dtypes: of what it reads.
+        kind: what else makes another kernel of it, such as how samples are addressed.
+    """
+    key = kernel_key(kernel, sizes, dtypes, kind)
+    table = _ACTIVE.get()
+    found = None if table is None else table.configs.get(key)
+    # A table made by another version may hold another kind of configuration.
+    chosen = found if type(found) is type(default) else default
+    return replace(chosen, key=key)  # type: ignore[type-var]
+
+
+def tuned_formulation(key: str) -> str | None:
+    """The table's formulation for a layer, if it has one."""
+    table = _ACTIVE.get()
+    return None if table is None else table.formulations.get(key)
+
+
+def kernel_key(
+    kernel: str,
+    sizes: Mapping[str, int],
+    dtypes: Sequence[torch.dtype] = (),
+    kind: str = "",
+) -> str:
+    """A kernel's name, sizes rounded up to powers of two, dtypes and kind."""
+    name = kernel.strip("_").removesuffix("_kernel")
+    rounded = [f"{letter}{bucket(size)}" for letter, size in sizes.items()]
+    types = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return " ".join([name, *rounded, *types, *([kind] if kind else [])])
+
+
+def layer_key(shape: Any, count: int, iters: int, dtype: torch.dtype) -> str:
+    """Sizes of layers of one geometry, rounded up, for their formulation.
+
+    Args:
+        shape: a `frog_triton.launches.LayerShape`.
+        count: how many layers.
+        iters: k.
+        dtype: of the samples.
+    """
+    sizes = {"n": shape.samples, "r": shape.rows, "d": shape.dim, "g": shape.groups}
+    kind = "matrix" if shape.conv is None else "images"
+    sizes |= {"c": count, "k": iters}
+    return kernel_key("layer", sizes, (dtype,), kind)
+
+
+def kernel_of(key: str) -> str:
+    """The kernel that a key is for."""
+    return f"_{key.split()[0]}_kernel"
+
+
+def bucket(size: int) -> int:
+    """The next power of two."""
+    return 0 if size <= 0 else 1 << (size - 1).bit_length()

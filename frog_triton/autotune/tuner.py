@@ -1,0 +1,279 @@
+"""Finds the fastest configurations for the layers of a model.
+
+For each key that a step's launches ask for, a shortlist of candidates is timed on
+tensors of their own, in turns with the default. A candidate wins only if its step is as
+accurate as the default's and its median is ahead by more than the noise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..formulation import predict as predict_formulations
+from ..launches import Problem, step_problem
+from ..ops import torch_ops, triton_ops
+from ..ops.launch import Launch, recording
+from .config import Config
+from .jobs import Geometry
+from .model import predict
+from .shortlist import (
+    Asked,
+    Candidate,
+    KeyReport,
+    inspect,
+    keys,
+    may_be_gram,
+    shortlist,
+)
+from .table import Table, layer_key, using
+from .traffic import GPU
+
+NEAR = 2.0
+"""Formulations whose predictions are within this factor are timed."""
+
+ROUNDS = 20
+
+
+Timer = Callable[[Sequence[Sequence[Launch]]], list[list[float]]]
+"""Times sets of launches in turns: microseconds of each set in each round."""
+
+
+class Tuner:
+    """Times what the model left over.
+
+    Args:
+        gpu: what is tuned for.
+        device: to run on.
+        timer: see `Timer`.
+        table: what is known already; its keys are not tuned again.
+        top: candidates to look at closely for each key.
+        budget: seconds after which no further key is begun.
+        progress: called with what is done, in words, and the share that is done.
+        compile: whether to compile candidates offline first.
+    """
+
+    def __init__(
+        self,
+        gpu: GPU,
+        device: torch.device,
+        timer: Timer,
+        table: Table | None = None,
+        top: int = 6,
+        budget: float = float("inf"),
+        progress: Callable[[str, float], object] = lambda what, share: None,
+        compile: bool = True,
+    ) -> None:
+        self.gpu = gpu
+        self.device = device
+        self.timer = timer
+        self.table = Table() if table is None else table
+        self.top = top
+        self.deadline = time.monotonic() + budget
+        self.progress = progress
+        self.compile = compile
+        self.reports: list[KeyReport] = []
+
+    def tune(self, geometries: Sequence[Geometry]) -> Table:
+        """Configurations and formulations for layers; the table grows by them."""
+        wanted = [a for a in keys(geometries) if a.key not in self.table.configs]
+        wanted.sort(key=lambda a: -predict(a.launch, self.gpu).time_us)
+        shortlists = [(a, shortlist(a, self.gpu, self.top)) for a in wanted]
+        self.reports = [report for _, report in shortlists]
+        if self.compile:
+            total = sum(len(r.candidates) for r in self.reports)
+            ready = itertools.count(1)
+
+            def done() -> None:
+                share = next(ready) / max(total, 1)
+                self.progress("compiling candidates", share / 2)
+
+            inspect(shortlists, self.gpu, done, self.deadline - time.monotonic())
+        for i, (asked, report) in enumerate(shortlists):
+            if time.monotonic() > self.deadline:
+                break
+            self.progress(asked.key, 0.5 + 0.5 * i / len(shortlists))
+            self._time(asked, report)
+        for geometry in geometries:
+            if time.monotonic() > self.deadline:
+                break
+            self._formulation(geometry)
+        return self.table
+
+    def _time(self, asked: Asked, report: KeyReport) -> None:
+        """Check and time one key's candidates; keep the winner."""
+        default = asked.launch.config
+        exact = _deltas(self._problem(asked.geometry, asked.formulation, wide=True))
+        groups: list[list[Launch]] = []
+        places: list[int] = []
+        limit = float("inf")
+        # The default first: its error is the measure of the others'.
+        order = sorted(
+            range(len(report.candidates)),
+            key=lambda i: report.candidates[i].config != default,
+        )
+        for i in order:
+            candidate = report.candidates[i]
+            problem = self._problem(asked.geometry, asked.formulation)
+            table = self.table.merged(Table({asked.key: candidate.config}))
+            try:
+                with using(table), recording() as launches:
+                    error = _error(_deltas(problem), exact)
+            except Exception as problem_:  # whatever a compiler or driver raises
+                report.candidates[i] = _judged(candidate, f"failed: {problem_}"[:200])
+                if candidate.config == default:
+                    return
+                continue
+            if candidate.config == default:
+                limit = 2 * error + 1e-6
+            if not error <= limit:
+                report.candidates[i] = _judged(candidate, f"wrong by {error:.1e}")
+                continue
+            groups.append([a for a in launches if a.config.key == asked.key])
+            places.append(i)
+        times = self.timer(groups)
+        for i, found in zip(places, times, strict=True):
+            candidate = report.candidates[i]
+            report.candidates[i] = Candidate(
+                candidate.config,
+                candidate.predicted_us,
+                candidate.resources,
+                statistics.median(found),
+                _spread(found),
+            )
+        timed = [report.candidates[i] for i in places]
+        report.chosen = winner(timed, default).config
+        self.table = self.table.merged(Table({asked.key: report.chosen}))
+
+    def _formulation(self, geometry: Geometry) -> None:
+        """Time both formulations where their predictions are near."""
+        key = formulation_key(geometry)
+        if key in self.table.formulations or not may_be_gram(geometry):
+            return
+        predicted = predict_formulations(
+            geometry.shape,
+            geometry.count,
+            geometry.iters,
+            geometry.nesterov,
+            geometry.dtypes,
+            self.gpu,
+        )
+        if max(predicted.values()) > NEAR * min(predicted.values()):
+            return
+        names = sorted(predicted, key=lambda name: predicted[name])
+        groups = []
+        for name in names:
+            with using(self.table), recording() as launches:
+                self._problem(geometry, name).step(triton_ops)
+            groups.append(launches)
+        times = self.timer(groups)
+        medians = [statistics.median(t) for t in times]
+        ahead = medians[0] - medians[1] > max(map(_spread, times))
+        chosen = names[1] if ahead else names[0]
+        self.table = self.table.merged(Table({}, {key: chosen}))
+
+    def _problem(
+        self, geometry: Geometry, formulation: str, wide: bool = False
+    ) -> Problem:
+        """A step on random numbers, the same each time; in float64 if `wide`."""
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def make(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            if not dtype.is_floating_point:
+                return torch.zeros(size, dtype=dtype, device=self.device)
+            value = torch.randn(size, generator=generator, device=self.device)
+            value = value.to(dtype)
+            return value.to(torch.float64) if wide else value
+
+        return step_problem(
+            geometry.shape,
+            geometry.count,
+            "primal" if wide else formulation,
+            geometry.iters,
+            geometry.nesterov,
+            geometry.dtypes,
+            make,
+        )
+
+
+def formulation_key(geometry: Geometry) -> str:
+    """The key that a table knows layers by."""
+    return layer_key(geometry.shape, geometry.count, geometry.iters, geometry.dtypes[0])
+
+
+def winner(timed: Sequence[Candidate], default: Config) -> Candidate:
+    """The fastest, if it is ahead of the default by more than the noise of both."""
+    ours = next(c for c in timed if c.config == default)
+    best = min(timed, key=lambda c: c.median_us or 0.0)
+    assert ours.median_us is not None and best.median_us is not None
+    noise = max(ours.noise_us or 0.0, best.noise_us or 0.0)
+    return best if ours.median_us - best.median_us > noise else ours
+
+
+def _judged(candidate: Candidate, verdict: str) -> Candidate:
+    return Candidate(
+        candidate.config,
+        candidate.predicted_us,
+        candidate.resources,
+        verdict=verdict,
+    )
+
+
+def _spread(times: Sequence[float]) -> float:
+    """Width of the middle half."""
+    if len(times) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(times, n=4)
+    return high - low
+
+
+def _deltas(problem: Problem) -> list[Tensor]:
+    """What a step changes."""
+    before = [p.clone() for p in problem.params]
+    exact = before[0].weight.dtype == torch.float64
+    problem.step(torch_ops if exact else triton_ops)
+    pairs = zip(problem.params, before, strict=True)
+    return [(p.weight.double() - b.weight.double()).cpu() for p, b in pairs]
+
+
+def _error(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    wrong = sum(
+        float((a - e).square().sum()) for a, e in zip(actual, exact, strict=True)
+    )
+    size = sum(float(e.square().sum()) for e in exact)
+    return (wrong / size) ** 0.5
+
+
+class CudaTimer:
+    """Times launches on a GPU: interleaved rounds, the cache flushed before each.
+
+    Args:
+        device: of the launches.
+        rounds: times each set is timed.
+    """
+
+    def __init__(self, device: torch.device, rounds: int = ROUNDS) -> None:
+        self.rounds = rounds
+        # Larger than any L2; writing it also gives the host a head start.
+        self._flush = torch.empty(1 << 28, dtype=torch.int32, device=device)
+
+    def __call__(self, groups: Sequence[Sequence[Launch]]) -> list[list[float]]:
+        """Microseconds of each set in each round."""
+        times: list[list[float]] = [[] for _ in groups]
+        for round_ in range(self.rounds + 2):
+            for found, launches in zip(times, groups, strict=True):
+                self._flush.zero_()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                for launch in launches:
+                    launch.run()
+                end.record()
+                end.synchronize()
+                if round_ >= 2:  # the first warm up
+                    found.append(1e3 * start.elapsed_time(end))
+        return times

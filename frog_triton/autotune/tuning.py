@@ -1,0 +1,119 @@
+"""What an optimizer does about tuning: load a table, make one at once, or neither."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from .share import broadcast, is_first_rank
+from .table import Table, using
+
+if TYPE_CHECKING:
+    from .cache import Machine
+    from .jobs import Geometry
+
+MODES = ("cached", "now", "off")
+BUDGET_SECONDS = 240.0
+"""For tuning at the first step; well below the time after which ranks that wait for
+rank 0 give up."""
+
+
+class Tuning:
+    """The table that an optimizer's launches use.
+
+    Args:
+        mode: ``"cached"`` loads what `frog-triton autotune` has found, else what the
+            package ships for the GPU, else keeps the defaults; ``"now"`` tunes what is
+            missing at the first step; ``"off"`` keeps the defaults.
+        folder: of the tables; None takes the user's cache folder.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+
+    def __init__(self, mode: str, folder: str | os.PathLike[str] | None = None) -> None:
+        if mode not in MODES:
+            raise ValueError(f"autotune must be one of {MODES}, got {mode!r}")
+        self.mode = mode
+        self.folder = folder
+        self.table: Table | None = None
+
+    @contextmanager
+    def applied(
+        self, device: torch.device, geometries: Callable[[], Sequence[Geometry]]
+    ) -> Iterator[None]:
+        """Launches in this context use the table; the first time, it is made.
+
+        Args:
+            device: of the parameters.
+            geometries: gives the layers of this step; asked for only to tune.
+        """
+        if self.mode == "off":
+            yield
+            return
+        if self.table is None:
+            self.table = self._make(device, geometries)
+        with using(self.table):
+            yield
+
+    def _make(
+        self, device: torch.device, geometries: Callable[[], Sequence[Geometry]]
+    ) -> Table:
+        if device.type != "cuda":
+            if self.mode == "now":
+                warnings.warn(
+                    f"autotune='now' times kernels on a GPU, and the model is on "
+                    f"{device.type}: defaults are used",
+                    stacklevel=5,
+                )
+            return Table()
+        from .cache import Cache, parse, render, shipped
+
+        machine = machine_of(device)
+        table = Table()
+        if is_first_rank():
+            cache = Cache(self.folder)
+            table = shipped(machine).merged(cache.load(machine))
+            if self.mode == "now":
+                table = tune(device, geometries(), table, BUDGET_SECONDS)
+                cache.store(machine, table)
+        return parse(broadcast(render(machine, table), device), machine)
+
+
+def machine_of(device: torch.device) -> Machine:
+    """What a table for this device is called."""
+    from .cache import Machine
+
+    found = torch.cuda.get_device_properties(device)
+    return Machine(found.name, 10 * found.major + found.minor)
+
+
+def tune(
+    device: torch.device, geometries: Sequence[Geometry], table: Table, budget: float
+) -> Table:
+    """Tune what a table lacks, with a progress bar."""
+    from rich.progress import Progress
+
+    from .traffic import detect
+    from .tuner import CudaTimer, Tuner
+
+    gpu = detect(device)
+    assert gpu is not None
+    with Progress(transient=True) as bar:
+        task = bar.add_task("tuning", total=1.0)
+        tuner = Tuner(
+            gpu,
+            device,
+            CudaTimer(device),
+            table,
+            budget=budget,
+            progress=lambda what, share: bar.update(
+                task, description=what, completed=share
+            ),
+        )
+        return tuner.tune(geometries)

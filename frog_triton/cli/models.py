@@ -1,0 +1,119 @@
+"""Models by name, or by a factory in a file."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..benchmarks.models import resnet
+from ..benchmarks.train.models import GPT
+from ..routing import route
+from .errors import CommandError
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model without memory, and an input for it.
+
+    Attributes:
+        name: for reports.
+        model: on the meta device.
+        inputs: an example or more, or None where the factory gave none.
+        sampling: how its layers are sampled unless asked otherwise.
+        sample_size: the same.
+    """
+
+    name: str
+    model: nn.Module
+    inputs: Tensor | None
+    sampling: str
+    sample_size: int
+
+
+def _gpt2_small() -> tuple[nn.Module, Tensor]:
+    model = GPT(50257, context=1024, depth=12, width=768, heads=12)
+    return model, torch.zeros(1, 1024, dtype=torch.int64)
+
+
+BUILT_IN: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor]], str, int]] = {
+    "resnet18": (lambda: (resnet(18), torch.zeros(1, 3, 32, 32)), "examples", 64),
+    "resnet50": (
+        lambda: (resnet(50, 1000, small_images=False), torch.zeros(1, 3, 224, 224)),
+        "examples",
+        32,
+    ),
+    "gpt2-small": (_gpt2_small, "positions", 64),
+}
+"""A factory, and how to sample: ResNet-18 for CIFAR, ResNet-50 for 224 pixels."""
+
+
+def load(name: str) -> Loaded:
+    """A built-in model, or what ``FILE.py:factory`` returns, on the meta device.
+
+    A factory takes no arguments and returns a module, or a module and an input.
+
+    Raises:
+        CommandError: no such model, file or factory, or the factory fails.
+    """
+    if name in BUILT_IN:
+        build, sampling, size = BUILT_IN[name]
+        with torch.device("meta"):
+            model, inputs = build()
+        return Loaded(name, model, inputs, sampling, size)
+    model, given = _from_file(name)
+    return Loaded(
+        name,
+        model,
+        given,
+        "examples" if given is not None else "positions",
+        32 if given is not None else 256,
+    )
+
+
+def _from_file(name: str) -> tuple[nn.Module, Tensor | None]:
+    file, colon, factory = name.rpartition(":")
+    names = ", ".join(BUILT_IN)
+    if not colon or not file.endswith(".py"):
+        raise CommandError(
+            f"no model is called {name!r}; there are {names}, or FILE.py:factory"
+        )
+    path = Path(file)
+    if not path.is_file():
+        raise CommandError(f"{path} is not a file; pass FILE.py:factory, or {names}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise CommandError(f"{path} cannot be run: {error!r}", 1) from error
+    build = getattr(module, factory, None)
+    if not callable(build):
+        raise CommandError(f"{path} has no function called {factory!r}")
+    try:
+        with torch.device("meta"):
+            made: Any = build()
+    except Exception as error:
+        raise CommandError(f"{name} fails: {error!r}", 1) from error
+    model, inputs = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(model, nn.Module):
+        raise CommandError(
+            f"{name} returned {type(model).__name__}; a factory returns a module, or "
+            "a module and an input tensor"
+        )
+    return model.to("meta"), None if inputs is None else inputs.to("meta")
+
+
+def routing(model: nn.Module) -> list[tuple[str, str]]:
+    """Parameters that FROG leaves to the fallback, each with the reason."""
+    plan = route(model, dict.fromkeys(model.parameters(), 0))
+    layered = plan.preconditioned()
+    return [
+        (name, plan.reasons[p]) for p, name in plan.names.items() if p not in layered
+    ]

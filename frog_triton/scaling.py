@@ -1,0 +1,84 @@
+"""What a GradScaler asks of an optimizer that steps without waiting for it.
+
+To an optimizer that supports it, the scaler hands ``grad_scale`` and ``found_inf`` as
+tensors on the device. Whether the step is taken is then known there only: rows of
+which no step is to be taken get a gradient that is not finite for as long as the step
+lasts, and the solvers leave such rows, and their momentum, as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .ops.types import Rows
+
+
+def unscale_(grads: Iterable[Tensor], grad_scale: Tensor | None) -> None:
+    """Divide gradients by the scale, in place.
+
+    Args:
+        grads: of any devices and dtypes.
+        grad_scale: None leaves them as they are.
+    """
+    if grad_scale is None:
+        return
+    # As in GradScaler: the reciprocal is not exact in float32.
+    inverse = grad_scale.double().reciprocal().float()
+    multiply_(grads, inverse)
+
+
+def multiply_(tensors: Iterable[Tensor], factor: float | Tensor) -> None:
+    """Multiply tensors of any devices by one number, in place and without waiting."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, []).append(tensor)
+    for device, there in by_device.items():
+        if isinstance(factor, Tensor):
+            torch._foreach_mul_(there, factor.to(device, non_blocking=True))
+        else:
+            torch._foreach_mul_(there, factor)
+
+
+def steps_taken(found_inf: Tensor | None, device: torch.device) -> float | Tensor:
+    """1, or a tensor of 0 where the step is to be skipped.
+
+    Args:
+        found_inf: the scaler's; None takes every step.
+        device: where the answer is wanted.
+    """
+    if found_inf is None:
+        return 1.0
+    return (found_inf == 0).to(device, torch.float32, non_blocking=True)
+
+
+@contextmanager
+def skipping(
+    grads: Sequence[Rows], counts: Sequence[Tensor], found_inf: Tensor | None
+) -> Iterator[None]:
+    """Where `found_inf` is not 0, a step taken in this context changes nothing.
+
+    Args:
+        grads: rows that the step will read; whole again afterwards.
+        counts: int32, of anomalies; what is counted in a skipped step is taken back.
+        found_inf: the scaler's; None takes every step.
+    """
+    if found_inf is None or not grads:
+        yield
+        return
+    taken = found_inf == 0
+    # One entry that is not finite is enough for a row.
+    entries = [g.weight[:, 0] if g.bias is None else g.bias for g in grads]
+    kept = [entry.clone() for entry in entries]
+    before = [count.clone() for count in counts]
+    multiply_(entries, torch.where(taken, 1.0, float("nan")))
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(entries, kept)
+        torch._foreach_sub_(counts, before)
+        multiply_(counts, taken.to(torch.int32))
+        torch._foreach_add_(counts, before)

@@ -1,0 +1,90 @@
+"""State of the parameters: how it is made, follows them, and is loaded again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+STATE_VERSION = 1
+MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def row_state(
+    param: nn.Parameter, dtype: torch.dtype | None, *, step: bool, capturable: bool
+) -> dict[str, Tensor]:
+    """Fresh state of a preconditioned parameter.
+
+    Args:
+        param: a layer's weight or bias.
+        dtype: of the momentum. None: float32, or the parameter's own if that is wider.
+        step: whether the layer's step counter is kept here, as it is with its weight.
+        capturable: keep the counter on the parameter's device.
+    """
+    dtype = dtype or torch.promote_types(param.dtype, torch.float32)
+    buffer = torch.zeros(param.shape, dtype=dtype, device=param.device)
+    if not step:
+        return {"momentum_buffer": buffer}
+    return {"momentum_buffer": buffer, "step": step_counter(param, capturable)}
+
+
+def step_counter(param: nn.Parameter, capturable: bool) -> Tensor:
+    """A counter at 0, on the parameter's device if it must never be waited for."""
+    device = param.device if capturable else "cpu"
+    return torch.zeros((), dtype=torch.float32, device=device)
+
+
+def move_state(
+    state: Mapping[Any, dict[str, Any]],
+    params: Iterable[nn.Parameter],
+    capturable: bool,
+) -> None:
+    """Follow parameters that were moved to another device.
+
+    Args:
+        state: of all parameters.
+        params: whose state is to be where they are.
+        capturable: whether the step counters go along; otherwise the host has them.
+    """
+    for param in params:
+        for key, value in state[param].items():
+            stays = key == "step" and not capturable
+            device = torch.device("cpu") if stays else param.device
+            if value.device != device:
+                state[param][key] = value.to(device)
+
+
+def check_version(state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError for a state_dict that a later version has written."""
+    version = state_dict.get("version", STATE_VERSION)
+    if version > STATE_VERSION:
+        raise ValueError(
+            f"this state_dict has version {version}, but this frog_triton reads up "
+            f"to {STATE_VERSION}: upgrade frog_triton"
+        )
+
+
+def restore(
+    optimizer: Optimizer, state_dict: Mapping[str, Any], capturable: bool
+) -> None:
+    """Undo torch's cast to the parameters' dtype: a float32 momentum stays one.
+
+    Step counters go where this optimizer keeps them, and `capturable` stays its own.
+
+    Args:
+        optimizer: that has just loaded `state_dict`.
+        state_dict: as it was saved.
+        capturable: of this optimizer.
+    """
+    for group in optimizer.param_groups:
+        group["capturable"] = capturable
+    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, param in zip(saved, params, strict=True):
+        for key, value in state_dict["state"].get(index, {}).items():
+            if isinstance(value, Tensor):
+                optimizer.state[param][key] = value.to(param.device, copy=True)
+    move_state(optimizer.state, params, capturable)

@@ -1,0 +1,245 @@
+"""With capturable=True nothing waits for the device, so a CUDA graph can capture it."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from frog_triton import FROG
+from frog_triton.ops.launch import capturable as without_host_copies
+from frog_triton.ops.launch import recording
+
+WAITING = (
+    "aten::_local_scalar_dense",
+    "aten::item",
+    "aten::nonzero",
+    "aten::is_nonzero",
+    "aten::equal",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::repeat_interleave.Tensor",
+)
+# A tensor made from numbers of the host: on a GPU a copy from pageable memory.
+FROM_HOST = ("aten::lift", "aten::lift_fresh", "aten::lift_fresh_copy")
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on an operation that waits for the device, or copies to or from it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        assert name not in WAITING + FROM_HOST, name
+        if name.startswith("aten::index"):
+            for index in args[1] if isinstance(args[1], list | tuple) else ():
+                assert index is None or index.dtype != torch.bool, "a boolean index"
+        return func(*args, **(kwargs or {}))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv1d(2, 4, 3, padding=1, padding_mode="circular")
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = F.relu(self.conv1(x), inplace=True).unflatten(2, (4, 4))
+        x = F.relu(self.norm(self.conv2(x)), inplace=True)
+        x = torch.tanh(self.fc(x.flatten(2).mT))
+        return self.head(x).mean(1)
+
+
+def batch(seed, size=7):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 2, 16, generator=generator)
+    return x, torch.randint(0, 3, (size,), generator=generator)
+
+
+@pytest.mark.parametrize("fallback", ["sgd", "adamw"])
+@pytest.mark.parametrize("formulation", ["primal", "gram"])
+@pytest.mark.parametrize("sampling", ["examples", "positions"])
+def test_nothing_waits_for_the_device(sampling, formulation, fallback):
+    net = Net()
+    opt = FROG(
+        net,
+        lr=torch.tensor(1e-2),
+        fallback_lr=torch.tensor(1e-3),
+        sampling=sampling,
+        sample_size=5,
+        formulation=formulation,
+        fallback=fallback,
+        nesterov=True,
+        capturable=True,
+    )
+    opt.found_inf, opt.grad_scale = torch.zeros(()), torch.ones(())
+    for step in range(2):
+        opt.zero_grad()
+        for micro in range(3):  # more samples than fit
+            x, y = batch(10 * step + micro)
+            with NoWaiting():
+                F.cross_entropy(net(x), y).backward()
+        with NoWaiting():
+            opt.step()
+    assert opt.state[net.fc.weight]["step"] == 2
+
+
+def test_the_watch_sees_an_optimizer_that_waits():
+    net = Net()
+    opt = FROG(net, sample_size=5)
+    x, y = batch(0)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
+        F.cross_entropy(net(x), y).backward()
+    opt.close()
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("fallback", ["sgd", "adamw"])
+@pytest.mark.parametrize("sampling", ["examples", "positions"])
+def test_the_same_steps_as_without(sampling, fallback, micro_batches):
+    nets = [Net().double()]
+    nets.append(copy.deepcopy(nets[0]))
+    for net, capturable in zip(nets, (False, True), strict=True):
+        opt = FROG(
+            net,
+            sampling=sampling,
+            sample_size=5,
+            fallback=fallback,
+            capturable=capturable,
+        )
+        for step in range(4):
+            opt.zero_grad()
+            for micro in range(micro_batches):
+                x, y = batch(10 * step + micro)
+                F.cross_entropy(net(x.double()), y).backward()
+            opt.step()
+    for a, b in zip(*(net.parameters() for net in nets), strict=True):
+        # The same draws and solves; torch's fused fallback rounds in another order.
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_a_learning_rate_elsewhere_than_its_parameters_is_refused():
+    net = Net()
+    with pytest.raises(ValueError, match=r"lr is a tensor on meta.*move it there"):
+        FROG(net, lr=torch.tensor(0.1, device="meta"), capturable=True)
+    assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_state_moves_between_capturable_and_not():
+    net = Net()
+    opt = FROG(net, fallback="adamw")
+    x, y = batch(0)
+    F.cross_entropy(net(x), y).backward()
+    opt.step()
+    other = FROG(copy.deepcopy(net), fallback="adamw", capturable=True)
+    other.load_state_dict(opt.state_dict())
+    assert all(group["capturable"] for group in other.param_groups)
+    opt.load_state_dict(other.state_dict())
+    assert not any(group["capturable"] for group in opt.param_groups)
+    assert opt.state[net.fc.weight]["step"] == 1
+
+
+def test_tables_written_by_a_kernel():
+    pytest.importorskip("triton")
+    from frog_triton.ops.tables import Tables
+
+    tensors = [[torch.zeros(3 + i + j) for i in range(5)] for j in range(4)]
+    scalars = [0.1, -2.0, torch.tensor(0.25), 0.0]
+    plain = Tables(tensors, scalars)
+    with without_host_copies(), recording() as launches:
+        filled = Tables(tensors, scalars)
+    assert [entry.name for entry in launches] == ["_fill_table_kernel"] * 2
+    for kind in range(4):
+        assert torch.equal(filled[kind], plain[kind])
+        addresses = [t.data_ptr() for t in tensors[kind]]
+        assert plain[kind][:5].tolist() == addresses
+    assert filled.scalars.tolist() == plain.scalars.tolist() == [0.1, -2.0, 0.25, 0.0]
+    assert filled.align == plain.align
+
+
+def test_every_table_of_a_step_is_written_by_a_kernel():
+    pytest.importorskip("triton")
+    net = Net()
+    opt = FROG(net, backend="triton", sample_size=3, capturable=True)
+    twin = copy.deepcopy(net)
+    twin_opt = FROG(twin, backend="triton", sample_size=3)
+    x, y = batch(0, 4)
+    for model, optimizer in ((net, opt), (twin, twin_opt)):
+        F.cross_entropy(model(x), y).backward()
+        with recording() as launches:
+            optimizer.step()
+        filled = any(entry.name == "_fill_table_kernel" for entry in launches)
+        assert filled == (optimizer is opt)
+    for name in ("conv1", "conv2", "fc"):
+        ours, theirs = net.get_submodule(name), twin.get_submodule(name)
+        assert torch.equal(ours.weight, theirs.weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", ["examples", "positions"])
+@pytest.mark.parametrize("formulation", ["primal", "gram"])
+@pytest.mark.parametrize("fallback", ["sgd", "adamw"])
+def test_a_whole_training_step_as_one_cuda_graph(sampling, formulation, fallback):
+    nets = [Net().cuda()]
+    nets.append(copy.deepcopy(nets[0]))
+    lrs = [torch.tensor(1e-2, device="cuda") for _ in nets]
+    opts = [
+        FROG(
+            net,
+            lr=lr,
+            fallback_lr=torch.tensor(1e-3, device="cuda"),
+            sampling=sampling,
+            sample_size=5,
+            formulation=formulation,
+            fallback=fallback,
+            capturable=True,
+        )
+        for net, lr in zip(nets, lrs, strict=True)
+    ]
+    x, y = (t.cuda() for t in batch(0))
+
+    def step(net, opt):
+        opt.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        opt.step()
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for seed in range(3):  # compiles the kernels
+            for new, old in zip(batch(seed), (x, y), strict=True):
+                old.copy_(new)
+            for net, opt in zip(nets, opts, strict=True):
+                step(net, opt)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    opts[0].zero_grad()
+    with torch.cuda.graph(graph):
+        step(nets[0], opts[0])
+    for seed in range(3, 8):
+        for new, old in zip(batch(seed), (x, y), strict=True):
+            old.copy_(new)
+        for lr in lrs:
+            lr.fill_(1e-2 / seed)
+        graph.replay()
+        step(nets[1], opts[1])
+    for a, b in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for net, opt in zip(nets, opts, strict=True):
+        assert opt.state[net.fc.weight]["step"] == 8
+
+
+@pytest.mark.gpu
+def test_an_optimizer_that_is_not_capturable_says_so_under_capture():
+    net = Net().cuda()
+    opt = FROG(net)
+    x, y = (t.cuda() for t in batch(0))
+    F.cross_entropy(net(x), y).backward()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="capturable"), torch.cuda.graph(graph):
+        opt.step()
