@@ -84,8 +84,11 @@ def test_grids_are_of_one_size():
 
 
 def test_reference_needs_a_checkout(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--reference takes a checkout"):
+    with pytest.raises(ValueError, match=r"frog\.py is not a file"):
         reference(tmp_path)
+    (tmp_path / "frog.py").write_text("")
+    with pytest.raises(ValueError, match="no class Frog"):
+        reference(tmp_path / "frog.py")
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -284,7 +287,7 @@ def test_study_at_one_learning_rate(study, archive, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--peers", "LBFGS"], "no peer is called 'LBFGS'"),
-        (["--reference", "/nowhere"], "--reference takes a checkout"),
+        (["--reference", "/nowhere"], "pass the reference's frog.py"),
         (["--data", "/nowhere"], "--data takes"),
         (["--report"], "holds no run"),
     ],
@@ -319,7 +322,7 @@ def test_gpt_is_causal():
 def test_arguments_need_no_extra():
     """The command line lists the command in a plain install, too."""
     code = (
-        "import sys; sys.modules.update(dict.fromkeys(['rich', 'PIL', 'matplotlib']));"
+        "import sys; sys.modules.update(dict.fromkeys(['PIL', 'matplotlib']));"
         "from frog_triton.benchmarks.train import bench;"
         "import argparse; bench.add_arguments(argparse.ArgumentParser())"
     )

@@ -1,6 +1,6 @@
 """Optimizers side by side on a workload: grids, then seeds at each one's best.
 
-    python -m frog_triton.benchmarks.train.bench cifar10-small --data DIR
+    frog-triton bench train cifar10-small --data DIR
 
 Every finished run is one line of ``runs.jsonl``. The same command goes on where it was
 stopped; ``--report`` remakes table and picture from the lines alone.
@@ -14,21 +14,20 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from ..environment import environment
 from . import report
 from .arguments import above_zero, positive
 from .loop import SCHEDULES, Job, Run, best_setting
 from .peers import PEERS, Peer, reference
+from .runner import train_all
 from .studies import STUDIES
 from .tasks import Task
 from .workloads import WORKLOADS, Workload
-
-if TYPE_CHECKING:  # a plain install has no rich
-    from rich.console import Console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reference",
         type=Path,
         metavar="PATH",
-        help="checkout of the public FROG repository, to take part as well",
+        help="checkout of the public FROG repository, or the frog.py in it, to take "
+        "part as well",
     )
     parser.add_argument(
         "--study",
@@ -110,8 +110,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the comparison; returns the exit code: 0 done, 2 wrong arguments."""
-    from rich.console import Console
-
     console = Console()
     workload = _overridden(WORKLOADS[args.workload], args)
     out = args.out or Path("runs/bench") / workload.name
@@ -285,8 +283,6 @@ class _Bench:
             for job, setting in zip(jobs, settings, strict=True)
             if setting not in held
         ]
-        from .runner import train_all
-
         train_all(new, self.console, self._keep)
         return [next(r for r in self.known if r.settings == s) for s in settings]
 
@@ -323,8 +319,6 @@ def write(out: Path, workload: Workload, runs: Sequence[Run], console: Console) 
 
 
 def _print_table(rows: Sequence[Sequence[str]], title: str, console: Console) -> None:
-    from rich.table import Table
-
     table = Table(*rows[0], title=title)
     for row in rows[1:]:
         table.add_row(*row)
@@ -334,7 +328,9 @@ def _print_table(rows: Sequence[Sequence[str]], title: str, console: Console) ->
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(
-        prog="python -m frog_triton.benchmarks.train.bench", description=__doc__
+        prog="python -m frog_triton.benchmarks.train.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
     return run(parser.parse_args(argv))

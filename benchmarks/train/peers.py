@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import FROG
+from ..reference import load
 from .joint import Joint, MatrixView, layers_and_rest
 
 
@@ -149,38 +150,29 @@ def _singd(
     return Joint(model, [singd, torch.optim.SGD(rest, lr=lr, momentum=0.9)])
 
 
-def reference(checkout: Path) -> Peer:
+def reference(path: Path) -> Peer:
     """The public reference implementation of FROG, from a checkout of it.
 
     Args:
-        checkout: folder that holds its ``frog.py``.
+        path: the checkout, or its ``frog.py``.
 
     Raises:
-        FileNotFoundError: there is none.
+        ValueError: there is no such file, or it lacks the optimizer.
     """
-    path = checkout / "frog.py"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; --reference takes a checkout of the public FROG "
-            "repository"
-        )
+    frog = load(path / "frog.py" if path.is_dir() else path)
 
     def build(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-        spec = importlib.util.spec_from_file_location("frog_reference", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        made: torch.optim.Optimizer = module.Frog(
+        made: torch.optim.Optimizer = frog(
             model.parameters(), model, momentum=0.9, **options
         )
         return made
 
-    frog = PEERS["FROG"]
+    like = PEERS["FROG"]
     return Peer(
         "FROG (reference)",
         build,
-        frog.lrs,
-        frog.weight_decays,
+        like.lrs,
+        like.weight_decays,
         prepare=_without_inplace,
     )
 
