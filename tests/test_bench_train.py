@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from frog_triton.benchmarks.train.data import Dataset, Text
 from frog_triton.benchmarks.train.loop import SCHEDULES, Job, Run, train
 from frog_triton.benchmarks.train.models import GPT, small_cnn
 from frog_triton.benchmarks.train.peers import PEERS, Peer, reference
+from frog_triton.benchmarks.train.studies import STUDIES
 from frog_triton.benchmarks.train.tasks import ImageTask, TextTask
 from frog_triton.benchmarks.train.workloads import WORKLOADS
 
@@ -81,8 +84,11 @@ def test_grids_are_of_one_size():
 
 
 def test_reference_needs_a_checkout(tmp_path):
-    with pytest.raises(FileNotFoundError, match="--reference takes a checkout"):
+    with pytest.raises(ValueError, match=r"frog\.py is not a file"):
         reference(tmp_path)
+    (tmp_path / "frog.py").write_text("")
+    with pytest.raises(ValueError, match="no class Frog"):
+        reference(tmp_path / "frog.py")
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -145,14 +151,14 @@ def test_schedules():
     assert drops == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
-def _runs(metric="accuracy"):
+def _runs(metric="accuracy", **settings):
     values = {"A": [[0.3, 0.7], [0.5, 0.8]], "B": [[0.1, 0.2], [0.1, 0.5]]}
     return [
         Run(
             *(peer, 0.1, seed, [10, 20], series, [1.0, 2.0]),
             batch_size=8,
             metric=metric,
-            settings={"epochs": 2},
+            settings={"epochs": 2, **settings},
             state_bytes=2**20,
         )
         for peer, seeds in values.items()
@@ -171,9 +177,20 @@ def test_table_of_accuracies():
 
 
 def test_table_of_losses():
-    table = report.detailed_rows(_runs("loss"), [0.4])
+    table = report.detailed_rows(_runs("loss", context=4), [0.4])
     rows = [dict(zip(table[0], row, strict=True)) for row in table[1:]]
     assert [row["steps to 0.4"] for row in rows] == ["-", "10 (10 - 10)"]
+    assert rows[1]["characters to 0.4"] == "320"
+
+
+@pytest.mark.parametrize(
+    ("metric", "more"), [("accuracy", {}), ("loss", {"context": 4})]
+)
+def test_picture(metric, more, tmp_path):
+    runs = _runs(metric, **more)
+    runs[1].diverged = True
+    report.plot(tmp_path / "curves.png", "title", runs)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_range_of_steps_is_open_where_a_run_missed():
@@ -257,11 +274,20 @@ def test_command_with_two_weight_decays(archive, tmp_path):
     assert len({(run.lr, run.weight_decay) for run in runs}) == 8
 
 
+@pytest.mark.parametrize("study", sorted(STUDIES))
+def test_study_at_one_learning_rate(study, archive, tmp_path, capsys):
+    assert _command(archive, tmp_path, "--study", study, "--lrs", "0.05") == 0
+    runs = report.read(tmp_path / "runs.jsonl")
+    assert {run.peer for run in runs} == {peer.name for peer in STUDIES[study]}
+    assert len(runs) == 2 * len(STUDIES[study])  # two seeds, and no grid
+    assert {run.lr for run in runs} == {0.05}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--peers", "LBFGS"], "no peer is called 'LBFGS'"),
-        (["--reference", "/nowhere"], "--reference takes a checkout"),
+        (["--reference", "/nowhere"], "pass the reference's frog.py"),
         (["--data", "/nowhere"], "--data takes"),
         (["--report"], "holds no run"),
     ],
@@ -291,3 +317,13 @@ def test_gpt_is_causal():
     same = torch.isclose(model(x), model(changed)).all(-1)[0]
     assert same[:4].all() and not same[4:].any()
     assert math.isfinite(model(x).sum().item())
+
+
+def test_arguments_need_no_extra():
+    """The command line lists the command in a plain install, too."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['PIL', 'matplotlib']));"
+        "from frog_triton.benchmarks.train import bench;"
+        "import argparse; bench.add_arguments(argparse.ArgumentParser())"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,6 +1,6 @@
 """Optimizers side by side on a workload: grids, then seeds at each one's best.
 
-    python -m frog_triton.benchmarks.train.bench cifar10-small --data DIR
+    frog-triton bench train cifar10-small --data DIR
 
 Every finished run is one line of ``runs.jsonl``. The same command goes on where it was
 stopped; ``--report`` remakes table and picture from the lines alone.
@@ -25,6 +25,7 @@ from .arguments import above_zero, positive
 from .loop import SCHEDULES, Job, Run, best_setting
 from .peers import PEERS, Peer, reference
 from .runner import train_all
+from .studies import STUDIES
 from .tasks import Task
 from .workloads import WORKLOADS, Workload
 
@@ -54,7 +55,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reference",
         type=Path,
         metavar="PATH",
-        help="checkout of the public FROG repository, to take part as well",
+        help="checkout of the public FROG repository, or the frog.py in it, to take "
+        "part as well",
+    )
+    parser.add_argument(
+        "--study",
+        choices=sorted(STUDIES),
+        help="variants of FROG in place of the workload's optimizers",
+    )
+    parser.add_argument(
+        "--lrs",
+        type=above_zero,
+        nargs="+",
+        metavar="LR",
+        help="every optimizer's learning rates, in place of its own grid; with one "
+        "there is no search",
     )
     parser.add_argument("--epochs", type=positive, help="passes over the data")
     parser.add_argument(
@@ -95,8 +110,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the comparison; returns the exit code: 0 done, 2 wrong arguments."""
-    from rich.console import Console
-
     console = Console()
     workload = _overridden(WORKLOADS[args.workload], args)
     out = args.out or Path("runs/bench") / workload.name
@@ -137,7 +150,8 @@ def _peers(
     workload: Workload, args: argparse.Namespace, console: Console
 ) -> list[Peer]:
     """Those asked for and installed."""
-    offered = {peer.name: peer for peer in workload.peers}
+    peers = workload.peers if args.study is None else STUDIES[args.study]
+    offered = {peer.name: peer for peer in peers}
     if args.reference is not None:
         peer = reference(args.reference)
         offered[peer.name] = peer
@@ -156,7 +170,11 @@ def _peers(
                 "(pip install 'frog-triton\\[peers]')"
             )
         else:
-            chosen.append(offered[name])
+            chosen.append(
+                offered[name]
+                if args.lrs is None
+                else dataclasses.replace(offered[name], lrs=tuple(args.lrs))
+            )
     if not chosen:
         raise ValueError("no optimizer is left to be run")
     return chosen
@@ -198,12 +216,17 @@ class _Bench:
         """All runs of this command, those of the grid included."""
         grids = {peer.name: self._grid(peer) for peer in self.peers}
         self._print_plan(grids)
-        tried = self._train([job for grid in grids.values() for job in grid])
+        tried = self._train(
+            [job for grid in grids.values() if len(grid) > 1 for job in grid]
+        )
         chosen = {}
         for peer in self.peers:
             mine = [run for run in tried if run.peer == peer.name]
-            chosen[peer.name] = best_setting(mine, self.workload.deciding_target)
-            self._print_grid(peer, mine, chosen[peer.name])
+            if mine:
+                chosen[peer.name] = best_setting(mine, self.workload.deciding_target)
+                self._print_grid(peer, mine, chosen[peer.name])
+            else:
+                chosen[peer.name] = (peer.lrs[0], peer.weight_decays[0])
         best = self._train(
             [
                 self._job(
@@ -260,7 +283,6 @@ class _Bench:
             for job, setting in zip(jobs, settings, strict=True)
             if setting not in held
         ]
-
         train_all(new, self.console, self._keep)
         return [next(r for r in self.known if r.settings == s) for s in settings]
 
@@ -297,7 +319,6 @@ def write(out: Path, workload: Workload, runs: Sequence[Run], console: Console) 
 
 
 def _print_table(rows: Sequence[Sequence[str]], title: str, console: Console) -> None:
-
     table = Table(*rows[0], title=title)
     for row in rows[1:]:
         table.add_row(*row)
@@ -307,7 +328,9 @@ def _print_table(rows: Sequence[Sequence[str]], title: str, console: Console) ->
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(
-        prog="python -m frog_triton.benchmarks.train.bench", description=__doc__
+        prog="python -m frog_triton.benchmarks.train.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
     return run(parser.parse_args(argv))

@@ -142,6 +142,16 @@ class Run:
         return self.metric == "accuracy"
 
     @property
+    def unit(self) -> str:
+        """What `units_per_step` counts: examples, or the characters of a text."""
+        return "characters" if "context" in self.settings else "examples"
+
+    @property
+    def units_per_step(self) -> int:
+        """Examples or characters that a step learns from."""
+        return self.batch_size * int(self.settings.get("context", 1))
+
+    @property
     def final(self) -> float:
         """The metric at the end, at its worst if the run diverged."""
         if self.diverged:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import FROG
+from ..reference import load
 from .joint import Joint, MatrixView, layers_and_rest
 
 
@@ -149,38 +150,29 @@ def _singd(
     return Joint(model, [singd, torch.optim.SGD(rest, lr=lr, momentum=0.9)])
 
 
-def reference(checkout: Path) -> Peer:
+def reference(path: Path) -> Peer:
     """The public reference implementation of FROG, from a checkout of it.
 
     Args:
-        checkout: folder that holds its ``frog.py``.
+        path: the checkout, or its ``frog.py``.
 
     Raises:
-        FileNotFoundError: there is none.
+        ValueError: there is no such file, or it lacks the optimizer.
     """
-    path = checkout / "frog.py"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; --reference takes a checkout of the public FROG "
-            "repository"
-        )
+    frog = load(path / "frog.py" if path.is_dir() else path)
 
     def build(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-        spec = importlib.util.spec_from_file_location("frog_reference", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        made: torch.optim.Optimizer = module.Frog(
+        made: torch.optim.Optimizer = frog(
             model.parameters(), model, momentum=0.9, **options
         )
         return made
 
-    frog = PEERS["FROG"]
+    like = PEERS["FROG"]
     return Peer(
         "FROG (reference)",
         build,
-        frog.lrs,
-        frog.weight_decays,
+        like.lrs,
+        like.weight_decays,
         prepare=_without_inplace,
     )
 
@@ -209,7 +201,7 @@ PEERS = _by_name(
     Peer("SGD", _sgd, (3e-2, 1e-1, 3e-1, 1.0), (5e-4, 5e-3)),
     Peer("AdamW", _adamw, (1e-3, 3e-3, 1e-2, 3e-2)),
     Peer("Muon", _muon, (6e-3, 2e-2, 6e-2, 2e-1), options={"adamw_lr": 3e-3}),
-    Peer("SOAP", _soap, (1e-3, 3e-3, 1e-2, 3e-2), needs=("pytorch_optimizer",)),
+    Peer("SOAP", _soap, (3e-3, 1e-2, 3e-2, 1e-1), needs=("pytorch_optimizer",)),
     Peer(
         "Shampoo",
         _shampoo,
@@ -217,6 +209,6 @@ PEERS = _by_name(
         (5e-4, 5e-3),
         needs=("pytorch_optimizer",),
     ),
-    Peer("SINGD", _singd, (1e-3, 3e-3, 1e-2, 3e-2), (5e-4, 5e-3), needs=("singd",)),
+    Peer("SINGD", _singd, (3e-3, 1e-2, 3e-2, 1e-1), (5e-4, 5e-3), needs=("singd",)),
 )
 """All peers by name; `reference` makes one more."""

@@ -98,7 +98,7 @@ def detailed_rows(runs: Sequence[Run], targets: Sequence[float]) -> list[list[st
             *("optimizer", "lr", "weight decay", "batch", "seeds"),
             *(f"steps to {_target(t, metric)}" for t in targets),
             *(f"seconds to {_target(t, metric)}" for t in targets),
-            *(f"examples to {_target(t, metric)}" for t in targets),
+            *(f"{runs[0].unit} to {_target(t, metric)}" for t in targets),
             *(f"final {metric}", "forward-backward ms", "optimizer ms"),
             *("peak memory", "state"),
         ]
@@ -118,7 +118,10 @@ def detailed_rows(runs: Sequence[Run], targets: Sequence[float]) -> list[list[st
                 *(str(first.batch_size), str(len({r.seed for r in mine}))),
                 *(_steps(c, hits) for c, hits in zip(cells, reached, strict=True)),
                 *("-" if c is None else f"{c[1]:.1f}" for c in cells),
-                *("-" if c is None else f"{c[0] * first.batch_size:,}" for c in cells),
+                *(
+                    "-" if c is None else f"{c[0] * first.units_per_step:,}"
+                    for c in cells
+                ),
                 spread([run.final for run in mine], metric),
                 *(f"{ms:.1f}" for ms in halves),
                 _mebibytes(max(peaks)) if peaks else "-",
@@ -200,31 +203,46 @@ def read(path: Path) -> list[Run]:
 
 
 def plot(path: Path, title: str, runs: Sequence[Run]) -> None:
-    """Median of the metric against steps and against seconds, seeds as a band."""
+    """Median of the metric against steps and against seconds, seeds as a band.
+
+    Where batches differ in size or are windows of text, examples or characters take
+    the place of steps.
+    """
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
+    sizes = {run.units_per_step for run in runs}
+    by_unit = len(sizes) > 1 or runs[0].unit != "examples"
     starts = []
-    for peer, all_mine in by_peer(runs).items():
+    for number, (peer, all_mine) in enumerate(by_peer(runs).items()):
         mine = [run for run in all_mine if not run.diverged]
         if not mine:
             continue
+        first = mine[0]
         curves = list(zip(*(run.values for run in mine), strict=True))
         middle = [statistics.median(values) for values in curves]
         starts.append(middle[len(middle) // 8])
+        progress = [s * (first.units_per_step if by_unit else 1) for s in first.steps]
         seconds = [
             statistics.median(values)
             for values in zip(*(run.seconds for run in mine), strict=True)
         ]
-        for panel, xs in zip(panels, (mine[0].steps, seconds), strict=True):
-            panel.plot(xs, middle, label=f"{peer}, lr {mine[0].lr:g}")
+        for panel, xs in zip(panels, (progress, seconds), strict=True):
+            panel.plot(
+                xs,
+                middle,
+                label=f"{peer}, lr {first.lr:g}",
+                # matplotlib has ten colours.
+                linestyle="-" if number < 10 else "--",
+            )
             panel.fill_between(
                 xs, [min(v) for v in curves], [max(v) for v in curves], alpha=0.15
             )
-    for panel, label in zip(panels, ("steps", "seconds of training"), strict=True):
+    labels = (runs[0].unit if by_unit else "steps", "seconds of training")
+    for panel, label in zip(panels, labels, strict=True):
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
         if starts and runs[0].higher_is_better:

@@ -172,7 +172,8 @@ class TextTask(Task):
 
     @property
     def size(self) -> dict[str, int]:  # noqa: D102
-        return {"train": len(self.data.train), "test": len(self.data.test)}
+        sizes = {"train": len(self.data.train), "test": len(self.data.test)}
+        return sizes | {"context": self.context}
 
     @property
     def device(self) -> torch.device:  # noqa: D102
