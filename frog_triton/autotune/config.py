@@ -196,13 +196,14 @@ def scale_config(n: int) -> ScaleConfig:
     return ScaleConfig(BLOCK_N=min(power_of_two(n), 64), num_warps=8)
 
 
-def forward_config(n: int, depthwise: bool = False) -> ForwardConfig:
-    """Tiles of samples by rows."""
+def forward_config(n: int, dim: int, depthwise: bool = False) -> ForwardConfig:
+    """Tiles of samples by rows; fewer rows where these are short."""
     if depthwise:
         return ForwardConfig(BLOCK_N=min(power_of_two(n), 64), BLOCK_D=16)
     if n <= 32:
         return ForwardConfig(BLOCK_N=power_of_two(n), BLOCK_R=16)
-    return ForwardConfig(num_warps=8, num_stages=3, BLOCK_R=64)
+    block_r = 32 if dim <= 64 else 64
+    return ForwardConfig(num_warps=8, num_stages=3, BLOCK_R=block_r)
 
 
 def adjoint_config(n: int, depthwise: bool = False) -> AdjointConfig:
