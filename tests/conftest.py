@@ -13,6 +13,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Tensors here are tiny: more threads would only wait for each other.
+torch.set_num_threads(1)
+
 # `oracles` and `cases` are plain modules beside the tests.
 sys.path.append(str(Path(__file__).parent))
 
