@@ -196,12 +196,20 @@ def scale_config(n: int) -> ScaleConfig:
     return ScaleConfig(BLOCK_N=min(power_of_two(n), 64), num_warps=8)
 
 
-def forward_config(n: int, dim: int, depthwise: bool = False) -> ForwardConfig:
-    """Tiles of samples by rows; fewer rows where these are short."""
-    if depthwise:
+def forward_config(n: int, dim: int, kind: str) -> ForwardConfig:
+    """Tiles of samples by rows; more rows where windows repeat each sample often.
+
+    Args:
+        n: samples.
+        dim: weights in a row.
+        kind: how samples are addressed: ``"matrix"``, ``"window"`` or ``"depthwise"``.
+    """
+    if kind == "depthwise":
         return ForwardConfig(BLOCK_N=min(power_of_two(n), 64), BLOCK_D=16)
     if n <= 32:
         return ForwardConfig(BLOCK_N=power_of_two(n), BLOCK_R=16)
+    if kind == "matrix":
+        return ForwardConfig(num_warps=8)
     block_r = 32 if dim <= 64 else 64
     return ForwardConfig(num_warps=8, num_stages=3, BLOCK_R=block_r)
 

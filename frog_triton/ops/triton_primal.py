@@ -210,7 +210,7 @@ def start(
     dtypes, kind = (s.tensors[0].dtype,), f"{s.kind} {precision}"
     of_forward = tuned(
         "_primal_forward_kernel",
-        config.forward_config(s.n, s.map.dim, s.depthwise > 0),
+        config.forward_config(s.n, s.map.dim, s.kind),
         s.key,
         dtypes,
         kind,
