@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .layers import ConvMap, LinearMap, MatrixMap
 from .layers.conv import ConvSpec
-from .ops.launch import Launch, recording
+from .ops.launch import Launch, capturable, recording
 from .ops.types import Rows
 from .solvers import FORMULATIONS, Batch
 
@@ -198,6 +198,6 @@ def step_launches(bucket: Bucket, formulation: str) -> list[Launch]:
         formulation,
         lambda size, dtype: torch.empty(size, dtype=dtype, device="meta"),
     )
-    with recording(run=False) as launches:
+    with capturable(False), recording(run=False) as launches:
         problem.step(triton_ops)
     return launches

@@ -195,7 +195,7 @@ class FROG(Optimizer):
             "capturable": capturable,
         }
         check_solver_options(damping, cg_iters, formulation, backend)
-        self._tuning = Tuning(autotune, autotune_dir)
+        self._tuning = Tuning(autotune, autotune_dir, process_group is not False)
         self.capturable = capturable
         self._step_supports_amp_scaling = capturable  # asked for by GradScaler
         self.formulation = formulation

@@ -9,9 +9,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from frog_triton import FROG
+from frog_triton.formulation import predict
 from frog_triton.ops.launch import capturable as without_host_copies
 from frog_triton.ops.launch import recording
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WAITING = (
     "aten::_local_scalar_dense",
     "aten::item",
@@ -243,3 +245,17 @@ def test_an_optimizer_that_is_not_capturable_says_so_under_capture():
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="capturable"), torch.cuda.graph(graph):
         opt.step()
+
+
+def test_the_formulation_is_counted_without_the_tables():
+    """Counting what a formulation costs launches nothing, so no table is written."""
+    chosen = []
+    for capturable in (False, True):
+        net = nn.Sequential(nn.Linear(37, 23), nn.Linear(23, 2)).to(DEVICE)
+        options = {"backend": "triton", "capturable": capturable, "sample_size": 7}
+        opt = FROG(net, lr=torch.tensor(0.02, device=DEVICE), **options)
+        net(torch.randn(7, 37, device=DEVICE)).square().sum().backward()
+        predict.cache_clear()
+        opt.step()
+        chosen.append(opt.describe()[0].reason)
+    assert chosen == ["Linear; gram, N = 7"] * 2

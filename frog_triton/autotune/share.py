@@ -6,17 +6,19 @@ import torch
 import torch.distributed as dist
 
 
+def several() -> bool:
+    """Whether there is more than one rank."""
+    ranks = dist.is_available() and dist.is_initialized()
+    return ranks and dist.get_world_size() > 1
+
+
 def broadcast(text: str, device: torch.device) -> str:
-    """Rank 0's text on every rank of the default group; as it is without ranks.
+    """Rank 0's text on every rank of the default group.
 
     Args:
         text: of this rank; matters on rank 0.
         device: of tensors that the group's backend can send.
     """
-    if not dist.is_available() or not dist.is_initialized():
-        return text
-    if dist.get_world_size() == 1:
-        return text
     content = text.encode()
     size = torch.tensor([len(content)], dtype=torch.int64, device=device)
     dist.broadcast(size, 0)
@@ -25,9 +27,3 @@ def broadcast(text: str, device: torch.device) -> str:
         buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
     dist.broadcast(buffer, 0)
     return bytes(buffer.tolist()).decode()
-
-
-def is_first_rank() -> bool:
-    """Whether this process is rank 0, or the only one."""
-    ranks = dist.is_available() and dist.is_initialized()
-    return not ranks or dist.get_rank() == 0

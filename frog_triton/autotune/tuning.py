@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
-from .share import broadcast, is_first_rank
+from .share import broadcast, several
 from .table import Table, using
 
 if TYPE_CHECKING:
@@ -31,16 +32,24 @@ class Tuning:
             package ships for the GPU, else keeps the defaults; ``"now"`` tunes what is
             missing at the first step; ``"off"`` keeps the defaults.
         folder: of the tables; None takes the user's cache folder.
+        shared: whether the ranks of the default group, if there are several, take
+            rank 0's table; False where each trains alone.
 
     Raises:
         ValueError: an unknown mode.
     """
 
-    def __init__(self, mode: str, folder: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        mode: str,
+        folder: str | os.PathLike[str] | None = None,
+        shared: bool = True,
+    ) -> None:
         if mode not in MODES:
             raise ValueError(f"autotune must be one of {MODES}, got {mode!r}")
         self.mode = mode
         self.folder = folder
+        self.shared = shared
         self.table: Table | None = None
 
     @contextmanager
@@ -76,12 +85,15 @@ class Tuning:
 
         machine = machine_of(device)
         table = Table()
-        if is_first_rank():
+        shared = self.shared and several()
+        if not shared or dist.get_rank() == 0:
             cache = Cache(self.folder)
             table = shipped(machine).merged(cache.load(machine))
             if self.mode == "now":
                 table = tune(device, buckets(), table, BUDGET_SECONDS)
                 cache.store(machine, table)
+        if not shared:
+            return table
         return parse(broadcast(render(machine, table), device), machine)
 
 

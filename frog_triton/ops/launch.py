@@ -64,9 +64,13 @@ _CAPTURABLE: ContextVar[bool] = ContextVar("capturable", default=False)
 
 
 @contextmanager
-def capturable() -> Iterator[None]:
-    """Copy nothing from the host, so that a CUDA graph can capture this context."""
-    token = _CAPTURABLE.set(True)
+def capturable(active: bool = True) -> Iterator[None]:
+    """Copy nothing from the host, so that a CUDA graph can capture this context.
+
+    Args:
+        active: False lifts that again, for launches that are only counted.
+    """
+    token = _CAPTURABLE.set(active)
     try:
         yield
     finally:
