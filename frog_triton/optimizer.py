@@ -6,20 +6,21 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import ops
+from . import ops, unhooked
 from .autotune.tuning import Tuning
 from .capture import SAMPLINGS, SampleCapture
 from .diagnostics import Diagnostics, memory_usage
 from .distributed import check_placements, find_ranks
 from .fallback import FALLBACKS
 from .groups import check_group, entries, param_list, user_groups
+from .guards import check_grads, is_capturing, no_autocast
 from .ops.launch import capturable as without_host_copies
 from .preconditioner import check_solver_options
 from .routing import Exclusion, Layer, Plan, Route, RoutingTable, route
@@ -351,13 +352,13 @@ class FROG(Optimizer):
             raise RuntimeError(
                 "this FROG is closed: its hooks are gone; build a new one"
             )
-        if not self.capturable and _capturing():
+        if not self.capturable and is_capturing():
             raise RuntimeError("to capture step() in a CUDA graph: capturable=True")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_grads()
+        check_grads(self.param_groups, self._plan.names, self._stepped)
         if self._ranks is not None:
             self._agree(self._ranks)
         self._let_go_of_unhooked()
@@ -365,7 +366,7 @@ class FROG(Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             move_state(self.state, params, self.capturable)
         # Products in a lower precision are for the model, not for its optimizer.
-        with _no_autocast(self.param_groups), self._no_waiting():
+        with no_autocast(self.param_groups), self._no_waiting():
             found_inf = self._unscale()
             # All is gathered before anything is changed.
             if self._ranks is not None:
@@ -484,31 +485,9 @@ class FROG(Optimizer):
         rows = layer.geometry.rows
         return rows if self._ranks is None else self._ranks.rows_here(layer)
 
-    def _check_grads(self) -> None:
-        grads = False
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                grads = True
-                if param.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"{self._plan.names[param]} has a sparse gradient, which FROG "
-                        "does not support; build its layer with sparse=False"
-                    )
-        if not grads and not self._stepped:
-            raise RuntimeError(
-                "step() before any backward: no parameter has a gradient; call "
-                "loss.backward() first"
-            )
-
     def _let_go_of_unhooked(self) -> None:
         """Give layers that are used without their module to the fallback."""
-        missed = [
-            name
-            for name, layer in self._plan.layers.items()
-            if layer.weight.grad is not None and name not in self.capture.fired
-        ]
+        missed = unhooked.missed(self._plan, self.capture.fired)
         if missed:
             self._reroute(missed)
             warnings.warn(
@@ -526,28 +505,16 @@ class FROG(Optimizer):
             self.capture.unwatch(name)
             for param in layer.params:
                 del self._layer_of[param]
-                self._plan.reasons[param] = "used without calling its module"
-                for group, rest in zip(
-                    self.param_groups, self.param_groups[1:], strict=False
-                ):
-                    kept = [p for p in group["params"] if p is not param]
-                    if len(kept) < len(group["params"]):
-                        group["params"] = kept
-                        rest["params"].append(param)
-                        self.state[param] = self._fresh_state(param, rest)
-                        break
+                self._plan.reasons[param] = unhooked.REASON
+                rest = unhooked.move(self.param_groups, param)
+                self.state[param] = self._fresh_state(param, rest)
 
     # -- state ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """State of all parameters, group entries, and which layers were let go."""
-        unhooked = [
-            self._plan.names[p]
-            for group in self.param_groups
-            for p in group["params"]
-            if self._plan.reasons[p] == "used without calling its module"
-        ]
-        return super().state_dict() | {"version": STATE_VERSION, "unhooked": unhooked}
+        let_go = unhooked.names_of(self._plan, self.param_groups)
+        return super().state_dict() | {"version": STATE_VERSION, "unhooked": let_go}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -568,20 +535,14 @@ class FROG(Optimizer):
             bool(state["step"] > 0) for state in self.state.values() if "step" in state
         )
 
-    def _let_go_like(self, unhooked: Sequence[str]) -> None:
-        """Reach the groups of a saved optimizer: state goes by position in a group."""
+    def _let_go_like(self, names: Sequence[str]) -> None:
+        """Let go of what a saved optimizer had let go."""
         name_of = {
             self._plan.names[layer.weight]: name
             for name, layer in self._plan.layers.items()
         }
-        self._reroute([name_of[name] for name in unhooked if name in name_of])
-        order = {name: i for i, name in enumerate(unhooked)}
-        for group in self.param_groups:
-            params = group["params"]
-            late = [p for p in params if self._plan.names[p] in order]
-            first = [p for p in params if self._plan.names[p] not in order]
-            late.sort(key=lambda p: order[self._plan.names[p]])
-            group["params"] = first + late
+        self._reroute([name_of[name] for name in names if name in name_of])
+        unhooked.order_like(self.param_groups, self._plan.names, names)
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse: hooks tie this object to one model.
@@ -704,15 +665,6 @@ class FROG(Optimizer):
         self.close()
 
 
-def _no_autocast(groups: list[dict[str, Any]]) -> AbstractContextManager[Any]:
-    """Switch autocast off on the devices of the parameters."""
-    stack = ExitStack()
-    devices = {p.device.type for group in groups for p in group["params"]}
-    for device in sorted(devices & {"cpu", "cuda"}):
-        stack.enter_context(torch.autocast(device, enabled=False))
-    return stack
-
-
 def _step_reader(this: weakref.ref[FROG], layer: Layer) -> Callable[[], Counter]:
     def step() -> Counter:
         optimizer = this()
@@ -722,8 +674,3 @@ def _step_reader(this: weakref.ref[FROG], layer: Layer) -> Callable[[], Counter]
         return counter.to(torch.int64) if optimizer.capturable else int(counter)
 
     return step
-
-
-def _capturing() -> bool:
-    """Whether a CUDA graph is being captured; builds without CUDA cannot tell."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

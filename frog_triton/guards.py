@@ -1,0 +1,51 @@
+"""What a step checks, and keeps away, before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def check_grads(
+    groups: Iterable[Mapping[str, Any]],
+    names: Mapping[nn.Parameter, str],
+    stepped: bool,
+) -> None:
+    """Raise RuntimeError for gradients that no step can use.
+
+    Args:
+        groups: parameter groups.
+        names: of the parameters.
+        stepped: whether there has been a step; without one there must be a gradient.
+    """
+    found = [p for group in groups for p in group["params"] if p.grad is not None]
+    for param in found:
+        assert param.grad is not None
+        if param.grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{names[param]} has a sparse gradient, which FROG does not support; "
+                "build its layer with sparse=False"
+            )
+    if not found and not stepped:
+        raise RuntimeError(
+            "step() before any backward: no parameter has a gradient; call "
+            "loss.backward() first"
+        )
+
+
+def no_autocast(groups: Iterable[Mapping[str, Any]]) -> AbstractContextManager[Any]:
+    """Switch autocast off on the devices of the parameters."""
+    stack = ExitStack()
+    devices = {p.device.type for group in groups for p in group["params"]}
+    for device in sorted(devices & {"cpu", "cuda"}):
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured; builds without CUDA cannot tell."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
