@@ -2,7 +2,8 @@
 
 Weight decay is decoupled and left off biases and norms (parameters of fewer than two
 dimensions), so both kinds are torch's functions called without a decay of their own.
-Where no step may wait for the device (``capturable``) they are torch's fused ones.
+Where no step may wait for the device (``capturable``), AdamW is torch's fused one and
+SGD a few lines here.
 """
 
 from __future__ import annotations
@@ -85,10 +86,14 @@ class SGD(Fallback):
         group: dict[str, Any],
         found_inf: Tensor | None,
     ) -> None:
+        buffers = [state["momentum_buffer"] for state in states]
+        if group["capturable"]:
+            _sgd_on_device(params, grads, buffers, group, found_inf)
+            return
         sgd(
             params,
             grads,
-            [state["momentum_buffer"] for state in states],
+            buffers,
             weight_decay=0.0,
             momentum=group["momentum"],
             lr=group["lr"],
@@ -96,9 +101,35 @@ class SGD(Fallback):
             nesterov=group["nesterov"],
             maximize=False,
             foreach=None,
-            fused=group["capturable"] or None,
-            found_inf=found_inf,
         )
+
+
+def _sgd_on_device(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    group: dict[str, Any],
+    found_inf: Tensor | None,
+) -> None:
+    """SGD that waits for no number: tensor lr, steps skipped by factors of 0 and 1.
+
+    torch's fused SGD would do, but its momentum advances in steps that a scaler skips,
+    and on a CPU its 16-bit momentum is wrong up to torch 2.13 (pytorch/pytorch#191763).
+    """
+    lr, momentum = group["lr"], group["momentum"]
+    if found_inf is not None:
+        taken = found_inf == 0
+        grads = [torch.where(taken.to(g.device), g, 0) for g in grads]
+        lr = lr * taken
+        momentum = torch.where(taken, momentum, 1.0)
+    multiply_(buffers, momentum)
+    torch._foreach_add_(buffers, grads)
+    steps = [buffer.clone() for buffer in buffers]
+    if group["nesterov"]:
+        multiply_(steps, momentum)
+        torch._foreach_add_(steps, grads)
+    multiply_(steps, -lr)
+    torch._foreach_add_(params, steps)
 
 
 class AdamW(Fallback):
