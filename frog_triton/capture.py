@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import ops, traced
 from .layers import LayerAdapter, LinearMap, MatrixMap, pool_samples
-from .sampling import Counter, counter_key, draw
+from .sampling import Counter, counter_key, draw, take
 
 SAMPLINGS = {"examples": 32, "positions": 256}
 """Ways to sample, each with its default size."""
@@ -186,7 +186,7 @@ class SampleCapture:
                 return adapter.take_input_positions(
                     module, x, y_shape, index, backend
                 ), index
-            return x.index_select(0, index), index
+            return take(x, index), index
 
     def keep(
         self,
@@ -216,7 +216,7 @@ class SampleCapture:
             if self.sampling == "positions":
                 y = adapter.take_output_positions(y, index)
             else:
-                y = y.index_select(0, index)
+                y = take(y, index)
             self.add(name, module, x, y, total)
 
     def _per_example(self, adapter: LayerAdapter, like: Tensor, y_shape: Any) -> int:

@@ -196,7 +196,7 @@ class FROG(Optimizer):
             "capturable": capturable,
         }
         check_solver_options(damping, cg_iters, formulation, backend)
-        self._tuning = Tuning(autotune, autotune_dir, process_group is not False)
+        self._tuning = Tuning(autotune, autotune_dir)
         self.capturable = capturable
         self._step_supports_amp_scaling = capturable  # asked for by GradScaler
         self.formulation = formulation
@@ -225,6 +225,7 @@ class FROG(Optimizer):
                     "many samples each brings, on the host; leave capturable out"
                 )
             size, seed = self._ranks.share(size, seed)
+            self._tuning.group = self._ranks.division.group
         self.capture = SampleCapture(size, sampling, seed, backend)
         super().__init__(groups, defaults)
         self._watch(self._plan.layers.values())
@@ -374,7 +375,8 @@ class FROG(Optimizer):
             gathered = [(group, self._gather(group)) for group in self.param_groups]
             for group, steps in gathered:
                 if group["updated_by"] == "frog":
-                    with tuned(self._tuning, self._here(gathered)):
+                    here, layers = self._here(gathered), self._plan.layers.values()
+                    with tuned(self._tuning, layers, self.backend, here):
                         self._step_rows(steps, group, found_inf)
                 else:
                     params = [p for p in group["params"] if p.grad is not None]
@@ -456,6 +458,7 @@ class FROG(Optimizer):
                 "sample_size": self._sample_size,
                 "sampling": self.capture.sampling,
                 "formulation": self.formulation,
+                "momentum_dtype": self._momentum_dtype,
                 **entries(self.param_groups),
             }
             ranks.verify(settings, (p for g in self.param_groups for p in g["params"]))

@@ -91,6 +91,13 @@ def _add(a: Counter, b: Counter) -> Counter:
     return a + b
 
 
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Examples of a batch; images that are channels_last stay so."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.movedim(1, -1).index_select(0, index).movedim(-1, 1)
+    return x.index_select(0, index)
+
+
 def _splitmix64(z: int) -> int:
     for shift, multiplier in _MULTIPLIERS:
         z = ((z ^ (z >> shift)) * multiplier) & _MASK

@@ -86,6 +86,14 @@ def check_shapes(
                         f"{key} has {tuple(value.shape)}; load the state of the same "
                         "model, with the same options of FROG"
                     )
+                sharded = [hasattr(t, "to_local") for t in (known, value)]
+                if key != "step" and sharded[0] != sharded[1]:
+                    raise ValueError(
+                        f"{names[param]}: {key} is sharded on one side only, here or "
+                        "in the saved state; load it with "
+                        "torch.distributed.checkpoint.state_dict"
+                        ".set_optimizer_state_dict"
+                    )
 
 
 def restore(

@@ -207,13 +207,25 @@ Gathered = Sequence[tuple[dict[str, Any], Sequence["LayerStep"]]]
 """Parameter groups, each with what its layers bring to the step."""
 
 
-def tuned(tuning: Tuning, gathered: Gathered) -> AbstractContextManager[None]:
-    """A context in which launches use the tuning's table; see `Tuning.applied`."""
-    devices = [step.params.weight.device for _, steps in gathered for step in steps]
-    if not devices:
+def tuned(
+    tuning: Tuning, layers: Iterable[Layer], backend: str, gathered: Gathered
+) -> AbstractContextManager[None]:
+    """A context in which launches use the tuning's table; see `Tuning.applied`.
+
+    Args:
+        tuning: the optimizer's.
+        layers: all that are preconditioned, so that every rank decides alike.
+        backend: one of `ops.BACKENDS`.
+        gathered: what this rank solves.
+    """
+    weight = next((layer.weight for layer in layers), None)
+    if weight is None:
         return nullcontext()
+    chosen = ops.resolve(backend, weight.device, torch.float32)
+    if weight.is_cuda and not chosen.GROUPS_LAYERS:
+        return nullcontext()  # torch has nothing to tune, nor need Triton be there
     return tuning.applied(
-        devices[0],
+        weight.device,
         lambda: [b for group, steps in gathered for b in buckets_of(steps, group)],
     )
 

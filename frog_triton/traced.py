@@ -50,7 +50,7 @@ def enrol(receiver: Receiver) -> int:
 
 def make_anchor() -> Tensor:
     """What `keep` returns the gradient of."""
-    return torch.zeros(1, requires_grad=True)
+    return torch.zeros(1, device="cpu", requires_grad=True)
 
 
 @torch.compiler.assume_constant_result
@@ -143,9 +143,9 @@ def _keep(grad: Tensor, sampled: Tensor, index: Tensor, number: int) -> Tensor:
     if receiver is not None:
         # The graph may use its buffers again.
         receiver.keep(sampled.clone(), index, grad)
-    return torch.zeros(1)
+    return torch.zeros(1, device="cpu")
 
 
 @_keep.register_fake
 def _empty_token(grad: Tensor, sampled: Tensor, index: Tensor, number: int) -> Tensor:
-    return torch.empty(1)
+    return torch.empty(1, device="cpu")

@@ -366,12 +366,12 @@ def test_the_gpu_is_detected(monkeypatch):
 
 RANK = """
 import sys, torch, torch.distributed as dist
-from frog_triton.autotune.share import broadcast, several
+from frog_triton.autotune.share import broadcast
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank,
                         world_size=2)
-assert several()
-print(broadcast("choice of rank %d \\u00e9" % rank, torch.device("cpu")))
+text = "choice of rank %d \\u00e9" % rank
+print(broadcast(text, torch.device("cpu"), dist.group.WORLD))
 dist.destroy_process_group()
 """
 

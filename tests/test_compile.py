@@ -199,3 +199,14 @@ def test_hooks_put_on_after_the_first_compiled_call_are_missed_with_a_hint():
     F.cross_entropy(compiled(x), y).backward()
     with pytest.warns(UserWarning, match=r"compiled.*torch\.compiler\.reset"):
         opt.step()
+
+
+def test_another_default_device_at_construction():
+    """What the graph and its backward exchange stays on the CPU."""
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
+    with torch.device("meta"):
+        opt = FROG(net, sample_size=3)
+    compiled = torch.compile(net, backend="aot_eager")
+    compiled(torch.randn(4, 6)).square().sum().backward()
+    opt.step()
+    assert opt.anomalies() == {} and "N = 3" in opt.describe()[0].reason

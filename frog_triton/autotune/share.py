@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
 
-def several() -> bool:
-    """Whether there is more than one rank."""
-    ranks = dist.is_available() and dist.is_initialized()
-    return ranks and dist.get_world_size() > 1
-
-
-def broadcast(text: str, device: torch.device) -> str:
-    """Rank 0's text on every rank of the default group.
+def broadcast(text: str, device: torch.device, group: Any) -> str:
+    """The text of a group's first rank, on all of its ranks.
 
     Args:
-        text: of this rank; matters on rank 0.
+        text: of this rank; matters on the first.
         device: of tensors that the group's backend can send.
+        group: a process group.
     """
     content = text.encode()
     size = torch.tensor([len(content)], dtype=torch.int64, device=device)
-    dist.broadcast(size, 0)
+    dist.broadcast(size, group=group, group_src=0)
     buffer = torch.zeros(int(size), dtype=torch.uint8, device=device)
-    if dist.get_rank() == 0:
+    if dist.get_rank(group) == 0:
         buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-    dist.broadcast(buffer, 0)
+    dist.broadcast(buffer, group=group, group_src=0)
     return bytes(buffer.tolist()).decode()

@@ -7,8 +7,9 @@ count a multiply-add as two.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -61,19 +62,26 @@ def detect(device: torch.device) -> GPU | None:
         return None
     found = torch.cuda.get_device_properties(device)
     for gpu in GPUS.values():
-        if gpu.name in found.name:
-            return gpu
+        if re.search(rf"\b{gpu.name}\b", found.name):
+            return _part(gpu, found.multi_processor_count)
     capability = 10 * found.major + found.minor
     older = [gpu for gpu in GPUS.values() if gpu.capability <= capability]
     near = max(older or GPUS.values(), key=lambda gpu: gpu.capability)
-    share = found.multi_processor_count / near.processors
-    return GPU(
-        found.name,
-        near.bandwidth * share,
-        near.tf32 * share,
-        near.bf16 * share,
-        capability,
-        found.multi_processor_count,
+    known = replace(near, name=found.name, capability=capability)
+    return _part(known, found.multi_processor_count)
+
+
+def _part(gpu: GPU, processors: int) -> GPU:
+    """A GPU with fewer, or more, processors at the same rates each."""
+    share = processors / gpu.processors
+    if processors == gpu.processors:
+        return gpu
+    return replace(
+        gpu,
+        bandwidth=gpu.bandwidth * share,
+        tf32=gpu.tf32 * share,
+        bf16=gpu.bf16 * share,
+        processors=processors,
     )
 
 

@@ -7,7 +7,6 @@ accurate as the default's and its median is ahead by more than the noise.
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 from ..formulation import predict as predict_formulations
 from ..launches import Bucket, Problem, step_problem
 from ..ops import torch_ops, triton_ops
-from ..ops.launch import Launch, recording
+from ..ops.launch import Launch, Launches, recording
 from .config import Config
 from .model import predict
 from .shortlist import (
@@ -37,6 +36,11 @@ NEAR = 2.0
 """Formulations whose predictions are within this factor are timed."""
 
 ROUNDS = 20
+CHUNK = 8
+"""Keys that are compiled, then timed, together."""
+
+HEAD_START_CYCLES = 200_000
+"""About 0.1 ms of a GPU's clock: more than Python takes for a launch."""
 
 
 Timer = Callable[[Sequence[Sequence[Launch]]], list[list[float]]]
@@ -55,6 +59,7 @@ class Tuner:
         budget: seconds after which no further key is begun.
         progress: called with what is done, in words, and the share that is done.
         compile: whether to compile candidates offline first.
+        keep: called with the table whenever it has grown.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Tuner:
         budget: float = float("inf"),
         progress: Callable[[str, float], object] = lambda what, share: None,
         compile: bool = True,
+        keep: Callable[[Table], object] = lambda table: None,
     ) -> None:
         self.gpu = gpu
         self.device = device
@@ -76,6 +82,7 @@ class Tuner:
         self.deadline = time.monotonic() + budget
         self.progress = progress
         self.compile = compile
+        self.keep = keep
         self.reports: list[KeyReport] = []
 
     def tune(self, buckets: Sequence[Bucket]) -> Table:
@@ -84,31 +91,38 @@ class Tuner:
         wanted.sort(key=lambda a: -predict(a.launch, self.gpu).time_us)
         shortlists = [(a, shortlist(a, self.gpu, self.top)) for a in wanted]
         self.reports = [report for _, report in shortlists]
-        if self.compile:
-            total = sum(len(r.candidates) for r in self.reports)
-            ready = itertools.count(1)
-
-            def done() -> None:
-                share = next(ready) / max(total, 1)
-                self.progress("compiling candidates", share / 2)
-
-            inspect(shortlists, self.gpu, done, self.deadline - time.monotonic())
-        for i, (asked, report) in enumerate(shortlists):
-            if time.monotonic() > self.deadline:
-                break
-            self.progress(asked.key, 0.5 + 0.5 * i / len(shortlists))
-            self._time(asked, report)
+        # A few at a time, so that a budget that ends early has bought something.
+        for first in range(0, len(shortlists), CHUNK):
+            self._tune_some(shortlists[first : first + CHUNK], first / len(shortlists))
+            self.keep(self.table)
         for bucket in buckets:
             if time.monotonic() > self.deadline:
                 break
             self._formulation(bucket)
+        self.keep(self.table)
         return self.table
+
+    def _tune_some(
+        self, shortlists: Sequence[tuple[Asked, KeyReport]], share: float
+    ) -> None:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            return
+        if self.compile:
+            self.progress("compiling candidates", share)
+            inspect(shortlists, self.gpu, timeout=left / 2)
+        for asked, report in shortlists:
+            if time.monotonic() > self.deadline:
+                break
+            self.progress(asked.key, share)
+            self._time(asked, report)
 
     def _time(self, asked: Asked, report: KeyReport) -> None:
         """Check and time one key's candidates; keep the winner."""
         default = asked.launch.config
         exact = _deltas(self._problem(asked.bucket, asked.formulation, wide=True))
         groups: list[list[Launch]] = []
+        alive: list[Launches] = []  # tables hold addresses, not tensors
         places: list[int] = []
         limit = float("inf")
         # The default first: its error is the measure of the others'.
@@ -134,8 +148,10 @@ class Tuner:
                 report.candidates[i] = _judged(candidate, f"wrong by {error:.1e}")
                 continue
             groups.append([a for a in launches if a.config.key == asked.key])
+            alive.append(launches)
             places.append(i)
         times = self.timer(groups)
+        del alive
         for i, found in zip(places, times, strict=True):
             candidate = report.candidates[i]
             report.candidates[i] = Candidate(
@@ -180,7 +196,11 @@ class Tuner:
             value = value.to(dtype)
             return value.to(torch.float64) if wide else value
 
-        return step_problem(bucket, "primal" if wide else formulation, make)
+        problem = step_problem(bucket, "primal" if wide else formulation, make)
+        for rows in problem.params:
+            # From zero, so that a step is not lost in the rounding of 16 bits.
+            rows.weight.zero_()
+        return problem
 
 
 def winner(timed: Sequence[Candidate], default: Config) -> Candidate:
@@ -236,15 +256,22 @@ class CudaTimer:
 
     def __init__(self, device: torch.device, rounds: int = ROUNDS) -> None:
         self.rounds = rounds
-        # Larger than any L2; writing it also gives the host a head start.
-        self._flush = torch.empty(1 << 28, dtype=torch.int32, device=device)
+        self.device = device
+        # Larger than any L2.
+        self._flush = torch.empty(1 << 26, dtype=torch.int32, device=device)
 
     def __call__(self, groups: Sequence[Sequence[Launch]]) -> list[list[float]]:
         """Microseconds of each set in each round."""
+        with torch.cuda.device(self.device):
+            return self._rounds(groups)
+
+    def _rounds(self, groups: Sequence[Sequence[Launch]]) -> list[list[float]]:
         times: list[list[float]] = [[] for _ in groups]
         for round_ in range(self.rounds + 2):
             for found, launches in zip(times, groups, strict=True):
                 self._flush.zero_()
+                # The host needs a head start, or it is what is timed.
+                torch.cuda._sleep(HEAD_START_CYCLES * (1 + len(launches)))
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 for launch in launches:

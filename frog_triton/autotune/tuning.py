@@ -6,12 +6,12 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from .share import broadcast, several
+from .share import broadcast
 from .table import Table, using
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ class Tuning:
             package ships for the GPU, else keeps the defaults; ``"now"`` tunes what is
             missing at the first step; ``"off"`` keeps the defaults.
         folder: of the tables; None takes the user's cache folder.
-        shared: whether the ranks of the default group, if there are several, take
-            rank 0's table; False where each trains alone.
+        group: of ranks that take the table of the first; None where one trains alone.
 
     Raises:
         ValueError: an unknown mode.
@@ -43,13 +42,13 @@ class Tuning:
         self,
         mode: str,
         folder: str | os.PathLike[str] | None = None,
-        shared: bool = True,
+        group: Any = None,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"autotune must be one of {MODES}, got {mode!r}")
         self.mode = mode
         self.folder = folder
-        self.shared = shared
+        self.group = group
         self.table: Table | None = None
 
     @contextmanager
@@ -85,16 +84,21 @@ class Tuning:
 
         machine = machine_of(device)
         table = Table()
-        shared = self.shared and several()
-        if not shared or dist.get_rank() == 0:
+        if self.group is None or dist.get_rank(self.group) == 0:
             cache = Cache(self.folder)
             table = shipped(machine).merged(cache.load(machine))
             if self.mode == "now":
-                table = tune(device, buckets(), table, BUDGET_SECONDS)
-                cache.store(machine, table)
-        if not shared:
+                try:
+                    table = tune(device, buckets(), table, BUDGET_SECONDS)
+                    cache.store(machine, table)
+                except Exception as error:  # other ranks wait for what is known
+                    warnings.warn(
+                        f"tuning failed, training goes on without: {error!r}",
+                        stacklevel=6,
+                    )
+        if self.group is None:
             return table
-        return parse(broadcast(render(machine, table), device), machine)
+        return parse(broadcast(render(machine, table), device, self.group))
 
 
 def machine_of(device: torch.device) -> Machine:

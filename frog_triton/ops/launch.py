@@ -47,6 +47,18 @@ class Launch:
             self.kernel[self.grid](**self.args, **self.config.options())
 
 
+class Launches(list[Launch]):
+    """Launches, and the tensors that their tables of addresses speak of.
+
+    Attributes:
+        tensors: held, so that a launch can be run again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[Any] = []
+
+
 @dataclass
 class Recording:
     """Launches made while it was active.
@@ -57,7 +69,7 @@ class Recording:
     """
 
     run: bool
-    launches: list[Launch]
+    launches: Launches
 
 
 _CAPTURABLE: ContextVar[bool] = ContextVar("capturable", default=False)
@@ -86,18 +98,25 @@ _RECORDING: ContextVar[Recording | None] = ContextVar("recording", default=None)
 
 
 @contextmanager
-def recording(run: bool = True) -> Iterator[list[Launch]]:
+def recording(run: bool = True) -> Iterator[Launches]:
     """Collect the launches made in this context.
 
     Args:
         run: run them, too. Otherwise results are undefined, but no GPU is needed.
     """
-    current = Recording(run, [])
+    current = Recording(run, Launches())
     token = _RECORDING.set(current)
     try:
         yield current.launches
     finally:
         _RECORDING.reset(token)
+
+
+def hold(tensors: Any) -> None:
+    """Keep tensors that a table addresses alive as long as a recording of now."""
+    current = _RECORDING.get()
+    if current is not None:
+        current.launches.tensors.append(tensors)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, **args: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..autotune.config import Config
 from ..kernels.tables import _fill_table_kernel
-from .launch import is_capturable, launch
+from .launch import hold, is_capturable, launch
 
 _WORDS = 16
 """Words that one launch of `_fill_table_kernel` writes."""
@@ -35,6 +35,7 @@ class Tables:
     def __init__(
         self, rows: Sequence[Sequence[Tensor]], scalars: Sequence[float | Tensor] = ()
     ) -> None:
+        hold(rows)
         layers = len(rows[0])
         width = layers + layers % 2  # rows begin at multiples of 16 bytes
         words = []
