@@ -93,7 +93,7 @@ class SGD(Fallback):
         sgd(
             params,
             grads,
-            buffers,
+            [*buffers],
             weight_decay=0.0,
             momentum=group["momentum"],
             lr=group["lr"],
