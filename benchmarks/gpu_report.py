@@ -29,6 +29,9 @@ import torch
 from .environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 470
+"""For all stages together; what did not fit is run by the next call."""
+
 TUNED = ("resnet18", "resnet50", "gpt2-small")
 
 
@@ -56,7 +59,10 @@ def stages(out: Path, reference: Path | None) -> list[Stage]:
         out: folder of the results.
         reference: the public reference's frog.py, to be timed as well.
     """
-    tests = ("-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests"))
+    pytest = ("-m", "pytest", "-q", "-m", "gpu")
+    tests = (*pytest, str(ROOT / "tests" / "test_gpu.py"))
+    # Many small kernels to compile: last, with what time is left.
+    kernels = (*pytest, "-x", str(ROOT / "tests"))
     cli = ("-m", "frog_triton")
     tables = str(out / "tables")
     command: tuple[str, ...]
@@ -82,6 +88,8 @@ def stages(out: Path, reference: Path | None) -> list[Stage]:
         command = ("-m", "frog_triton.benchmarks.reference", str(reference))
         kept = (*command, "--json", str(out / "reference.json"))
         found.append(Stage("reference", kept, 120, (*command, "--batch", "4")))
+    collect = (*kernels, "--collect-only")
+    found.append(Stage("kernel-tests", kernels, 300, collect))
     return found
 
 
@@ -92,8 +100,17 @@ def folder(results: Path, found: dict[str, Any], rehearse: bool) -> Path:
     return results / name / str(found["commit"] or "no-commit")[:12]
 
 
-def run_stage(stage: Stage, out: Path, rehearse: bool) -> dict[str, Any]:
-    """Run a stage and keep what it printed; its record, also if it failed."""
+def run_stage(
+    stage: Stage, out: Path, rehearse: bool, left: float = float("inf")
+) -> dict[str, Any]:
+    """Run a stage and keep what it printed; its record, also if it failed.
+
+    Args:
+        stage: the stage.
+        out: folder of the results.
+        rehearse: whether to run its rehearsal.
+        left: seconds that it may take, if that is less than its own limit.
+    """
     path = out / f"{stage.name}.stage.json"
     if path.is_file():
         known: dict[str, Any] = json.loads(path.read_text())
@@ -101,17 +118,18 @@ def run_stage(stage: Stage, out: Path, rehearse: bool) -> dict[str, Any]:
             return known
     command = stage.rehearsal if rehearse else stage.command
     begun = time.monotonic()
+    limit = max(1.0, min(stage.timeout, left))
     try:
         done = subprocess.run(
             [sys.executable, *command],
             capture_output=True,
             text=True,
-            timeout=stage.timeout,
+            timeout=limit,
         )
         code, printed = done.returncode, done.stdout + done.stderr
     except subprocess.TimeoutExpired as error:
         code = -1
-        printed = f"stopped after {stage.timeout} s\n{_text(error.stdout)}"
+        printed = f"stopped after {limit:.0f} s\n{_text(error.stdout)}"
     record = {
         "stage": stage.name,
         "command": list(command),
@@ -206,11 +224,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     records = []
+    begun = time.monotonic()
     for stage in planned:
         if args.only and stage.name not in args.only:
             continue
         print(f"{stage.name} ...", flush=True)
-        record = run_stage(stage, out, args.rehearse)
+        left = begun + SECONDS - time.monotonic()
+        record = run_stage(stage, out, args.rehearse, left)
         print(f"{stage.name}: exit code {record['exit_code']}, {record['seconds']} s")
         records.append(record)
         text = report(out, found, records, args.rehearse)

@@ -140,6 +140,7 @@ def _tune(args: argparse.Namespace, buckets: Sequence[Bucket]) -> int:
             args.top,
             args.budget,
             lambda what, share: bar.update(task, description=what, completed=share),
+            keep=lambda table: cache.store(machine, table),
         )
         table = tuner.tune(buckets)
     show(tuner.reports, gpu)
