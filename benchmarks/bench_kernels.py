@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from .. import cost
-from ..autotune.traffic import GPUS
+from ..autotune.traffic import GPUS, name_here
 from ..autotune.tuning import Tuning
 from ..cost import Cost
 from ..launches import LayerShape
@@ -236,7 +236,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16"
     )
-    parser.add_argument("--gpu", choices=GPUS, default="h200", help="for the floors")
+    parser.add_argument(
+        "--gpu", choices=GPUS, default=name_here(), help="for the floors"
+    )
     parser.add_argument(
         "--formulation", choices=("auto", "primal", "gram"), default="auto"
     )

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .. import FROG, cost
-from ..autotune.traffic import GPUS
+from ..autotune.traffic import GPUS, name_here
 from ..launches import LayerShape
 from .environment import environment
 from .plot import draw
@@ -196,7 +196,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16"), default="bfloat16",
         help="of the samples (default: bfloat16)",
     )  # fmt: skip
-    parser.add_argument("--gpu", choices=GPUS, default="h200", help="for the floors")
+    parser.add_argument(
+        "--gpu", choices=GPUS, default=name_here(), help="for the floors"
+    )
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--json", type=Path, help="write the results there, too")
     parser.add_argument(

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 
-def check_grads(
+def problem_with_grads(
     groups: Iterable[Mapping[str, Any]],
     names: Mapping[nn.Parameter, str],
     stepped: bool,
-) -> None:
-    """Raise RuntimeError for gradients that no step can use.
+) -> str | None:
+    """Why no step can be made with the gradients that are there, if none can.
 
     Args:
         groups: parameter groups.
@@ -26,15 +26,16 @@ def check_grads(
     for param in found:
         assert param.grad is not None
         if param.grad.layout != torch.strided:
-            raise RuntimeError(
+            return (
                 f"{names[param]} has a sparse gradient, which FROG does not support; "
                 "build its layer with sparse=False"
             )
     if not found and not stepped:
-        raise RuntimeError(
+        return (
             "step() before any backward: no parameter has a gradient; call "
             "loss.backward() first"
         )
+    return None
 
 
 def no_autocast(groups: Iterable[Mapping[str, Any]]) -> AbstractContextManager[Any]:

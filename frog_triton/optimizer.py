@@ -20,7 +20,7 @@ from .diagnostics import Diagnostics, memory_usage
 from .distributed import check_placements, find_ranks
 from .fallback import FALLBACKS
 from .groups import check_group, entries, param_list, user_groups
-from .guards import check_grads, is_capturing, no_autocast
+from .guards import is_capturing, no_autocast, problem_with_grads
 from .ops.launch import capturable as without_host_copies
 from .preconditioner import check_solver_options
 from .routing import Exclusion, Layer, Plan, Route, RoutingTable, route
@@ -359,9 +359,15 @@ class FROG(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        check_grads(self.param_groups, self._plan.names, self._stepped)
+        names, stepped = self._plan.names, self._stepped
+        problem = problem_with_grads(self.param_groups, names, stepped)
+        if self._ranks is not None and not self._ranks.verified:
+            self._verify(self._ranks, problem)
+        if problem is not None:
+            raise RuntimeError(problem)
         if self._ranks is not None:
-            self._agree(self._ranks)
+            layers = list(self._plan.layers.values())
+            self.capture.fired |= self._ranks.agree(layers, self.capture)
         self._let_go_of_unhooked()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -449,20 +455,21 @@ class FROG(Optimizer):
         }
         return list(layers.values())
 
-    def _agree(self, ranks: Ranks) -> None:
-        """Learn which layers take part, and what each rank brings."""
-        layers = list(self._plan.layers.values())
-        if not ranks.verified:
-            settings = {
-                "layers": {layer.name: tuple(layer.weight.shape) for layer in layers},
-                "sample_size": self._sample_size,
-                "sampling": self.capture.sampling,
-                "formulation": self.formulation,
-                "momentum_dtype": self._momentum_dtype,
-                **entries(self.param_groups),
-            }
-            ranks.verify(settings, (p for g in self.param_groups for p in g["params"]))
-        self.capture.fired |= ranks.agree(layers, self.capture)
+    def _verify(self, ranks: Ranks, problem: str | None) -> None:
+        """Raise, on all ranks alike, where they are not set up alike."""
+        layers = self._plan.layers.values()
+        settings = {
+            "layers": {layer.name: tuple(layer.weight.shape) for layer in layers},
+            "sample_size": self._sample_size,
+            "sampling": self.capture.sampling,
+            "formulation": self.formulation,
+            "momentum_dtype": self._momentum_dtype,
+            **entries(self.param_groups),
+            "what is wrong with gradients": problem,
+        }
+        params = [p for group in self.param_groups for p in group["params"]]
+        ranks.verify(settings, () if problem else params)
+        ranks.verified = problem is None
 
     def _samples(self, layer: Layer, bias: bool) -> Samples:
         """The layer's samples, or none, with a warning, if there are none."""

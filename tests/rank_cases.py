@@ -292,6 +292,12 @@ def ddp_disagreements():
     if rank:
         net.module.fc.bias.grad = None
     errors["one gradient"] = error_of(opt.step)
+    opt.close()
+    opt = FROG(net)
+    F.cross_entropy(net(mine(x)), mine(y)).backward()
+    if rank:
+        opt.zero_grad()
+    errors["no gradient"] = error_of(opt.step)
     return errors
 
 

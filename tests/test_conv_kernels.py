@@ -1,5 +1,8 @@
 """Convolutions over whole examples: implicit patches against the float64 oracle."""
 
+import gc
+import weakref
+
 import oracles
 import pytest
 import torch
@@ -237,3 +240,19 @@ def test_steps_of_a_net_like_float64(options):
     # whose rows of ten weights are almost solved: torch's own two formulations are as
     # far apart there.
     assert errors[1] < 2 * errors[0] + 1e-4
+
+
+def test_a_recording_keeps_what_its_tables_address():
+    """So that a launch can be run again: tables hold addresses, not tensors."""
+    module, x, y, m, mb = on_device(problem("conv2d", dtype=torch.float32))
+    x = x.clone()
+    with recording() as launches:
+        precondition(module, x, y, m, mb, formulation="primal", backend="triton")
+    watched = weakref.ref(x)
+    del x
+    gc.collect()
+    assert watched() is not None
+    launches[-1].run()
+    del launches
+    gc.collect()
+    assert watched() is None

@@ -98,6 +98,7 @@ def test_disagreements_are_errors_on_all_ranks(two):
         assert errors["unchanged"]
         assert errors["alone"] is None
         assert "fc has a gradient on only one" in errors["one gradient"]
+        assert "None and 'step() before any backward" in errors["no gradient"]
 
 
 def test_values_that_are_not_finite(pool):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from frog_triton.sampling import counter_key, draw
+from frog_triton.sampling import counter_key, draw, take
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,11 @@ def test_large_ranges_stay_exact():
     index = draw(2**40, 1000, counter_key(5))
     assert len(index.unique()) == 1000
     assert index.max() > 2**39 and index.min() >= 0
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_examples_keep_the_layout_of_their_batch(layout):
+    x = torch.randn(7, 3, 4, 5).to(memory_format=layout)
+    taken = take(x, torch.tensor([5, 0, 2]))
+    assert torch.equal(taken, x[torch.tensor([5, 0, 2])])
+    assert taken.is_contiguous(memory_format=layout)

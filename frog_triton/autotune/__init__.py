@@ -1,1 +1,1 @@
-"""Kernel configurations: defaults by size."""
+"""Configurations of the kernels: defaults, what they cost, and how to find better."""

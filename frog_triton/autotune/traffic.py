@@ -71,6 +71,16 @@ def detect(device: torch.device) -> GPU | None:
     return _part(known, found.multi_processor_count)
 
 
+def name_here() -> str:
+    """The name in `GPUS` of the GPU here, or of the one most like it; else h200."""
+    found = detect(torch.device("cuda")) if torch.cuda.is_available() else None
+    if found is None:
+        return "h200"
+    same = [name for name, gpu in GPUS.items() if gpu.name in found.name]
+    near = sorted(GPUS, key=lambda name: abs(GPUS[name].bandwidth - found.bandwidth))
+    return (same or near)[0]
+
+
 def _part(gpu: GPU, processors: int) -> GPU:
     """A GPU with fewer, or more, processors at the same rates each."""
     share = processors / gpu.processors
