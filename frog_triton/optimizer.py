@@ -381,8 +381,8 @@ class FROG(Optimizer):
             gathered = [(group, self._gather(group)) for group in self.param_groups]
             for group, steps in gathered:
                 if group["updated_by"] == "frog":
-                    here, layers = self._here(gathered), self._plan.layers.values()
-                    with tuned(self._tuning, layers, self.backend, here):
+                    here, known = self._here(gathered), self._plan.layers.values()
+                    with tuned(self._tuning, known, self.backend, here):
                         self._step_rows(steps, group, found_inf)
                 else:
                     params = [p for p in group["params"] if p.grad is not None]
