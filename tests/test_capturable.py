@@ -122,8 +122,9 @@ def test_the_same_steps_as_without(sampling, fallback, micro_batches):
                 F.cross_entropy(net(x.double()), y).backward()
             opt.step()
     for a, b in zip(*(net.parameters() for net in nets), strict=True):
-        # The same draws and solves; torch's fused fallback rounds in another order.
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        # The same draws and solves; the fallback rounds in another order: measured
+        # 8e-16 of the largest entry.
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
 def test_a_learning_rate_elsewhere_than_its_parameters_is_refused():

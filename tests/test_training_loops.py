@@ -41,7 +41,7 @@ def pair(**options):
 
 def assert_close(net, twin):
     for a, b in zip(net.parameters(), twin.parameters(), strict=True):
-        # Measured 1e-13: sums of the same samples in another order.
+        # Measured 6e-12 of the largest entry: sums of the same samples in another order.
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
@@ -103,8 +103,8 @@ def test_a_layer_skipped_in_some_steps_is_algorithm_1_in_the_others():
             )
         opt.step()
     assert opt.state[net.second.weight]["step"] == 4
-    # Measured 1e-12.
-    assert oracles.relative_error(net.second.weight, model.weight) < 1e-8
+    # Measured 4e-13.
+    assert oracles.relative_error(net.second.weight, model.weight) < 1e-10
 
 
 def test_a_frozen_layer_stays_and_moves_again_when_unfrozen():
@@ -144,7 +144,8 @@ def test_a_layer_put_in_the_place_of_another():
     net(batch(1)).square().sum().backward()
     model.step(seen["x"], seen["y"], net.second.weight.grad, net.second.bias.grad)
     opt.step()
-    assert oracles.relative_error(net.second.weight, model.weight) < 1e-8
+    # Measured 4e-13.
+    assert oracles.relative_error(net.second.weight, model.weight) < 1e-10
     routes = [r.reason for r in opt.describe() if r.name == "second.weight"]
     assert sorted(routes) == ["Linear; gram, N = 6", "no longer in the model"]
     opt.load_state_dict(opt.state_dict())
