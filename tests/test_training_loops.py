@@ -41,7 +41,7 @@ def pair(**options):
 
 def assert_close(net, twin):
     for a, b in zip(net.parameters(), twin.parameters(), strict=True):
-        # Measured 6e-12 of the largest entry: sums of the same samples in another order.
+        # Measured 6e-12 of the largest entry: the same samples in another order.
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
