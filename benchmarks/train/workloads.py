@@ -64,9 +64,11 @@ def _resnet_task(source: Path, cache: Path, device: torch.device) -> Task:
     return ImageTask(images(source, cache=cache).to(device), _resnet18, 512)
 
 
-def _small_task(source: Path, cache: Path, device: torch.device) -> Task:
+def _small_task(
+    source: Path, cache: Path, device: torch.device, *, width: int
+) -> Task:
     data = images(source, 10_000, cache, test_limit=5_000)
-    return ImageTask(data.to(device), small_cnn, 128)
+    return ImageTask(data.to(device), partial(small_cnn, width=width), 128)
 
 
 def _gpt_task(
@@ -118,6 +120,14 @@ def _for_text(peers: Sequence[Peer]) -> tuple[Peer, ...]:
 
 
 _ALL = tuple(PEERS.values())
+_SMALL = Workload(
+    "cifar10-small",
+    "10,000 images of CIFAR-10, five convolutions; two CPU cores finish it",
+    partial(_small_task, width=32),
+    (0.50, 0.55, 0.60, 0.65),
+    epochs=5,
+    grid_epochs=2,
+)
 _RESNET = Workload(
     "cifar10-resnet18",
     "CIFAR-10, ResNet-18, batch 512, learning rate divided by ten twice",
@@ -142,13 +152,12 @@ _GPT = Workload(
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload(
-            "cifar10-small",
-            "10,000 images of CIFAR-10, five convolutions; two CPU cores finish it",
-            _small_task,
-            (0.50, 0.55, 0.60, 0.65),
-            epochs=5,
-            grid_epochs=2,
+        _SMALL,
+        replace(
+            _SMALL,
+            name="cifar10-tiny",
+            about="the same, with half as many channels",
+            task=partial(_small_task, width=16),
         ),
         _RESNET,
         replace(
