@@ -63,8 +63,7 @@ class Diagnostics:
         """
         directions = solution.rows()
         for i, step in enumerate(steps):
-            bias = None if directions.bias is None else directions.bias[i]
-            direction = Rows(directions.weight[i], bias)
+            direction = directions.layer(i)
             first = 0 if step.counted is None else step.counted.start
             self._rows.setdefault(step.layer.name, {})[first] = _of_rows(
                 step, direction, solution.status[i], solution.finite[i], group

@@ -39,8 +39,10 @@ from .step import (
     Gathered,
     LayerStep,
     Samples,
+    directions,
     layer_step,
     no_samples,
+    step_along,
     step_layers,
     tuned,
 )
@@ -86,6 +88,9 @@ class FROG(Optimizer):
             times a good SGD learning rate.
         momentum: beta, applied before preconditioning.
         nesterov: precondition ``G + beta M`` instead of ``M``.
+        orthogonalize: bring the singular values of a layer's direction near one, by
+            Muon's Newton-Schulz iterations, and step along that. `lr` is then about
+            the spectral norm of a step, times ``sqrt(max(1, R / D))``.
         weight_decay: rho, decoupled. The paper advises 1e-5 to 5e-5. Applies to whole
             preconditioned rows; of the rest, not to biases and norms.
         damping: tau, added to the normalised Fisher, whose mean diagonal is 1. The
@@ -142,6 +147,7 @@ class FROG(Optimizer):
         *,
         momentum: float = 0.9,
         nesterov: bool = False,
+        orthogonalize: bool = False,
         weight_decay: float = 1e-5,
         damping: float = 1e-4,
         cg_iters: int = 4,
@@ -190,6 +196,7 @@ class FROG(Optimizer):
             "lr": lr,
             "momentum": momentum,
             "nesterov": nesterov,
+            "orthogonalize": orthogonalize,
             "weight_decay": weight_decay,
             "damping": damping,
             "cg_iters": cg_iters,
@@ -412,12 +419,18 @@ class FROG(Optimizer):
         grads = [step.grads for step in steps if step.grads is not None]
         counts = [self._anomalies[step.layer.name] for step in steps]
         with skipping(grads, counts, found_inf):
-            here = self._ranks.own(steps, group) if self._ranks else steps
-            self._solved |= step_layers(
-                here, group, self.formulation, self._anomalies, self._observe
-            )
-            if self._ranks:
-                self._ranks.share_rows(steps)
+            ranks = self._ranks
+            here = ranks.own(steps, group) if ranks else steps
+            how = (group, self.formulation, self._anomalies, self._observe)
+            if ranks and group["orthogonalize"]:
+                found, solved = directions(here, *how)
+                for step, whole, rows in ranks.share_directions(steps, found):
+                    step_along(step, whole, rows, group)
+            else:
+                solved = step_layers(here, *how)
+                if ranks:
+                    ranks.share_rows(steps)
+            self._solved |= solved
         for step in steps:
             counter = self.state[step.layer.weight]["step"]
             counter += steps_taken(found_inf, counter.device)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +15,12 @@ from . import ops
 from .autotune.tuning import Tuning
 from .launches import Bucket, shape_of
 from .layers import LinearMap, MatrixMap
+from .ops import torch_ops
 from .ops.types import Rows, written_out
+from .orthogonal import orthogonalize
 from .preconditioner import solve
 from .routing import Layer
-from .solvers import Batch
+from .solvers import Batch, Solution
 
 Samples = tuple[LinearMap, Tensor]
 
@@ -55,9 +57,9 @@ class LayerStep:
             self,
             x=x,
             y=y,
-            momentum=_narrow(self.momentum, rows),
-            grads=None if self.grads is None else _narrow(self.grads, rows),
-            params=_narrow(self.params, rows),
+            momentum=narrow(self.momentum, rows),
+            grads=None if self.grads is None else narrow(self.grads, rows),
+            params=narrow(self.params, rows),
             finite=None if self.finite is None else self.finite[rows],
             counted=counted,
         )
@@ -118,6 +120,18 @@ def layer_step(
     return LayerStep(layer, chosen, x, y, momentum, grads, params)
 
 
+class Direction(NamedTuple):
+    """Some rows of a layer's direction, not orthogonalized.
+
+    Attributes:
+        rows: ``(R, D)``.
+        finite: rows that may move ``(R,)``.
+    """
+
+    rows: Rows
+    finite: Tensor
+
+
 def step_layers(
     steps: Iterable[LayerStep],
     group: dict[str, Any],
@@ -139,6 +153,79 @@ def step_layers(
         How each layer was solved, in words.
     """
     solved: dict[str, str] = {}
+    for bucket, solution in _solutions(steps, group, formulation, solved, observe):
+        counters = [_counter(counts[step.layer.name], step.counted) for step in bucket]
+        dense, params = [c for _, c in counters], [step.params for step in bucket]
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        if group["orthogonalize"]:
+            rows = orthogonalize(solution.rows(), bucket[0].x.groups)
+            torch_ops.count_(dense, solution.status, solution.finite)
+            torch_ops.step_along_(params, rows, solution.finite, lr, weight_decay)
+        else:
+            solution.update_(params, dense, lr, weight_decay)
+        for part, counter in counters:
+            if part is not counter:
+                part += counter
+    return solved
+
+
+def directions(
+    steps: Iterable[LayerStep],
+    group: dict[str, Any],
+    formulation: str,
+    counts: Mapping[str, Tensor],
+    observe: Callable[..., None] | None = None,
+) -> tuple[dict[str, list[Direction]], dict[str, str]]:
+    """Momentum and solve as in `step_layers`, but no update.
+
+    Returns:
+        The directions of each layer by name, in the order of `steps`; and how each
+        layer was solved, in words.
+    """
+    solved: dict[str, str] = {}
+    found: dict[str, list[Direction]] = {}
+    for bucket, solution in _solutions(steps, group, formulation, solved, observe):
+        rows = solution.rows()
+        for i, step in enumerate(bucket):
+            name, finite = step.layer.name, solution.finite[i]
+            part, counter = _counter(counts[name], step.counted)
+            torch_ops.count_([counter], solution.status[i : i + 1], finite[None])
+            if part is not counter:
+                part += counter
+            found.setdefault(name, []).append(Direction(rows.layer(i), finite))
+    return found, solved
+
+
+def step_along(
+    step: LayerStep, whole: Direction, rows: slice, group: dict[str, Any]
+) -> None:
+    """Orthogonalize a layer's whole direction and step along some rows of it.
+
+    Args:
+        step: of these rows.
+        whole: all of the layer's rows.
+        rows: which of them.
+        group: hyperparameters.
+    """
+    stacked = Rows(*(None if t is None else t[None] for t in whole.rows))
+    z = narrow(orthogonalize(stacked, step.layer.geometry.groups).layer(0), rows)
+    torch_ops.step_along_(
+        [step.params],
+        Rows(*(None if t is None else t[None] for t in z)),
+        whole.finite[None, rows],
+        group["lr"],
+        group["weight_decay"],
+    )
+
+
+def _solutions(
+    steps: Iterable[LayerStep],
+    group: dict[str, Any],
+    formulation: str,
+    solved: dict[str, str],
+    observe: Callable[..., None] | None,
+) -> Iterator[tuple[list[LayerStep], Solution]]:
+    """Layers of one geometry with their solution; notes how in `solved`."""
     for bucket in _buckets(steps):
         grads = [step.grads for step in bucket if step.grads is not None]
         finite = [step.finite for step in bucket if step.finite is not None]
@@ -160,20 +247,10 @@ def step_layers(
         )
         if observe is not None:
             observe(bucket, solution, group)
-        counters = [_counter(counts[step.layer.name], step.counted) for step in bucket]
-        solution.update_(
-            [step.params for step in bucket],
-            [counter for _, counter in counters],
-            group["lr"],
-            group["weight_decay"],
-        )
-        for part, counter in counters:
-            if part is not counter:
-                part += counter
         for step in bucket:
             count = step.x.samples * step.x.positions
             solved[step.layer.name] = f"{solution.formulation}, N = {count}"
-    return solved
+        yield bucket, solution
 
 
 def advance_momentum(
@@ -281,7 +358,8 @@ def _buckets(steps: Iterable[LayerStep]) -> list[list[LayerStep]]:
     return list(buckets.values())
 
 
-def _narrow(rows: Rows, index: slice) -> Rows:
+def narrow(rows: Rows, index: slice) -> Rows:
+    """Some of a layer's rows."""
     return Rows(rows.weight[index], None if rows.bias is None else rows.bias[index])
 
 

@@ -20,6 +20,7 @@ class Algorithm1:
             lr=2e-2,
             momentum=0.9,
             nesterov=False,
+            orthogonalize=False,
             weight_decay=1e-5,
             damping=1e-4,
             cg_iters=4,
@@ -44,6 +45,8 @@ class Algorithm1:
         x, y = oracles.as_numpy(x), oracles.as_numpy(y)
         systems = oracles.row_systems(self.module, x, y, m, mb, o["damping"])
         rows = oracles.solve_rows(systems, o["cg_iters"])
+        if o["orthogonalize"]:
+            rows = oracles.orthogonalized(rows, getattr(self.module, "groups", 1))
         decay = 1 - o["lr"] * o["weight_decay"]
         z = rows if mb is None else rows[:, :-1]
         self.weight = decay * self.weight - o["lr"] * z.reshape(m.shape)

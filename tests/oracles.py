@@ -152,3 +152,15 @@ def residual(systems, rows: np.ndarray) -> np.ndarray:
         e = best - exact
         errors.append(np.sqrt(max(e @ a @ e, 0) / (exact @ a @ exact)))
     return np.array(errors)
+
+
+def orthogonalized(rows, groups):
+    """Muon's five Newton-Schulz iterations as a polynomial of the singular values."""
+    blocks = []
+    for block in np.split(rows, groups):
+        u, s, vt = np.linalg.svd(block, full_matrices=False)
+        s = s / np.linalg.norm(s)
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        blocks.append((u * s) @ vt * max(1, block.shape[0] / block.shape[1]) ** 0.5)
+    return np.concatenate(blocks)

@@ -67,7 +67,8 @@ def batch(seed, size=7):
 @pytest.mark.parametrize("fallback", ["sgd", "adamw"])
 @pytest.mark.parametrize("formulation", ["primal", "gram"])
 @pytest.mark.parametrize("sampling", ["examples", "positions"])
-def test_nothing_waits_for_the_device(sampling, formulation, fallback):
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_nothing_waits_for_the_device(orthogonalize, sampling, formulation, fallback):
     net = Net()
     opt = FROG(
         net,
@@ -78,6 +79,7 @@ def test_nothing_waits_for_the_device(sampling, formulation, fallback):
         formulation=formulation,
         fallback=fallback,
         nesterov=True,
+        orthogonalize=orthogonalize,
         capturable=True,
     )
     opt.found_inf, opt.grad_scale = torch.zeros(()), torch.ones(())
@@ -188,7 +190,10 @@ def test_every_table_of_a_step_is_written_by_a_kernel():
 @pytest.mark.parametrize("sampling", ["examples", "positions"])
 @pytest.mark.parametrize("formulation", ["primal", "gram"])
 @pytest.mark.parametrize("fallback", ["sgd", "adamw"])
-def test_a_whole_training_step_as_one_cuda_graph(sampling, formulation, fallback):
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_a_whole_training_step_as_one_cuda_graph(
+    orthogonalize, sampling, formulation, fallback
+):
     nets = [Net().cuda()]
     nets.append(copy.deepcopy(nets[0]))
     lrs = [torch.tensor(1e-2, device="cuda") for _ in nets]
@@ -199,6 +204,7 @@ def test_a_whole_training_step_as_one_cuda_graph(sampling, formulation, fallback
             fallback_lr=torch.tensor(1e-3, device="cuda"),
             sampling=sampling,
             sample_size=5,
+            orthogonalize=orthogonalize,
             formulation=formulation,
             fallback=fallback,
             capturable=True,

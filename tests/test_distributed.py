@@ -26,6 +26,7 @@ def two(pools):
         {},
         {"nesterov": True, "momentum": 0.8, "formulation": "primal"},
         {"sampling": "positions", "formulation": "gram"},
+        {"orthogonalize": True, "nesterov": True, "weight_decay": 0.1},
     ],
 )
 def test_ranks_step_as_one_process_with_the_pooled_samples(pool, options):

@@ -46,12 +46,15 @@ def assert_same(one, other):
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("orthogonalize", [False, True])
 @pytest.mark.parametrize("formulation", ["primal", "gram"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["activations", "output gradients", "gradients"])
-def test_numbers_that_are_not_finite_stay_where_they_are(where, bad, formulation):
+def test_numbers_that_are_not_finite_stay_where_they_are(
+    where, bad, formulation, orthogonalize
+):
     net = Net()
-    opt = FROG(net, sample_size=6, formulation=formulation)
+    opt = FROG(net, sample_size=6, formulation=formulation, orthogonalize=orthogonalize)
     before = copy.deepcopy(net)
     backward(net)
     (call,) = opt.capture._pools["fc"].calls

@@ -13,6 +13,7 @@ MESHES = [(2, 1), (4, 1), (4, 2), (2, 2)]  # ranks, replicas
     [
         {"formulation": "primal", "nesterov": True, "momentum": 0.8},
         {"sampling": "positions", "fallback": "adamw"},
+        {"orthogonalize": True, "nesterov": True},
     ],
 )
 def test_shards_step_as_one_process(pools, size, replicas, options):

@@ -68,6 +68,7 @@ def record(layers):
         {},
         {"nesterov": True, "momentum": 0.8},
         {"momentum": 0.0, "weight_decay": 0.1, "damping": 1e-2, "cg_iters": 2},
+        {"orthogonalize": True, "nesterov": True, "weight_decay": 0.1, "damping": 1e-2},
     ],
 )
 def test_ten_steps_of_algorithm_1(options, sampling, formulation):

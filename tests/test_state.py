@@ -100,7 +100,7 @@ def test_an_old_file_without_a_version_loads():
     saved = run[1].state_dict()
     del saved["version"], saved["unhooked"]
     for group in saved["param_groups"]:
-        del group["capturable"]
+        del group["capturable"], group["orthogonalize"]
     other = make()
     other[0].load_state_dict(run[0].state_dict())
     other[1].load_state_dict(saved)

@@ -64,9 +64,7 @@ def _resnet_task(source: Path, cache: Path, device: torch.device) -> Task:
     return ImageTask(images(source, cache=cache).to(device), _resnet18, 512)
 
 
-def _small_task(
-    source: Path, cache: Path, device: torch.device, *, width: int
-) -> Task:
+def _small_task(source: Path, cache: Path, device: torch.device, *, width: int) -> Task:
     data = images(source, 10_000, cache, test_limit=5_000)
     return ImageTask(data.to(device), partial(small_cnn, width=width), 128)
 

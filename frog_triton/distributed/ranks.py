@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..capture import SampleCapture
 from ..routing import Layer
 from ..sampling import counter_key
-from ..step import LayerStep, Samples, advance_momentum, local
-from . import collectives
+from ..step import Direction, LayerStep, Samples, advance_momentum, local
+from . import collectives, directions
 from .division import Division
 from .samples import SampleExchange
 
@@ -187,6 +187,16 @@ class Ranks:
         for (name, _, _), sent in zip(bucket, parts[me], strict=True):
             before = self._row_bytes.get(name, 0)
             self._row_bytes[name] = before + sent.nbytes * len(others)
+
+    def share_directions(
+        self, steps: Sequence[LayerStep], found: Mapping[str, Sequence[Direction]]
+    ) -> Iterator[tuple[LayerStep, Direction, slice]]:
+        """See `directions.share`."""
+        for step, whole, sent in directions.share(self.division, steps, found):
+            name, rows = step.layer.name, step.layer.geometry.rows
+            self._row_bytes[name] = sent
+            held = self.division.held(rows, self.division.rank)
+            yield step, whole, slice(held.start, held.stop)
 
     def describe(self, layer: Layer) -> str:
         """What this rank does for a layer, with the bytes it last sent."""

@@ -227,7 +227,7 @@ def cg_forward_(
         last: whether no `cg_adjoint_` follows.
     """
     p = state.p
-    xp = torch.stack([x.apply(_layer(p, i)) for i, x in enumerate(xs)])
+    xp = torch.stack([x.apply(p.layer(i)) for i, x in enumerate(xs)])
     state.t = weights * xp
     pap = (state.t * xp).sum((1, 3)) + damping * p.dot(p)
     state.active = state.active & (pap > 0)
@@ -250,7 +250,7 @@ def cg_adjoint_(
     assert state.t is not None
     r, p = state.r, state.p
     for i, x in enumerate(xs):
-        _layer(r, i).add_(x.apply_adjoint(state.t[i]), -state.alpha[i])
+        r.layer(i).add_(x.apply_adjoint(state.t[i]), -state.alpha[i])
     r.add_(p, -state.alpha * damping)
     rho = r.dot(r)
     # What is left of an exactly solved row is a few roundings of m.
@@ -276,8 +276,8 @@ def cg_update_(
     weight_decay: float | Tensor,
 ) -> None:
     """Equation (5) with the directions of `cg_rows`; see `gram_update_`."""
-    _count(counts, state.status, finite)
-    _update_(params, cg_rows(state), finite, lr, weight_decay)
+    count_(counts, state.status, finite)
+    step_along_(params, cg_rows(state), finite, lr, weight_decay)
 
 
 def gram(xs: Sequence[SampleMap]) -> Tensor:
@@ -402,8 +402,47 @@ def gram_update_(
         lr: eta.
         weight_decay: rho.
     """
-    _count(counts, status, finite)
-    _update_(params, gram_rows(xs, ms, s, u), finite, lr, weight_decay)
+    count_(counts, status, finite)
+    step_along_(params, gram_rows(xs, ms, s, u), finite, lr, weight_decay)
+
+
+def step_along_(
+    params: Sequence[Rows],
+    direction: Rows,
+    finite: Tensor,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+) -> None:
+    """Equation (5): ``theta <- (1 - rho eta) theta - eta z``, where rows are finite.
+
+    Args:
+        params: theta of each layer, in the parameter's own shape, updated in place.
+        direction: z ``(L, R, D)``.
+        finite: rows to update ``(L, R)``; the others stay as they are.
+        lr: eta.
+        weight_decay: rho.
+    """
+    dtype = direction.weight.dtype
+    decay = _by_row(finite, 1 - lr * weight_decay, 1, dtype)
+    step = _by_row(finite, -lr, 0, dtype)
+    for i, param in enumerate(params):
+        for theta, z in zip(param, direction.layer(i), strict=True):
+            if theta is None or z is None:
+                continue
+            wide = theta.to(dtype)  # theta itself unless it is a 16-bit type
+            shape = (-1,) + (1,) * (theta.ndim - 1)
+            wide.mul_(decay[i].view(shape))
+            z = torch.where(finite[i].view(shape), z.reshape(theta.shape), 0)
+            wide.addcmul_(z, step[i].view(shape))
+            if wide is not theta:
+                theta.copy_(wide)
+
+
+def count_(counts: Sequence[Tensor], status: Tensor, finite: Tensor) -> None:
+    """Count rows that were not finite; see `gram_update_`."""
+    for i, count in enumerate(counts):
+        count[0] += status[i] == NON_FINITE
+        count[1] += ~finite[i]
 
 
 def gather_patches(
@@ -456,35 +495,6 @@ def _wrap(coordinate: Tensor, size: int, mode: str) -> tuple[Tensor, Tensor]:
     return clamped, torch.ones_like(inside) if mode == "replicate" else inside
 
 
-def _update_(
-    params: Sequence[Rows],
-    direction: Rows,
-    finite: Tensor,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-) -> None:
-    dtype = direction.weight.dtype
-    decay = _by_row(finite, 1 - lr * weight_decay, 1, dtype)
-    step = _by_row(finite, -lr, 0, dtype)
-    for i, param in enumerate(params):
-        for theta, z in zip(param, _layer(direction, i), strict=True):
-            if theta is None or z is None:
-                continue
-            wide = theta.to(dtype)  # theta itself unless it is a 16-bit type
-            shape = (-1,) + (1,) * (theta.ndim - 1)
-            wide.mul_(decay[i].view(shape))
-            z = torch.where(finite[i].view(shape), z.view(theta.shape), 0)
-            wide.addcmul_(z, step[i].view(shape))
-            if wide is not theta:
-                theta.copy_(wide)
-
-
-def _count(counts: Sequence[Tensor], status: Tensor, finite: Tensor) -> None:
-    for i, count in enumerate(counts):
-        count[0] += status[i] == NON_FINITE
-        count[1] += ~finite[i]
-
-
 def _normaliser(zm: Tensor) -> Tensor:
     """``1 / sqrt(<z, m>)`` of equation (2); zero where there is no step to take."""
     return torch.where((zm > 0) & torch.isfinite(zm), zm.rsqrt(), 0)
@@ -495,10 +505,6 @@ def _by_row(
 ) -> Tensor:
     """One factor a row, exact in `dtype`, without asking the device anything."""
     return condition.to(dtype) * value + (~condition).to(dtype) * otherwise
-
-
-def _layer(rows: Rows, i: int) -> Rows:
-    return Rows(rows.weight[i], None if rows.bias is None else rows.bias[i])
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -21,6 +21,10 @@ class Rows(NamedTuple):
     weight: Tensor
     bias: Tensor | None
 
+    def layer(self, i: int) -> Rows:
+        """The rows of layer i alone, ``(R, D)``."""
+        return Rows(self.weight[i], None if self.bias is None else self.bias[i])
+
     def dot(self, other: Rows) -> Tensor:
         """Inner products row by row, shape ``(..., R)``."""
         total = torch.linalg.vecdot(self.weight, other.weight)

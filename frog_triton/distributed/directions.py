@@ -1,0 +1,97 @@
+"""Whole directions on every rank, for what needs all rows of a layer at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops.types import Rows
+from ..step import Direction, LayerStep
+from . import collectives
+from .division import Division
+
+_BUCKET_BYTES = 1 << 28  # of directions on their way: bounds the memory they need
+
+
+def share(
+    division: Division,
+    steps: Sequence[LayerStep],
+    found: Mapping[str, Sequence[Direction]],
+) -> Iterator[tuple[LayerStep, Direction, int]]:
+    """Send each rank's rows of all directions to all ranks.
+
+    Every rank must exhaust the iterator: it communicates on the way.
+
+    Args:
+        division: of the rows.
+        steps: of all rows that this rank holds.
+        found: directions of the rows that this rank solves, by layer.
+
+    Returns:
+        Each step with its layer's whole direction, and the bytes sent for it.
+    """
+    for bucket in _buckets(steps):
+        mine = [_joined(step, found.get(step.layer.name, ())) for step in bucket]
+        rows = [step.layer.geometry.rows for step in bucket]
+        specs = [
+            [
+                ((len(division.solved(count, rank)), *t.shape[1:]), t.dtype)
+                for parts, count in zip(mine, rows, strict=True)
+                for t in parts
+            ]
+            for rank in range(division.size)
+        ]
+        device = bucket[0].y.device
+        received = collectives.all_gather(
+            [t for parts in mine for t in parts],
+            specs,
+            division.group,
+            collectives.collective_device(division.group, device),
+        )
+        at = 0
+        for step, parts, count in zip(bucket, mine, rows, strict=True):
+            order = sorted(
+                range(division.size),
+                key=lambda rank: division.solved(count, rank).start,
+            )
+            whole = [
+                torch.cat([received[rank][at + i] for rank in order]).to(device)
+                for i in range(len(parts))
+            ]
+            at += len(parts)
+            weight, *bias, finite = whole
+            sent = sum(t.nbytes for t in parts) * (division.size - 1)
+            yield step, Direction(Rows(weight, *(bias or [None])), finite), sent
+
+
+def _buckets(steps: Iterable[LayerStep]) -> Iterator[list[LayerStep]]:
+    """Steps whose directions travel together."""
+    bucket: list[LayerStep] = []
+    size = 0
+    for step in steps:
+        entries = step.layer.geometry.rows * (step.momentum.weight.shape[1] + 1)
+        taken = 8 * entries  # float64 at most
+        if bucket and size + taken > _BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(step)
+        size += taken
+    if bucket:
+        yield bucket
+
+
+def _joined(step: LayerStep, pieces: Sequence[Direction]) -> list[Tensor]:
+    """Weight, bias if there is one, and finite, of the rows solved here."""
+    wide = torch.promote_types(step.momentum.weight.dtype, torch.float32)
+    empty = Rows(
+        step.momentum.weight[:0].to(wide),
+        None if step.momentum.bias is None else step.momentum.bias[:0].to(wide),
+    )
+    none = step.y.new_empty(0, dtype=torch.bool)
+    joined = [torch.cat([empty.weight, *(d.rows.weight for d in pieces)])]
+    if empty.bias is not None:
+        biases = [d.rows.bias for d in pieces if d.rows.bias is not None]
+        joined.append(torch.cat([empty.bias, *biases]))
+    return [*joined, torch.cat([none, *(d.finite for d in pieces)])]
