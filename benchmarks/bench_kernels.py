@@ -49,7 +49,12 @@ MODELS: dict[str, tuple[Callable[[], torch.nn.Module], int, int]] = {
 def geometries(name: str, dtype: torch.dtype, gpu: str, formulation: str) -> Cost:
     """Counts of a model's convolutions, one layer of each geometry."""
     build, samples, size = MODELS[name]
-    counted = cost(build(), torch.zeros(1, 3, size, size), sample_size=samples)
+    counted = cost(
+        build(),
+        torch.zeros(1, 3, size, size),
+        sampling="examples",
+        sample_size=samples,
+    )
     shapes: dict[LayerShape, LayerShape] = {}
     for line in counted.layers:
         shapes.setdefault(replace(line.layer, name=""), line.layer)

@@ -48,7 +48,9 @@ def load(path: Path) -> Any:
 def settings(reference: Any) -> dict[str, Callable[[nn.Module], Any]]:
     """Optimizers to compare, by name; all with 64 examples and k = 4."""
     return {
-        "FROG": lambda model: FROG(model, sample_size=SAMPLES, cg_iters=ITERS),
+        "FROG": lambda model: FROG(
+            model, sampling="examples", sample_size=SAMPLES, cg_iters=ITERS
+        ),
         "reference": lambda model: reference(
             model.parameters(),
             model,

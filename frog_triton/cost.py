@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .autotune.traffic import GPUS, Work
+from .capture import SAMPLINGS
 from .formulation import choose, count_works
 from .launches import Bucket, LayerShape
 from .layers import ConvMap, LinearMap, adapter_for
@@ -94,7 +95,7 @@ def cost(
     inputs: Any = None,
     *,
     sample_size: int | None = None,
-    sampling: str = "examples",
+    sampling: str = "positions",
     cg_iters: int = 4,
     nesterov: bool = False,
     formulation: str = "auto",
@@ -132,7 +133,7 @@ def cost(
     if gpu not in GPUS:
         raise ValueError(f"gpu must be one of {tuple(GPUS)}, got {gpu!r}")
     if isinstance(model_or_layers, nn.Module):
-        size = sample_size or {"examples": 32, "positions": 256}[sampling]
+        size = sample_size or SAMPLINGS[sampling]
         model = model_or_layers
         plan = route(
             model, dict.fromkeys(model.parameters(), 0), exclude, exclude_output_layer

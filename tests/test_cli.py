@@ -90,7 +90,8 @@ def test_describe_built_in_models(capsys, tmp_path, name):
 
 
 def test_describe_a_model_of_ones_own(capsys, factory):
-    code, out, _ = run(capsys, "describe", f"{factory}:build", "--sample-size", 2)
+    command = ("describe", f"{factory}:build", "--sample-size", 2)
+    code, out, _ = run(capsys, *command, "--sampling", "examples")
     assert code == 0 and "no adapter" not in out and "gram" not in out
     code, out, _ = run(
         capsys, "describe", f"{factory}:bare", "--sample-size", 8, "--gpu", "a100"

@@ -105,7 +105,7 @@ def test_no_graph_break():
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="inductor needs a C compiler")
 def test_inductor():
-    net, opt, twin, twin_opt = pair(sample_size=5)
+    net, opt, twin, twin_opt = pair(sample_size=5, sampling="examples")
     train(net, opt, torch.compile(net, fullgraph=True), sizes=(7, 7))
     train(twin, twin_opt, twin, sizes=(7, 7))
     assert_close(net, twin)

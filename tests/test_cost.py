@@ -79,6 +79,7 @@ def test_resnet18_takes_few_launches():
     counted = frog_triton.cost(
         resnet(18),
         torch.zeros(1, 3, 32, 32),
+        sampling="examples",
         sample_size=64,
         sample_dtype=torch.bfloat16,
     )
@@ -150,7 +151,7 @@ def test_describe_tells_the_formulation():
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.Conv2d(8, 70, 3), nn.Flatten(), nn.Linear(280, 2)
     )
-    opt = frog_triton.FROG(net, sample_size=2)
+    opt = frog_triton.FROG(net, sampling="examples", sample_size=2)
     net(torch.randn(2, 3, 6, 6)).square().sum().backward()
     opt.step()
     reasons = {r.name: r.reason for r in opt.describe()}
@@ -173,10 +174,11 @@ def test_bench_kernels_without_a_gpu(tmp_path, capsys):
 def test_positions_of_a_model_come_from_a_batch():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.Flatten(), nn.Linear(8 * 9, 2))
     inputs = torch.randn(2, 3, 8, 8)
-    counted = frog_triton.cost(net, inputs, sample_size=4)
+    counted = frog_triton.cost(net, inputs, sampling="examples", sample_size=4)
     assert [line.layer.samples for line in counted.layers] == [4 * 9]
+    assert [line.layer.samples for line in frog_triton.cost(net).layers] == [256]
     with pytest.raises(ValueError, match="pass inputs="):
-        frog_triton.cost(net)
+        frog_triton.cost(net, sampling="examples")
     with pytest.raises(ValueError, match="gpu must be one of"):
         frog_triton.cost(net, inputs, gpu="voodoo")
 

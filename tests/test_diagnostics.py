@@ -89,14 +89,19 @@ def test_a_step_that_is_looked_at_is_the_step_that_is_not():
     assert torch.equal(*weights)
 
 
-def test_bytes():
-    net, opt = make()
+@pytest.mark.parametrize(
+    ("sampling", "kept"),
+    # Activations and output gradients; patches of three pixels of two channels.
+    [("examples", 6 * 2 * 5 + 6 * 4 * 5), ("positions", 30 * 6 + 30 * 4)],
+)
+def test_bytes(sampling, kept):
+    net, opt = make(sampling=sampling)
     count = sum(p.numel() for p in net.parameters())
     usage = opt.memory_usage()
     assert usage["state"] == 8 * count + 4  # one step counter
     assert usage["counters"] == 4 * 2 * 4
     assert usage["samples"] == 0
     net(torch.randn(6, 2, 5).double()).sum().backward()
-    assert opt.memory_usage()["samples"] == 8 * (6 * 2 * 5 + 6 * 4 * 5)
+    assert opt.memory_usage()["samples"] == 8 * kept
     opt.step()
     assert opt.memory_usage() == usage

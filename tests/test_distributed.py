@@ -139,8 +139,10 @@ def test_state_is_whole_on_every_rank_and_goes_to_other_numbers_of_ranks(
                 assert torch.isfinite(resumed[name]).all()
 
 
-def test_fewer_samples_than_ranks(pool):
-    for _, drawn, equal in pool.run(cases.ddp_against_pooled_draws, {"sample_size": 1}):
+@pytest.mark.parametrize("sampling", ["examples", "positions"])
+def test_fewer_samples_than_ranks(pool, sampling):
+    options = {"sample_size": 1, "sampling": sampling}
+    for _, drawn, equal in pool.run(cases.ddp_against_pooled_draws, options):
         assert set(drawn.values()) == {1}
         assert equal
 

@@ -192,11 +192,11 @@ def _by_name(*peers: Peer) -> dict[str, Peer]:
 PEERS = _by_name(
     Peer("FROG", FROG, (6e-3, 2e-2, 6e-2, 2e-1), (1e-5, 5e-5)),
     Peer(
-        "FROG positions",
+        "FROG examples",
         FROG,
         (6e-3, 2e-2, 6e-2, 2e-1),
         (1e-5, 5e-5),
-        {"sampling": "positions"},
+        {"sampling": "examples"},
     ),
     Peer("SGD", _sgd, (3e-2, 1e-1, 3e-1, 1.0), (5e-4, 5e-3)),
     Peer("AdamW", _adamw, (1e-3, 3e-3, 1e-2, 3e-2)),

@@ -85,27 +85,27 @@ def _gpt_task(
 
 
 def _variants(peers: Sequence[Peer]) -> tuple[Peer, ...]:
-    """The recipe's: FROG with 64 and 24 examples, SGD also at batch 128."""
-    frog, sgd = PEERS["FROG"], PEERS["SGD"]
+    """And the recipe's: FROG with 64 and 24 examples, SGD also at batch 128."""
+    paper, sgd = PEERS["FROG examples"], PEERS["SGD"]
     own = (
-        frog.with_options("FROG, 64 examples", sample_size=64),
-        frog.with_options("FROG, 24 examples", sample_size=24),
+        paper.with_options("FROG, 64 examples", sample_size=64),
+        paper.with_options("FROG, 24 examples", sample_size=24),
         replace(sgd, name="SGD, batch 128", batch_size=128),
     )
-    return own + tuple(peer for peer in peers if peer.name != "FROG")
+    return own + tuple(peer for peer in peers if peer.name != paper.name)
 
 
 def _for_text(peers: Sequence[Peer]) -> tuple[Peer, ...]:
     """Learning rates and fallbacks that suit transformers."""
     lrs = {
         "FROG": (2e-3, 6e-3, 2e-2, 6e-2),
-        "FROG positions": (2e-3, 6e-3, 2e-2, 6e-2),
+        "FROG examples": (2e-3, 6e-3, 2e-2, 6e-2),
         "AdamW": (3e-4, 1e-3, 3e-3, 1e-2),
         "SOAP": (3e-4, 1e-3, 3e-3, 1e-2),
     }
     options: dict[str, dict[str, Any]] = {
         "FROG": {"fallback": "adamw", "fallback_lr": 1e-3},
-        "FROG positions": {"fallback": "adamw", "fallback_lr": 1e-3},
+        "FROG examples": {"fallback": "adamw", "fallback_lr": 1e-3},
         "Muon": {"adamw_lr": 1e-3},
         "SINGD": {"loss_average": "batch+sequence"},
     }

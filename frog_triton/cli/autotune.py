@@ -26,6 +26,7 @@ from ..autotune.shortlist import KeyReport, inspect, keys, shortlist
 from ..autotune.table import Table
 from ..autotune.traffic import GPU, GPUS, detect
 from ..autotune.tuning import machine_of
+from ..capture import SAMPLINGS
 from ..cost import LayerCost
 from ..launches import Bucket, LayerShape
 from . import models
@@ -82,10 +83,9 @@ def run(args: argparse.Namespace) -> int:
 def model_buckets(args: argparse.Namespace) -> list[Bucket]:
     """The layers of the model, those of one geometry together."""
     loaded = models.load(args.model)
-    if args.batch is not None:
-        size = args.sample_size or loaded.sample_size
-        if (args.sampling or loaded.sampling) == "examples":
-            args.sample_size = min(size, args.batch)
+    if args.batch is not None and args.sampling == "examples":
+        size = args.sample_size or SAMPLINGS["examples"]
+        args.sample_size = min(size, args.batch)
     counted = count(args, loaded, args.gpu or "h200")
     if not counted.layers:
         raise CommandError(f"{loaded.name} has no layer that FROG preconditions", 1)

@@ -16,6 +16,7 @@ from dataclasses import asdict
 import torch
 
 from ..autotune.traffic import GPUS
+from ..capture import SAMPLINGS
 from ..cost import Cost, cost
 from . import models
 from .errors import CommandError
@@ -35,8 +36,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Options that say which layers, and how they are sampled."""
     names = "|".join(models.BUILT_IN)
     parser.add_argument("model", metavar="MODEL", help=f"{names}|FILE.py:factory")
-    parser.add_argument("--sampling", choices=("examples", "positions"))
-    parser.add_argument("--sample-size", type=int, metavar="N")
+    parser.add_argument(
+        "--sampling", choices=tuple(SAMPLINGS), default="positions", help="as FROG's"
+    )
+    parser.add_argument("--sample-size", type=int, metavar="N", help="as FROG's")
     parser.add_argument("--cg-iters", type=int, default=4, metavar="K")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the samples"
@@ -45,10 +48,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def count(args: argparse.Namespace, loaded: models.Loaded, gpu: str) -> Cost:
     """The cost of a model's step with the options of `add_model`."""
-    sampling = args.sampling or loaded.sampling
     size = args.sample_size
-    if size is None and sampling == loaded.sampling:
-        size = loaded.sample_size
     if size is not None and size < 1:
         raise CommandError(f"--sample-size must be positive, got {size}")
     if args.cg_iters < 1:
@@ -58,7 +58,7 @@ def count(args: argparse.Namespace, loaded: models.Loaded, gpu: str) -> Cost:
             loaded.model,
             loaded.inputs,
             sample_size=size,
-            sampling=sampling,
+            sampling=args.sampling,
             cg_iters=args.cg_iters,
             sample_dtype=getattr(torch, args.dtype),
             gpu=gpu,

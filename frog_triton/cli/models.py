@@ -25,15 +25,11 @@ class Loaded:
         name: for reports.
         model: on the meta device.
         inputs: an example or more, or None where the factory gave none.
-        sampling: how its layers are sampled unless asked otherwise.
-        sample_size: the same.
     """
 
     name: str
     model: nn.Module
     inputs: Tensor | None
-    sampling: str
-    sample_size: int
 
 
 def _gpt2_small() -> tuple[nn.Module, Tensor]:
@@ -41,16 +37,15 @@ def _gpt2_small() -> tuple[nn.Module, Tensor]:
     return model, torch.zeros(1, 1024, dtype=torch.int64)
 
 
-BUILT_IN: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor]], str, int]] = {
-    "resnet18": (lambda: (resnet(18), torch.zeros(1, 3, 32, 32)), "examples", 64),
-    "resnet50": (
-        lambda: (resnet(50, 1000, small_images=False), torch.zeros(1, 3, 224, 224)),
-        "examples",
-        32,
+BUILT_IN: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "resnet18": lambda: (resnet(18), torch.zeros(1, 3, 32, 32)),
+    "resnet50": lambda: (
+        resnet(50, 1000, small_images=False),
+        torch.zeros(1, 3, 224, 224),
     ),
-    "gpt2-small": (_gpt2_small, "positions", 64),
+    "gpt2-small": _gpt2_small,
 }
-"""A factory, and how to sample: ResNet-18 for CIFAR, ResNet-50 for 224 pixels."""
+"""Factories: ResNet-18 for CIFAR, ResNet-50 for 224 pixels."""
 
 
 def load(name: str) -> Loaded:
@@ -62,18 +57,9 @@ def load(name: str) -> Loaded:
         CommandError: no such model, file or factory, or the factory fails.
     """
     if name in BUILT_IN:
-        build, sampling, size = BUILT_IN[name]
         with torch.device("meta"):
-            model, inputs = build()
-        return Loaded(name, model, inputs, sampling, size)
-    model, given = _from_file(name)
-    return Loaded(
-        name,
-        model,
-        given,
-        "examples" if given is not None else "positions",
-        32 if given is not None else 256,
-    )
+            return Loaded(name, *BUILT_IN[name]())
+    return Loaded(name, *_from_file(name))
 
 
 def _from_file(name: str) -> tuple[nn.Module, Tensor | None]:

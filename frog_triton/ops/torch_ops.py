@@ -7,6 +7,7 @@ dtype of the momentum: float32, or float64 for float64 models.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -473,13 +474,14 @@ def gather_patches(
         size = x.shape[2 + axis]
         coordinate, valid = _wrap(coordinate, size, window.padding_mode)
         shape = [count] + [1] * spatial
-        shape[1 + axis] = -1
+        shape[1 + axis] = window.kernel[axis]  # no -1: a rank may draw no position
         at.append(coordinate.view(shape))
         inside = inside & valid.view(shape)
     # The channel slice between index tensors puts the indexed shape in front.
     where_all: Any = (sample.view([-1] + [1] * spatial), slice(None), *at)
     patches = torch.where(inside.unsqueeze(-1), x[where_all], 0)
-    return patches.movedim(-1, 1).reshape(count, -1)
+    row = x.shape[1] * math.prod(window.kernel)
+    return patches.movedim(-1, 1).reshape(count, row)
 
 
 def _wrap(coordinate: Tensor, size: int, mode: str) -> tuple[Tensor, Tensor]:
