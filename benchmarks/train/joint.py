@@ -76,6 +76,20 @@ class Joint(torch.optim.Optimizer):
         return {str(i): part.state_dict() for i, part in enumerate(self._parts)}
 
 
+class Handover(Joint):
+    """One optimizer after another, all for the same parameters.
+
+    Attributes:
+        turn: which of the parts steps.
+    """
+
+    turn: int = 0
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step the part whose turn it is."""
+        return self._parts[self.turn].step(closure)
+
+
 def layers_and_rest(
     model: nn.Module, kinds: tuple[type[nn.Module], ...]
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

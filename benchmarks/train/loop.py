@@ -194,6 +194,7 @@ def train(job: Job, on_step: Callable[[int], None] = lambda count: None) -> Run:
     start = time.perf_counter()
     for _ in range(job.epochs):
         for x, y in task.batches(generator):
+            job.peer.adjust(optimizer, step / job.steps)
             timer.mark()
             loss = task.loss(model, x, y)
             optimizer.zero_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ... import FROG
 from ..reference import load
-from .joint import Joint, MatrixView, layers_and_rest
+from .joint import Handover, Joint, MatrixView, layers_and_rest
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Peer:
         needs: packages that must be installed.
         batch_size: if other than the workload's.
         prepare: what must be done to a model before.
+        adjust: called before each step with the fraction of the steps that is done.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Peer:
     needs: tuple[str, ...] = ()
     batch_size: int | None = None
     prepare: Callable[[nn.Module], nn.Module] = lambda model: model
+    adjust: Callable[[Any, float], None] = lambda optimizer, done: None
 
     def optimizer(
         self, model: nn.Module, lr: float, weight_decay: float | None = None
@@ -93,7 +95,11 @@ def _adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
 
 
 def _muon(
-    model: nn.Module, lr: float, weight_decay: float, adamw_lr: float = 1e-3
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    adamw_lr: float = 1e-3,
+    momentum: float = 0.95,
 ) -> torch.optim.Optimizer:
     """Hidden matrices and flattened convolutions by Muon, all else by AdamW."""
     hidden = [
@@ -104,7 +110,9 @@ def _muon(
     views = [MatrixView(p) for p in hidden]
     chosen = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    muon = torch.optim.Muon([v.matrix for v in views], lr=lr, weight_decay=weight_decay)
+    muon = torch.optim.Muon(
+        [v.matrix for v in views], lr=lr, weight_decay=weight_decay, momentum=momentum
+    )
     adamw = torch.optim.AdamW(
         rest, lr=adamw_lr, weight_decay=weight_decay, fused=rest[0].is_cuda
     )
@@ -148,6 +156,17 @@ def _singd(
     if not rest:
         return singd
     return Joint(model, [singd, torch.optim.SGD(rest, lr=lr, momentum=0.9)])
+
+
+def frog_then_sgd(
+    model: nn.Module, lr: float, weight_decay: float, sgd_lr: float = 0.1
+) -> torch.optim.Optimizer:
+    """FROG until its turn is over, then SGD with a momentum of its own."""
+    frog = FROG(model, lr, weight_decay=weight_decay)
+    sgd = torch.optim.SGD(
+        model.parameters(), lr=sgd_lr, momentum=0.9, weight_decay=5e-4
+    )
+    return Handover(model, [frog, sgd])
 
 
 def reference(path: Path) -> Peer:
@@ -197,6 +216,13 @@ PEERS = _by_name(
         (6e-3, 2e-2, 6e-2, 2e-1),
         (1e-5, 5e-5),
         {"sampling": "examples"},
+    ),
+    Peer(
+        "FROG orthogonal",
+        FROG,
+        (2e-2, 6e-2, 2e-1, 6e-1),
+        (1e-2, 1e-1),
+        {"orthogonalize": True, "nesterov": True, "fallback_lr": 6e-2},
     ),
     Peer("SGD", _sgd, (3e-2, 1e-1, 3e-1, 1.0), (5e-4, 5e-3)),
     Peer("AdamW", _adamw, (1e-3, 3e-3, 1e-2, 3e-2)),

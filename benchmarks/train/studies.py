@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from .peers import PEERS, Peer
+from .peers import PEERS, Peer, frog_then_sgd
 
 _FROG = PEERS["FROG"]
 _EXAMPLES = PEERS["FROG examples"]
+_ORTHOGONAL = PEERS["FROG orthogonal"]
+_MUON = PEERS["Muon"]
 
 
 def _varied(base: Peer, option: str, label: str, values: tuple[Any, ...]) -> list[Peer]:
     return [base.with_options(f"{label} {v}", **{option: v}) for v in values]
+
+
+def _grow_damping(optimizer: Any, done: float) -> None:
+    """From 1e-4 to 0.1, in equal factors."""
+    optimizer.param_groups[0]["damping"] = 1e-4 * 1e3**done
+
+
+def _hand_over(optimizer: Any, done: float) -> None:
+    """At two thirds of the steps."""
+    optimizer.turn = int(done >= 2 / 3)
 
 
 STUDIES: dict[str, tuple[Peer, ...]] = {
@@ -20,15 +33,41 @@ STUDIES: dict[str, tuple[Peer, ...]] = {
         *_varied(_EXAMPLES, "sample_size", "examples", (24, 32)),
         *_varied(_FROG, "sample_size", "positions", (32, 64, 128, 256, 512, 1024)),
     ),
+    "examples": tuple(_varied(_EXAMPLES, "sample_size", "r =", (8, 16, 32, 64))),
     "iterations": tuple(_varied(_FROG, "cg_iters", "k =", (2, 3, 4, 5, 8, 16))),
-    "damping": tuple(
-        _varied(_FROG, "damping", "tau =", (1e-6, 1e-4, 1e-3, 1e-2, 1e-1))
+    "damping": (
+        *_varied(_FROG, "damping", "tau =", (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)),
+        replace(_FROG, name="tau grows, 1e-4 to 0.1", adjust=_grow_damping),
     ),
-    "momentum": tuple(_varied(_FROG, "momentum", "momentum", (0.8, 0.9, 0.95))),
-    "nesterov": tuple(_varied(_FROG, "nesterov", "Nesterov", (False, True))),
-    # One trajectory up to rounding, at different cost.
-    "formulation": tuple(
-        _varied(_FROG, "formulation", "formulation", ("primal", "gram"))
+    "momentum": (
+        *_varied(_FROG, "momentum", "momentum", (0.8, 0.9, 0.95)),
+        *(
+            _FROG.with_options(f"Nesterov {beta}", momentum=beta, nesterov=True)
+            for beta in (0.8, 0.9, 0.95)
+        ),
+    ),
+    # Beside Muon, at the same momenta.
+    "orthogonal": (
+        _FROG,
+        _FROG.with_options("FROG, Nesterov", nesterov=True),
+        *_varied(_MUON, "momentum", "Muon, momentum", (0.9, 0.95)),
+        *_varied(_ORTHOGONAL, "momentum", "orthogonal, momentum", (0.9, 0.95)),
+        _ORTHOGONAL.with_options("orthogonal, k = 8", cg_iters=8),
+    ),
+    # What helps at the end of a long run.
+    "late": (
+        PEERS["SGD"],
+        _MUON,
+        _FROG,
+        replace(_FROG, name="FROG, damping grows", adjust=_grow_damping),
+        replace(_FROG, name="FROG, then SGD", build=frog_then_sgd, adjust=_hand_over),
+        _ORTHOGONAL,
+    ),
+    # One trajectory up to rounding, at different cost. Gram space over whole examples
+    # would need the square of all their positions.
+    "formulation": (
+        *_varied(_FROG, "formulation", "positions,", ("primal", "gram")),
+        _EXAMPLES.with_options("examples, primal", formulation="primal"),
     ),
 }
 """Who takes part, by the study's name."""

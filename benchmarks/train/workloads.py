@@ -100,13 +100,15 @@ def _for_text(peers: Sequence[Peer]) -> tuple[Peer, ...]:
     lrs = {
         "FROG": (2e-3, 6e-3, 2e-2, 6e-2),
         "FROG examples": (2e-3, 6e-3, 2e-2, 6e-2),
+        "FROG orthogonal": (6e-3, 2e-2, 6e-2, 2e-1),
         "AdamW": (3e-4, 1e-3, 3e-3, 1e-2),
         "SOAP": (3e-4, 1e-3, 3e-3, 1e-2),
     }
     options: dict[str, dict[str, Any]] = {
-        "FROG": {"fallback": "adamw", "fallback_lr": 1e-3},
-        "FROG examples": {"fallback": "adamw", "fallback_lr": 1e-3},
-        "Muon": {"adamw_lr": 1e-3},
+        "FROG": {"fallback": "adamw", "fallback_lr": 3e-3},
+        "FROG examples": {"fallback": "adamw", "fallback_lr": 3e-3},
+        "FROG orthogonal": {"fallback": "adamw", "fallback_lr": 3e-3},
+        "Muon": {"adamw_lr": 3e-3},
         "SINGD": {"loss_average": "batch+sequence"},
     }
     return tuple(
