@@ -38,6 +38,7 @@ STUDIES: dict[str, tuple[Peer, ...]] = {
     "damping": (
         *_varied(_FROG, "damping", "tau =", (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)),
         replace(_FROG, name="tau grows, 1e-4 to 0.1", adjust=_grow_damping),
+        *_varied(_ORTHOGONAL, "damping", "orthogonal, tau =", (1e-4, 1e-2, 1.0)),
     ),
     "momentum": (
         *_varied(_FROG, "momentum", "momentum", (0.8, 0.9, 0.95)),

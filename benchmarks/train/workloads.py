@@ -104,10 +104,11 @@ def _for_text(peers: Sequence[Peer]) -> tuple[Peer, ...]:
         "AdamW": (3e-4, 1e-3, 3e-3, 1e-2),
         "SOAP": (3e-4, 1e-3, 3e-3, 1e-2),
     }
+    frog = {"fallback": "adamw", "fallback_lr": 3e-3, "damping": 1.0}
     options: dict[str, dict[str, Any]] = {
-        "FROG": {"fallback": "adamw", "fallback_lr": 3e-3},
-        "FROG examples": {"fallback": "adamw", "fallback_lr": 3e-3},
-        "FROG orthogonal": {"fallback": "adamw", "fallback_lr": 3e-3},
+        "FROG": frog,
+        "FROG examples": frog,
+        "FROG orthogonal": {**frog, "momentum": 0.95},
         "Muon": {"adamw_lr": 3e-3},
         "SINGD": {"loss_average": "batch+sequence"},
     }
