@@ -165,17 +165,18 @@ def ddp_description():
     return before, str(opt.describe()), opt.capture.sample_size
 
 
-def count_collectives():
-    """Collectives of one step, by name."""
+def count_collectives(options):
+    """Collectives of one step, by name, and what the optimizer says of them."""
     net = DistributedDataParallel(Net())
-    opt = FROG(net)
+    opt = FROG(net, **options)
     train(net, opt, range(1), dtype=torch.float32)
     x, y = batch(1, dtype=torch.float32)
     opt.zero_grad()
     F.cross_entropy(net(mine(x)), mine(y)).backward()
     with CommDebugMode() as communication:
         opt.step()
-    return {str(op): n for op, n in communication.get_comm_counts().items()}
+    counts = {str(op): n for op, n in communication.get_comm_counts().items()}
+    return counts, str(opt.describe())
 
 
 def ddp_uneven(case):

@@ -62,9 +62,12 @@ def test_describe_shows_rows_and_bytes(pool):
         assert f"{8 * 5 * 12 * (size - 1)} B of counts" in after
 
 
-def test_a_step_makes_three_collectives(pool):
-    for counts in pool.run(cases.count_collectives):
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_a_step_makes_three_collectives(pool, orthogonalize):
+    options = {"orthogonalize": orthogonalize}
+    for counts, table in pool.run(cases.count_collectives, options):
         assert counts == {"c10d.allgather_": 2, "c10d.alltoall_base_": 1}
+        assert "B of samples (1)" in table and "B of rows (1)" in table
 
 
 @pytest.mark.parametrize(

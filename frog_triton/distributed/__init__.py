@@ -5,7 +5,9 @@ of the batch; the rank that solves a row is sent all of X, and of Y the row's co
 rank holds some rows of a layer (all of them, or its shard), and solves those that are
 its own; where other ranks hold the same rows, the updated rows go to them. A step makes
 three kinds of collectives, each over all layers at once: what each rank brings
-(integers), the samples, and the updated rows.
+(integers), the samples, and the updated rows. To orthogonalize, which takes whole
+layers, directions go to all ranks instead of updated rows; each rank orthogonalizes
+them all and updates the rows that it holds.
 
 Sharded tensors take half a second to import, so the modules of this package are
 imported where a process group exists, and only there.

@@ -19,8 +19,8 @@ def share(
     division: Division,
     steps: Sequence[LayerStep],
     found: Mapping[str, Sequence[Direction]],
-) -> Iterator[tuple[LayerStep, Direction, int]]:
-    """Send each rank's rows of all directions to all ranks.
+) -> Iterator[list[tuple[LayerStep, Direction, int]]]:
+    """Send each rank's rows of all directions to all ranks, a collective an item.
 
     Every rank must exhaust the iterator: it communicates on the way.
 
@@ -30,7 +30,7 @@ def share(
         found: directions of the rows that this rank solves, by layer.
 
     Returns:
-        Each step with its layer's whole direction, and the bytes sent for it.
+        Steps, each with its layer's whole direction and the bytes sent for it.
     """
     for bucket in _buckets(steps):
         mine = [_joined(step, found.get(step.layer.name, ())) for step in bucket]
@@ -50,7 +50,7 @@ def share(
             division.group,
             collectives.collective_device(division.group, device),
         )
-        at = 0
+        at, sent = 0, []
         for step, parts, count in zip(bucket, mine, rows, strict=True):
             order = sorted(
                 range(division.size),
@@ -62,8 +62,10 @@ def share(
             ]
             at += len(parts)
             weight, *bias, finite = whole
-            sent = sum(t.nbytes for t in parts) * (division.size - 1)
-            yield step, Direction(Rows(weight, *(bias or [None])), finite), sent
+            direction = Direction(Rows(weight, *(bias or [None])), finite)
+            nbytes = sum(t.nbytes for t in parts) * (division.size - 1)
+            sent.append((step, direction, nbytes))
+        yield sent
 
 
 def _buckets(steps: Iterable[LayerStep]) -> Iterator[list[LayerStep]]:

@@ -191,12 +191,22 @@ class Ranks:
     def share_directions(
         self, steps: Sequence[LayerStep], found: Mapping[str, Sequence[Direction]]
     ) -> Iterator[tuple[LayerStep, Direction, slice]]:
-        """See `directions.share`."""
-        for step, whole, sent in directions.share(self.division, steps, found):
-            name, rows = step.layer.name, step.layer.geometry.rows
-            self._row_bytes[name] = sent
-            held = self.division.held(rows, self.division.rank)
-            yield step, whole, slice(held.start, held.stop)
+        """Send the rows of directions that each rank has solved to all ranks.
+
+        Args:
+            steps: of all rows that this rank holds.
+            found: directions of the rows that it solves, by layer.
+
+        Returns:
+            Each step with its layer's whole direction, and the rows held here.
+        """
+        for shared in directions.share(self.division, steps, found):
+            self._gathers += 1
+            for step, whole, sent in shared:
+                self._row_bytes[step.layer.name] = sent
+                rows = step.layer.geometry.rows
+                held = self.division.held(rows, self.division.rank)
+                yield step, whole, slice(held.start, held.stop)
 
     def describe(self, layer: Layer) -> str:
         """What this rank does for a layer, with the bytes it last sent."""
@@ -223,7 +233,7 @@ class Ranks:
         return (
             f"{line}; its last step sent {exchange.notice_bytes} B of counts "
             f"(1 collective), {sum(exchange.sample_bytes.values())} B of samples (1) "
-            f"and {sum(self._row_bytes.values())} B of updated rows ({self._gathers})"
+            f"and {sum(self._row_bytes.values())} B of rows ({self._gathers})"
         )
 
 
