@@ -230,10 +230,11 @@ class SampleCapture:
         try:
             yield
         except torch.OutOfMemoryError as error:
+            positions = "" if self.sampling == "positions" else "sampling='positions', "
             raise torch.OutOfMemoryError(
                 f"{name}: no memory for its {self.sample_size} sampled "
-                f"{self.sampling}; take a smaller sample_size, "
-                f"sampling='positions', or smaller batches ({error})"
+                f"{self.sampling}; take a smaller sample_size, {positions}or smaller "
+                f"batches ({error})"
             ) from error
 
     def _key(self, name: str, *counters: Counter) -> Counter:

@@ -109,7 +109,8 @@ def cost(
     """Count what `FROG`'s step costs with the Triton backend; needs no GPU.
 
     The parameters of the fallback are not counted, nor is drawing the samples, which
-    happens in the forward and backward passes.
+    happens in the forward and backward passes, nor are the products of `orthogonalize`
+    (see `FROG`), which takes a launch to write directions out in place of the update.
 
     Args:
         model_or_layers: a model, or shapes of layers.
@@ -128,10 +129,15 @@ def cost(
         gpu: a name of `frog_triton.autotune.traffic.GPUS`.
 
     Raises:
-        ValueError: an unknown GPU, or a model whose positions are not known.
+        ValueError: an unknown GPU or sampling, or a model whose positions are not
+            known.
     """
     if gpu not in GPUS:
         raise ValueError(f"gpu must be one of {tuple(GPUS)}, got {gpu!r}")
+    if sampling not in SAMPLINGS:
+        raise ValueError(
+            f"sampling must be one of {tuple(SAMPLINGS)}, got {sampling!r}"
+        )
     if isinstance(model_or_layers, nn.Module):
         size = sample_size or SAMPLINGS[sampling]
         model = model_or_layers

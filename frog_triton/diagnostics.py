@@ -29,7 +29,8 @@ class Diagnostics:
     For each layer, over its rows:
 
     - ``update_norm_mean``, ``update_norm_std``: of ``lr |z_j| / sqrt(<z_j, m_j>)``, the
-      distance that a row moves, decay left out; the spread is the population's.
+      distance that a row moves, decay left out (with `orthogonalize`: would move
+      without it); the spread is the population's.
     - ``cg_residual``: mean of ``|m_j - A_j z_j| / |m_j|`` where CG stopped.
     - ``identity_rows``: how many rows took the identity Fisher.
     - ``skipped_rows``: how many rows had a gradient that is not finite.

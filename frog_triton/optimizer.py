@@ -76,7 +76,8 @@ class FROG(Optimizer):
     On several ranks (DistributedDataParallel, or ``fully_shard``) all ranks solve the
     same systems: each draws its share of `sample_size` from its own part of the batch,
     a row is solved by one of the ranks that hold it, from the samples of all, and
-    weights are equal, bit for bit, on all ranks that hold them. All ranks must build
+    weights are equal, bit for bit, on all ranks that hold them (with `orthogonalize`:
+    on ranks with equal hardware and threads). All ranks must build
     FROG alike and call `step` together; both are checked at the first step. The loss
     must have the same scale on all ranks: a common factor cancels, but a rank whose
     loss is scaled up weighs more in the Fisher. So it is with the mean over a smaller
@@ -104,7 +105,7 @@ class FROG(Optimizer):
         sampling: ``"positions"``, drawn over batch and space or sequence; or
             ``"examples"``, the paper's: examples of the batch with all their positions.
             In nets for CIFAR-10 the defaults of both train alike over five seeds, and
-            positions cost a fifth to a quarter (``benchmarks/results/cpu/samples``).
+            positions cost a fifth to a quarter (``benchmarks/results/cpu/studies``).
         params: what to optimize: tensors, or torch-style groups whose entries override
             the defaults. None: all parameters.
         exclude: module or parameter names, shell patterns of them, or module types
@@ -556,7 +557,11 @@ class FROG(Optimizer):
         check_version(state_dict)
         self._let_go_like(state_dict.get("unhooked", ()))
         check_shapes(self, state_dict, self._plan.names)
+        own = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, entries_here in zip(self.param_groups, own, strict=True):
+            for name, value in entries_here.items():
+                group.setdefault(name, value)  # of options younger than the state
         restore(self, state_dict, self.capturable)
         self._stepped = any(
             bool(state["step"] > 0) for state in self.state.values() if "step" in state

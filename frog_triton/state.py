@@ -109,8 +109,6 @@ def restore(
         capturable: of this optimizer.
     """
     for group in optimizer.param_groups:
-        for name, value in optimizer.defaults.items():
-            group.setdefault(name, value)  # of options younger than the state
         group["capturable"] = capturable
     saved = [i for group in state_dict["param_groups"] for i in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]

@@ -158,9 +158,10 @@ def step_layers(
         dense, params = [c for _, c in counters], [step.params for step in bucket]
         lr, weight_decay = group["lr"], group["weight_decay"]
         if group["orthogonalize"]:
-            rows = orthogonalize(solution.rows(), bucket[0].x.groups)
-            torch_ops.count_(dense, solution.status, solution.finite)
-            torch_ops.step_along_(params, rows, solution.finite, lr, weight_decay)
+            finite, groups = solution.finite, bucket[0].layer.geometry.groups
+            rows = orthogonalize(solution.rows(), finite, groups)
+            torch_ops.count_(dense, solution.status, finite)
+            torch_ops.step_along_(params, rows, finite, lr, weight_decay)
         else:
             solution.update_(params, dense, lr, weight_decay)
         for part, counter in counters:
@@ -179,11 +180,11 @@ def directions(
     """Momentum and solve as in `step_layers`, but no update.
 
     Returns:
-        The directions of each layer by name, in the order of `steps`; and how each
+        The directions of each layer by name, in the order of its rows; and how each
         layer was solved, in words.
     """
     solved: dict[str, str] = {}
-    found: dict[str, list[Direction]] = {}
+    found: dict[str, dict[int, Direction]] = {}
     for bucket, solution in _solutions(steps, group, formulation, solved, observe):
         rows = solution.rows()
         for i, step in enumerate(bucket):
@@ -192,8 +193,11 @@ def directions(
             torch_ops.count_([counter], solution.status[i : i + 1], finite[None])
             if part is not counter:
                 part += counter
-            found.setdefault(name, []).append(Direction(rows.layer(i), finite))
-    return found, solved
+            first = 0 if step.counted is None else step.counted.start
+            found.setdefault(name, {})[first] = Direction(rows.layer(i), finite)
+    # Pieces of a layer that share a geometry are solved together, out of order.
+    ordered = {name: [d[first] for first in sorted(d)] for name, d in found.items()}
+    return ordered, solved
 
 
 def step_along(
@@ -208,11 +212,13 @@ def step_along(
         group: hyperparameters.
     """
     stacked = Rows(*(None if t is None else t[None] for t in whole.rows))
-    z = narrow(orthogonalize(stacked, step.layer.geometry.groups).layer(0), rows)
+    finite = whole.finite[None]
+    z = orthogonalize(stacked, finite, step.layer.geometry.groups)
+    held = narrow(z.layer(0), rows)
     torch_ops.step_along_(
         [step.params],
-        Rows(*(None if t is None else t[None] for t in z)),
-        whole.finite[None, rows],
+        Rows(*(None if t is None else t[None] for t in held)),
+        finite[:, rows],
         group["lr"],
         group["weight_decay"],
     )

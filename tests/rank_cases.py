@@ -302,11 +302,11 @@ def ddp_disagreements():
     return errors
 
 
-def ddp_anomalies():
+def ddp_anomalies(options):
     """NaN in the samples of one rank, and in the gradient of all."""
     net = nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 2)).double()
     twin = DistributedDataParallel(net)
-    opt = FROG(twin)
+    opt = FROG(twin, **options)
     x = torch.randn(4, 3).double()
     twin(x).square().sum().backward()
     if dist.get_rank() == 1:
@@ -325,11 +325,11 @@ def ddp_anomalies():
     return bits(net.parameters()), kept, counts
 
 
-def ddp_dtypes(backend, dtype, sampling):
+def ddp_dtypes(backend, dtype, sampling, **options):
     """Bit equality with 16-bit or float32 samples."""
     net = Net().to(dtype)
     twin = DistributedDataParallel(net)
-    opt = FROG(twin, sample_size=8, backend=backend, sampling=sampling)
+    opt = FROG(twin, sample_size=8, backend=backend, sampling=sampling, **options)
     train(twin, opt, range(2), size=8, dtype=dtype)
     finite = all(bool(torch.isfinite(p).all()) for p in net.parameters())
     return SimpleNamespace(equal=bits(net.parameters()), finite=finite)

@@ -16,7 +16,7 @@ from frog_triton.benchmarks.train import bench, report
 from frog_triton.benchmarks.train.data import Dataset, Text
 from frog_triton.benchmarks.train.loop import SCHEDULES, Job, Run, train
 from frog_triton.benchmarks.train.models import GPT, small_cnn
-from frog_triton.benchmarks.train.peers import PEERS, Peer, reference
+from frog_triton.benchmarks.train.peers import PEERS, Peer, frog_then_sgd, reference
 from frog_triton.benchmarks.train.studies import STUDIES
 from frog_triton.benchmarks.train.tasks import ImageTask, TextTask
 from frog_triton.benchmarks.train.workloads import WORKLOADS
@@ -327,3 +327,22 @@ def test_arguments_need_no_extra():
         "import argparse; bench.add_arguments(argparse.ArgumentParser())"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_handing_over_to_another_optimizer():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = frog_then_sgd(net, lr=0.1, weight_decay=0.0, sgd_lr=0.5)
+    frog, sgd = optimizer._parts
+    assert len(optimizer.param_groups) == 3  # schedules reach them all
+    for turn in range(2):
+        before = net[0].weight.detach().clone()
+        optimizer.zero_grad()
+        net(torch.randn(5, 3)).square().sum().backward()
+        optimizer.step()
+        moved = net[0].weight - before
+        expected = -0.5 * (net[0].weight.grad + 5e-4 * before)
+        assert torch.allclose(moved, expected, atol=1e-6) == bool(turn)
+        assert bool(sgd.state) == bool(turn)
+        if turn == 0:
+            optimizer.hand_over()
+    assert frog.capture.closed

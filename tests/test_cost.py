@@ -179,6 +179,8 @@ def test_positions_of_a_model_come_from_a_batch():
     assert [line.layer.samples for line in frog_triton.cost(net).layers] == [256]
     with pytest.raises(ValueError, match="pass inputs="):
         frog_triton.cost(net, sampling="examples")
+    with pytest.raises(ValueError, match="sampling must be one of"):
+        frog_triton.cost(net, inputs, sampling="whole", sample_size=4)
     with pytest.raises(ValueError, match="gpu must be one of"):
         frog_triton.cost(net, inputs, gpu="voodoo")
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -105,8 +106,9 @@ def test_disagreements_are_errors_on_all_ranks(two):
         assert "None and 'step() before any backward" in errors["no gradient"]
 
 
-def test_values_that_are_not_finite(pool):
-    results = pool.run(cases.ddp_anomalies)
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_values_that_are_not_finite(pool, orthogonalize):
+    results = pool.run(cases.ddp_anomalies, {"orthogonalize": orthogonalize})
     for equal, kept, _ in results:
         assert equal
         assert kept == [True, True, True]
@@ -117,16 +119,20 @@ def test_values_that_are_not_finite(pool):
     assert totals == [1, 1]
 
 
+@pytest.mark.parametrize("orthogonalize", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equal_bits_in_lower_precision(pool, dtype):
-    for result in pool.run(cases.ddp_dtypes, "torch", dtype, "examples"):
+def test_equal_bits_in_lower_precision(pool, dtype, orthogonalize):
+    case = partial(cases.ddp_dtypes, orthogonalize=orthogonalize)
+    for result in pool.run(case, "torch", dtype, "examples"):
         assert result.equal and result.finite
 
 
-def test_equal_bits_with_the_kernels(two):
-    for sampling in ("examples", "positions"):
-        for result in two.run(cases.ddp_dtypes, "triton", torch.float32, sampling):
-            assert result.equal and result.finite
+@pytest.mark.parametrize("orthogonalize", [False, True])
+@pytest.mark.parametrize("sampling", ["examples", "positions"])
+def test_equal_bits_with_the_kernels(two, sampling, orthogonalize):
+    case = partial(cases.ddp_dtypes, orthogonalize=orthogonalize)
+    for result in two.run(case, "triton", torch.float32, sampling):
+        assert result.equal and result.finite
 
 
 def test_state_is_whole_on_every_rank_and_goes_to_other_numbers_of_ranks(

@@ -163,14 +163,22 @@ def test_a_loss_scale_leaves_no_trace(clip, capturable, fallback):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("orthogonalize", [False, True])
 @pytest.mark.parametrize("fallback", ["sgd", "adamw"])
 @pytest.mark.parametrize("clipped", [False, True])
 @pytest.mark.parametrize("capturable", [False, True])
-def test_a_step_with_found_inf_changes_nothing(capturable, clipped, fallback):
+def test_a_step_with_found_inf_changes_nothing(
+    capturable, clipped, fallback, orthogonalize
+):
     net = Net()
-    opt = FROG(net, sample_size=3, capturable=capturable, fallback=fallback)
+    options = {
+        "capturable": capturable,
+        "fallback": fallback,
+        "orthogonalize": orthogonalize,
+    }
+    opt = FROG(net, sample_size=3, **options)
     twin = copy.deepcopy(net)
-    twin_opt = FROG(twin, sample_size=3, capturable=capturable, fallback=fallback)
+    twin_opt = FROG(twin, sample_size=3, **options)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for step in range(5):
         x, y = batch(step)

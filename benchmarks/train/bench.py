@@ -61,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--study",
         choices=sorted(STUDIES),
-        help="variants of FROG in place of the workload's optimizers",
+        help="variants of FROG in place of the workload's optimizers, with settings "
+        "for images",
     )
     parser.add_argument(
         "--lrs",
@@ -99,7 +100,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for decoded images (default: %(default)s)",
     )
     parser.add_argument(
-        "--out", type=Path, help="(default: runs/bench/WORKLOAD on this device)"
+        "--out",
+        type=Path,
+        help="a folder for this workload alone (default: runs/bench/WORKLOAD)",
     )
     parser.add_argument(
         "--report",

@@ -77,13 +77,14 @@ class Joint(torch.optim.Optimizer):
 
 
 class Handover(Joint):
-    """One optimizer after another, all for the same parameters.
-
-    Attributes:
-        turn: which of the parts steps.
-    """
+    """One optimizer after another, all for the same parameters."""
 
     turn: int = 0
+
+    def hand_over(self) -> None:
+        """Let the next part step from now on; hooks of this one are removed."""
+        getattr(self._parts[self.turn], "close", lambda: None)()
+        self.turn += 1
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the part whose turn it is."""

@@ -209,7 +209,13 @@ def _by_name(*peers: Peer) -> dict[str, Peer]:
 
 
 PEERS = _by_name(
-    Peer("FROG", FROG, (6e-3, 2e-2, 6e-2, 2e-1), (1e-5, 5e-5)),
+    Peer(
+        "FROG",
+        FROG,
+        (6e-3, 2e-2, 6e-2, 2e-1),
+        (1e-5, 5e-5),
+        {"sampling": "positions"},
+    ),
     Peer(
         "FROG examples",
         FROG,

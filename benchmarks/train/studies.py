@@ -24,7 +24,8 @@ def _grow_damping(optimizer: Any, done: float) -> None:
 
 def _hand_over(optimizer: Any, done: float) -> None:
     """At two thirds of the steps."""
-    optimizer.turn = int(done >= 2 / 3)
+    if done >= 2 / 3 and optimizer.turn == 0:
+        optimizer.hand_over()
 
 
 STUDIES: dict[str, tuple[Peer, ...]] = {
@@ -61,7 +62,13 @@ STUDIES: dict[str, tuple[Peer, ...]] = {
         _MUON,
         _FROG,
         replace(_FROG, name="FROG, damping grows", adjust=_grow_damping),
-        replace(_FROG, name="FROG, then SGD", build=frog_then_sgd, adjust=_hand_over),
+        replace(
+            _FROG,
+            name="FROG, then SGD",
+            build=frog_then_sgd,
+            options={},
+            adjust=_hand_over,
+        ),
         _ORTHOGONAL,
     ),
     # One trajectory up to rounding, at different cost. Gram space over whole examples

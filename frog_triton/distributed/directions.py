@@ -57,7 +57,7 @@ def share(
                 key=lambda rank: division.solved(count, rank).start,
             )
             whole = [
-                torch.cat([received[rank][at + i] for rank in order]).to(device)
+                torch.cat([received[rank][at + i] for rank in order]).to(step.y.device)
                 for i in range(len(parts))
             ]
             at += len(parts)
