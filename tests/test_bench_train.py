@@ -346,3 +346,13 @@ def test_handing_over_to_another_optimizer():
         if turn == 0:
             optimizer.hand_over()
     assert frog.capture.closed
+
+
+def test_settings_for_text_leave_what_a_study_varies():
+    adapt = WORKLOADS["chars-gpt-small"].adapt
+    for peer in STUDIES["damping"]:
+        options = adapt(peer).options
+        assert options["damping"] == peer.options.get("damping", 1.0)
+        assert options["fallback"] == "adamw" and adapt(peer).name == peer.name
+    assert adapt(PEERS["FROG orthogonal"]).options["fallback_lr"] == 3e-3
+    assert adapt(PEERS["SGD"]) == PEERS["SGD"]

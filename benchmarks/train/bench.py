@@ -61,8 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--study",
         choices=sorted(STUDIES),
-        help="variants of FROG in place of the workload's optimizers, with settings "
-        "for images",
+        help="variants of FROG in place of the workload's optimizers",
     )
     parser.add_argument(
         "--lrs",
@@ -154,7 +153,7 @@ def _peers(
 ) -> list[Peer]:
     """Those asked for and installed."""
     peers = workload.peers if args.study is None else STUDIES[args.study]
-    offered = {peer.name: peer for peer in peers}
+    offered = {peer.name: workload.adapt(peer) for peer in peers}
     if args.reference is not None:
         peer = reference(args.reference)
         offered[peer.name] = peer

@@ -35,6 +35,7 @@ class Peer:
         batch_size: if other than the workload's.
         prepare: what must be done to a model before.
         adjust: called before each step with the fraction of the steps that is done.
+        base: the name of the entry of `PEERS` that it is a variant of.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Peer:
     batch_size: int | None = None
     prepare: Callable[[nn.Module], nn.Module] = lambda model: model
     adjust: Callable[[Any, float], None] = lambda optimizer, done: None
+    base: str = ""
 
     def optimizer(
         self, model: nn.Module, lr: float, weight_decay: float | None = None
@@ -205,7 +207,7 @@ def _without_inplace(model: nn.Module) -> nn.Module:
 
 
 def _by_name(*peers: Peer) -> dict[str, Peer]:
-    return {peer.name: peer for peer in peers}
+    return {peer.name: replace(peer, base=peer.name) for peer in peers}
 
 
 PEERS = _by_name(

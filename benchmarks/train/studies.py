@@ -48,6 +48,15 @@ STUDIES: dict[str, tuple[Peer, ...]] = {
             for beta in (0.8, 0.9, 0.95)
         ),
     ),
+    # The paper leaves the output layer to the fallback.
+    "output-layer": tuple(
+        peer.with_options(name, exclude_output_layer=not included)
+        for peer, label in ((_FROG, "FROG"), (_ORTHOGONAL, "orthogonal"))
+        for included, name in (
+            (False, label),
+            (True, f"{label}, output layer, too"),
+        )
+    ),
     # Beside Muon, at the same momenta.
     "orthogonal": (
         _FROG,

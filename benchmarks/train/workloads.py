@@ -32,6 +32,7 @@ class Workload:
         evaluations: how often an epoch the metric is taken in the reported runs.
         schedule: one of `loop.SCHEDULES`.
         peers: who takes part, unless the command line says otherwise.
+        adapt: gives a peer, or a study's variant of one, the settings usual here.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Workload:
     evaluations: int = 3
     schedule: str = "one-cycle"
     peers: tuple[Peer, ...] = tuple(PEERS.values())
+    adapt: Callable[[Peer], Peer] = lambda peer: peer
 
     @property
     def deciding_target(self) -> float:
@@ -95,28 +97,31 @@ def _variants(peers: Sequence[Peer]) -> tuple[Peer, ...]:
     return own + tuple(peer for peer in peers if peer.name != paper.name)
 
 
-def _for_text(peers: Sequence[Peer]) -> tuple[Peer, ...]:
-    """Learning rates and fallbacks that suit transformers."""
-    lrs = {
-        "FROG": (2e-3, 6e-3, 2e-2, 6e-2),
-        "FROG examples": (2e-3, 6e-3, 2e-2, 6e-2),
-        "FROG orthogonal": (6e-3, 2e-2, 6e-2, 2e-1),
-        "AdamW": (3e-4, 1e-3, 3e-3, 1e-2),
-        "SOAP": (3e-4, 1e-3, 3e-3, 1e-2),
-    }
-    frog = {"fallback": "adamw", "fallback_lr": 3e-3, "damping": 1.0}
-    options: dict[str, dict[str, Any]] = {
-        "FROG": frog,
-        "FROG examples": frog,
-        "FROG orthogonal": {**frog, "momentum": 0.95},
-        "Muon": {"adamw_lr": 3e-3},
-        "SINGD": {"loss_average": "batch+sequence"},
-    }
-    return tuple(
-        replace(peer, lrs=lrs.get(peer.name, peer.lrs)).with_options(
-            peer.name, **options.get(peer.name, {})
-        )
-        for peer in peers
+_TEXT_LRS = {
+    "FROG": (2e-3, 6e-3, 2e-2, 6e-2),
+    "FROG examples": (2e-3, 6e-3, 2e-2, 6e-2),
+    "FROG orthogonal": (6e-3, 2e-2, 6e-2, 2e-1),
+    "AdamW": (3e-4, 1e-3, 3e-3, 1e-2),
+    "SOAP": (3e-4, 1e-3, 3e-3, 1e-2),
+}
+_TEXT_FROG = {"fallback": "adamw", "fallback_lr": 3e-3, "damping": 1.0}
+_TEXT_OPTIONS: dict[str, dict[str, Any]] = {
+    "FROG": _TEXT_FROG,
+    "FROG examples": _TEXT_FROG,
+    "FROG orthogonal": {**_TEXT_FROG, "momentum": 0.95},
+    "Muon": {"adamw_lr": 3e-3},
+    "SINGD": {"loss_average": "batch+sequence"},
+}
+
+
+def _for_text(peer: Peer) -> Peer:
+    """With learning rates and fallbacks for transformers; what it varies it keeps."""
+    usual = PEERS[peer.base].options if peer.base in PEERS else {}
+    varied = {k: v for k, v in peer.options.items() if usual.get(k, ...) != v}
+    return replace(
+        peer,
+        lrs=_TEXT_LRS.get(peer.base, peer.lrs),
+        options={**usual, **_TEXT_OPTIONS.get(peer.base, {}), **varied},
     )
 
 
@@ -147,7 +152,7 @@ _GPT = Workload(
     (2.0, 1.8, 1.6, 1.5),
     epochs=20,
     grid_epochs=5,
-    peers=_for_text(_ALL),
+    adapt=_for_text,
 )
 
 WORKLOADS = {
