@@ -16,7 +16,7 @@ from .autotune.tuning import Tuning
 from .launches import Bucket, shape_of
 from .layers import LinearMap, MatrixMap
 from .ops import torch_ops
-from .ops.types import Rows, written_out
+from .ops.types import Rows, stack_rows, written_out
 from .orthogonal import orthogonalize
 from .preconditioner import solve
 from .routing import Layer
@@ -211,13 +211,11 @@ def step_along(
         rows: which of them.
         group: hyperparameters.
     """
-    stacked = Rows(*(None if t is None else t[None] for t in whole.rows))
-    finite = whole.finite[None]
-    z = orthogonalize(stacked, finite, step.layer.geometry.groups)
-    held = narrow(z.layer(0), rows)
+    finite, groups = whole.finite[None], step.layer.geometry.groups
+    z = orthogonalize(stack_rows([whole.rows]), finite, groups)
     torch_ops.step_along_(
         [step.params],
-        Rows(*(None if t is None else t[None] for t in held)),
+        stack_rows([narrow(z.layer(0), rows)]),
         finite[:, rows],
         group["lr"],
         group["weight_decay"],

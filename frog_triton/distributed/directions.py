@@ -61,8 +61,8 @@ def share(
                 for i in range(len(parts))
             ]
             at += len(parts)
-            weight, *bias, finite = whole
-            direction = Direction(Rows(weight, *(bias or [None])), finite)
+            bias = whole[1] if len(whole) == 3 else None
+            direction = Direction(Rows(whole[0], bias), whole[-1])
             nbytes = sum(t.nbytes for t in parts) * (division.size - 1)
             sent.append((step, direction, nbytes))
         yield sent
