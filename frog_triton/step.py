@@ -15,7 +15,6 @@ from . import ops
 from .autotune.tuning import Tuning
 from .launches import Bucket, shape_of
 from .layers import LinearMap, MatrixMap
-from .ops import torch_ops
 from .ops.types import Rows, stack_rows, written_out
 from .orthogonal import orthogonalize
 from .preconditioner import solve
@@ -158,10 +157,11 @@ def step_layers(
         dense, params = [c for _, c in counters], [step.params for step in bucket]
         lr, weight_decay = group["lr"], group["weight_decay"]
         if group["orthogonalize"]:
-            finite, groups = solution.finite, bucket[0].layer.geometry.groups
+            backend, groups = bucket[0].backend, bucket[0].layer.geometry.groups
+            finite = solution.finite
             rows = orthogonalize(solution.rows(), finite, groups)
-            torch_ops.count_(dense, solution.status, finite)
-            torch_ops.step_along_(params, rows, finite, lr, weight_decay)
+            backend.count_(dense, solution.status, finite)
+            backend.step_along_(params, rows, finite, lr, weight_decay)
         else:
             solution.update_(params, dense, lr, weight_decay)
         for part, counter in counters:
@@ -190,7 +190,7 @@ def directions(
         for i, step in enumerate(bucket):
             name, finite = step.layer.name, solution.finite[i]
             part, counter = _counter(counts[name], step.counted)
-            torch_ops.count_([counter], solution.status[i : i + 1], finite[None])
+            step.backend.count_([counter], solution.status[i : i + 1], finite[None])
             if part is not counter:
                 part += counter
             first = 0 if step.counted is None else step.counted.start
@@ -213,7 +213,7 @@ def step_along(
     """
     finite, groups = whole.finite[None], step.layer.geometry.groups
     z = orthogonalize(stack_rows([whole.rows]), finite, groups)
-    torch_ops.step_along_(
+    step.backend.step_along_(
         [step.params],
         stack_rows([narrow(z.layer(0), rows)]),
         finite[:, rows],

@@ -28,7 +28,14 @@ from ..kernels.weights import _fisher_weights_kernel
 from . import torch_ops, triton_primal
 from .launch import launch
 from .tables import Tables
-from .torch_ops import FISHER, NO_GRADIENT, NON_FINITE, CGState
+from .torch_ops import (  # the last two serve directions that are written out
+    FISHER,
+    NO_GRADIENT,
+    NON_FINITE,
+    CGState,
+    count_,
+    step_along_,
+)
 from .triton_common import (
     DTYPES,
     PRECISION,
@@ -53,6 +60,7 @@ __all__ = [
     "cg_rows",
     "cg_start",
     "cg_update_",
+    "count_",
     "fisher_weights",
     "gather_patches",
     "gram",
@@ -63,6 +71,7 @@ __all__ = [
     "momentum_project_",
     "prepare",
     "row_weights",
+    "step_along_",
     "write_out",
 ]
 
