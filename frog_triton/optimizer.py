@@ -93,8 +93,8 @@ class FROG(Optimizer):
       `orthogonalize` ``momentum=0.9, weight_decay=1e-5`` and the rest alike. The
       paper's small damping does badly there.
 
-    `orthogonalize` took fewer steps on every seed of both. It is not the default
-    because it is not the paper's method and adds Muon's products to a step.
+    `orthogonalize` ended better on every seed of both. It is not the default because
+    it is not the paper's method and adds Muon's products to a step.
 
     Args:
         model: whose layers are preconditioned. Hooks are put on them.
