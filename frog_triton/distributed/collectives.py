@@ -16,6 +16,9 @@ from torch import Tensor
 Spec = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor on its way."""
 
+BUCKET_BYTES = 1 << 28
+"""Of rows on their way in one collective: bounds the memory they need."""
+
 _ALIGN = 16  # what kernels like best, and what any dtype may be viewed at
 
 

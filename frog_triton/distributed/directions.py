@@ -12,8 +12,6 @@ from ..step import Direction, LayerStep
 from . import collectives
 from .division import Division
 
-_BUCKET_BYTES = 1 << 28  # of directions on their way: bounds the memory they need
-
 
 def share(
     division: Division,
@@ -75,7 +73,7 @@ def _buckets(steps: Iterable[LayerStep]) -> Iterator[list[LayerStep]]:
     for step in steps:
         entries = step.layer.geometry.rows * (step.momentum.weight.shape[1] + 1)
         taken = 8 * entries  # float64 at most
-        if bucket and size + taken > _BUCKET_BYTES:
+        if bucket and size + taken > collectives.BUCKET_BYTES:
             yield bucket
             bucket, size = [], 0
         bucket.append(step)

@@ -18,8 +18,6 @@ from . import collectives, directions
 from .division import Division
 from .samples import SampleExchange
 
-_BUCKET_BYTES = 1 << 28  # of updated rows on their way: bounds the memory they need
-
 
 class Ranks:
     """A step's communication.
@@ -145,7 +143,7 @@ class Ranks:
             for tensor in step.params:
                 if tensor is None or tensor.numel() == 0:
                     continue
-                if bucket and size + tensor.nbytes > _BUCKET_BYTES:
+                if bucket and size + tensor.nbytes > collectives.BUCKET_BYTES:
                     self._share_bucket(bucket)
                     bucket, size = [], 0
                 rows = step.layer.geometry.rows
