@@ -18,9 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import triton
-from filelock import FileLock, Timeout
 
 from .config import Config
 from .space import SPACES
@@ -66,8 +64,15 @@ class Machine:
 
 
 def default_folder() -> Path:
-    """The user's cache folder."""
-    return Path(platformdirs.user_cache_dir("frog_triton", appauthor=False))
+    """The user's cache folder; one for temporary files where there is no home."""
+    try:
+        import platformdirs  # a step must not need it
+
+        found = Path(platformdirs.user_cache_dir("frog_triton", appauthor=False))
+    except (ImportError, RuntimeError):  # the latter where it knows no home
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        found = Path(base, "frog_triton")
+    return found if found.is_absolute() else Path(tempfile.gettempdir(), "frog_triton")
 
 
 def shipped(machine: Machine) -> Table:
@@ -114,6 +119,15 @@ class Cache:
             The file; None if it could not be written, which a warning says.
         """
         path = self.path(machine)
+        try:
+            from filelock import FileLock, Timeout  # a step must not need it
+        except ImportError:
+            warnings.warn(
+                f"tuned configurations were not kept in {path}: the package filelock "
+                "is missing; they hold for this process only. pip install filelock",
+                stacklevel=2,
+            )
+            return None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock", timeout=LOCK_SECONDS):

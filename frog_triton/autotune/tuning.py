@@ -113,23 +113,25 @@ def tune(
     device: torch.device, buckets: Sequence[Bucket], table: Table, budget: float
 ) -> Table:
     """Tune what a table lacks, with a progress bar."""
-    from rich.progress import Progress
-
     from .traffic import detect
     from .tuner import CudaTimer, Tuner
 
     gpu = detect(device)
     assert gpu is not None
+    with progress_bar() as progress:
+        timer = CudaTimer(device)
+        tuner = Tuner(gpu, device, timer, table, budget=budget, progress=progress)
+        return tuner.tune(buckets)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, float], object]]:
+    """Gives what shows a task, in words, and the share that is done."""
+    try:
+        from rich.progress import Progress  # a step must not need it
+    except ImportError:
+        yield lambda what, share: None
+        return
     with Progress(transient=True) as bar:
         task = bar.add_task("tuning", total=1.0)
-        tuner = Tuner(
-            gpu,
-            device,
-            CudaTimer(device),
-            table,
-            budget=budget,
-            progress=lambda what, share: bar.update(
-                task, description=what, completed=share
-            ),
-        )
-        return tuner.tune(buckets)
+        yield lambda what, share: bar.update(task, description=what, completed=share)
