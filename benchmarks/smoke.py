@@ -1,0 +1,364 @@
+"""Every kernel once, in the smallest steps that launch it, beside the torch backend.
+
+    python -m frog_triton.benchmarks.smoke
+    python -m frog_triton.benchmarks.smoke --kernel _gram_kernel
+
+A line for each kernel: its largest error, and a verdict. Cases run in processes of
+their own, so that a kernel that takes its process down leaves the others to be judged.
+Without a GPU the kernels run in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import FROG, kernels
+from ..ops.launch import recording
+
+# Both backends see the same samples, so errors are those of the kernels. Measured in
+# the interpreter: 4e-7 in float32, 1e-3 where images in bfloat16 round p and T.
+LIMITS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+DETAIL = 12
+"""Lines that are printed of what a failed process has said; the JSON has more."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step of two small models, one for each backend.
+
+    Attributes:
+        network: builds the model; every layer is preconditioned.
+        inputs: shape of the batch.
+        options: of FROG.
+        dtype: of the samples.
+    """
+
+    network: Callable[[], nn.Module]
+    inputs: tuple[int, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def limit(self) -> float:
+        """Of the error; Newton-Schulz is computed in bfloat16 on a GPU."""
+        rounded = bool(self.options.get("orthogonalize"))
+        return LIMITS[torch.bfloat16 if rounded else self.dtype]
+
+
+def _linear(dim: int = 40, rows: int = 40) -> nn.Module:
+    if dim != rows:
+        return nn.Linear(dim, rows)
+    return nn.Sequential(nn.Linear(dim, rows), nn.Tanh(), nn.Linear(rows, dim))
+
+
+def _conv(groups: int = 1) -> nn.Module:
+    layers = [nn.Conv2d(8, 8, 3, padding=1, groups=groups) for _ in range(2)]
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1])
+
+
+_GRAM, _PRIMAL = {"formulation": "gram"}, {"formulation": "primal"}
+_WHOLE = {"sampling": "examples", "sample_size": 2}
+_BF16 = torch.bfloat16
+
+CASES: dict[str, Case] = {
+    "gram": Case(_linear, (24, 40), _GRAM),
+    "gram-bfloat16": Case(_linear, (24, 40), _GRAM, _BF16),
+    "gram-many-samples": Case(_linear, (140, 40), _GRAM),
+    "gram-long-rows": Case(lambda: _linear(1100, 5), (9, 1100), _GRAM),
+    "gram-images": Case(lambda: nn.Conv2d(8, 8, 3), (2, 8, 5, 5), _GRAM | _WHOLE),
+    "gram-nesterov": Case(_linear, (24, 40), _GRAM | {"nesterov": True}),
+    "primal": Case(_linear, (70, 40), _PRIMAL),
+    "primal-bfloat16": Case(_linear, (70, 40), _PRIMAL, _BF16),
+    "primal-images": Case(_conv, (3, 8, 7, 6), _PRIMAL | _WHOLE),
+    "primal-images-bfloat16": Case(_conv, (3, 8, 7, 6), _PRIMAL | _WHOLE, _BF16),
+    "depthwise": Case(lambda: _conv(8), (3, 8, 7, 6), _PRIMAL | _WHOLE),
+    "positions": Case(_conv, (3, 8, 7, 6), {"sample_size": 20}),
+    "capturable": Case(_linear, (24, 40), {"capturable": True}),
+    "orthogonal": Case(_linear, (24, 40), {"orthogonalize": True}),
+}
+
+
+@dataclass
+class Outcome:
+    """How a case went.
+
+    Attributes:
+        case: its name.
+        kernels: that it launches.
+        error: of its step, relative; None if it did not end.
+        verdict: ``"ok"``, or what went wrong, in a line.
+        failed: the kernel whose launch raised, if one did.
+        detail: more about that.
+    """
+
+    case: str
+    kernels: list[str]
+    error: float | None = None
+    verdict: str = "ok"
+    failed: str | None = None
+    detail: str = ""
+
+
+def all_kernels() -> list[str]:
+    """Names of the project's kernels; the other functions of ``kernels`` serve them."""
+    found = set()
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if name.endswith("_kernel") and hasattr(value, "fn"):
+                found.add(name)
+    return sorted(found)
+
+
+def launched(case: Case) -> list[str]:
+    """Names of the kernels that a case launches, found out without running them."""
+    with recording(run=False) as launches:
+        _step(case, _network(case), "triton")
+    return sorted({launch.name for launch in launches})
+
+
+def judge(name: str) -> Iterator[Outcome]:
+    """Run a case in this process.
+
+    Yields:
+        What it launches, before anything is run; then how it went.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    case = CASES[name]
+    outcome = Outcome(name, launched(case))
+    yield outcome
+    with recording() as launches:
+        try:
+            network = _network(case)
+            ours = _step(case, deepcopy(network), "triton")
+            theirs = _step(case, network, "torch")
+            error = float((ours - theirs).norm() / theirs.norm())
+        except Exception as problem:  # whatever a compiler or a driver raises
+            said = f"{type(problem).__name__}: {problem}"
+            outcome.verdict = said.splitlines()[0][:200]
+            outcome.detail = traceback.format_exc()[-8000:]
+            outcome.failed = launches[-1].name if launches else None
+        else:
+            outcome.error = error
+            if not error <= case.limit:
+                outcome.verdict = f"off by {error:.1e}"
+    yield outcome
+
+
+def _network(case: Case) -> nn.Module:
+    torch.manual_seed(0)
+    return case.network().to(_device())
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _step(case: Case, network: nn.Module, backend: str) -> Tensor:
+    """What a step changes, as one vector; the same numbers each time."""
+    device = _device()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(case.inputs, generator=generator).to(device)
+    before = [p.detach().clone() for p in network.parameters()]
+    optimizer = FROG(
+        network,
+        lr=1.0,
+        exclude_output_layer=False,
+        backend=backend,
+        autotune="off",
+        **{"damping": 1e-2, "cg_iters": 2, **case.options},
+    )
+    with torch.autocast(device, case.dtype, enabled=case.dtype != torch.float32):
+        output = network(x)
+    slope = torch.randn(output.shape, generator=generator).to(output)
+    output.backward(slope)
+    optimizer.step()
+    pairs = zip(network.parameters(), before, strict=True)
+    return torch.cat([(p.detach() - b).flatten() for p, b in pairs]).double().cpu()
+
+
+def run_cases(
+    names: Sequence[str],
+    wrapper: Sequence[str] = (),
+    kernel: str | None = None,
+    seconds: float | None = None,
+) -> Iterator[Outcome]:
+    """Run cases in a few processes side by side, in order of ending.
+
+    Args:
+        names: of `CASES`.
+        wrapper: command that the processes are started with.
+        kernel: leave out cases that do not launch it.
+        seconds: after which a process is killed.
+    """
+    count = min(len(names), os.cpu_count() or 1)
+    outcomes: Queue[Outcome | None] = Queue()
+
+    def serve(share: list[str]) -> None:
+        try:
+            while share:  # a process ends with the first case that fails
+                done = _run_process(share, wrapper, kernel, seconds)
+                for outcome in done:
+                    outcomes.put(outcome)
+                share = share[max(1, len(done)) :]
+        finally:
+            outcomes.put(None)
+
+    with ThreadPoolExecutor(count) as pool:
+        shares = [pool.submit(serve, list(names[i::count])) for i in range(count)]
+        for _ in shares:
+            yield from iter(outcomes.get, None)
+        for share in shares:
+            share.result()
+
+
+def _run_process(
+    names: Sequence[str],
+    wrapper: Sequence[str],
+    kernel: str | None,
+    seconds: float | None,
+) -> list[Outcome]:
+    """How the first cases went, up to the first that failed."""
+    command = [*wrapper, sys.executable, "-X", "faulthandler"]
+    command += ["-m", f"{__package__}.smoke", "--here", *names]
+    command += ["--kernel", kernel] if kernel else []
+    # Launches that wait, so that an error comes from the kernel that made it; and
+    # tensors that are allocations, so that a sanitizer sees where they end.
+    environment = {"CUDA_LAUNCH_BLOCKING": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            env={**os.environ, **environment},
+        )
+        code, out, err = done.returncode, done.stdout, done.stderr
+    except subprocess.TimeoutExpired as error:
+        code, out, err = (
+            -1,
+            _text(error.stdout),
+            f"took longer than {error.timeout:.0f} s",
+        )
+    lines = [line for line in out.splitlines() if line.startswith('{"case"')]
+    outcomes = {o.case: o for o in (Outcome(**json.loads(line)) for line in lines)}
+    last = next(reversed(outcomes.values()), Outcome(names[0], []))
+    if code != 0 and last.verdict == "ok":
+        told = [line for line in out.splitlines() if line not in lines]
+        told += err.splitlines()
+        last.verdict = f"exit code {code}: {told[-1] if told else ''}"[:200]
+        last.detail = "\n".join(told)[-8000:]
+        outcomes[last.case] = last
+    return list(outcomes.values())
+
+
+def _text(output: str | bytes | None) -> str:
+    if isinstance(output, bytes):
+        return output.decode(errors="replace")
+    return output or ""
+
+
+def verdicts(outcomes: Iterable[Outcome]) -> dict[str, tuple[float | None, str]]:
+    """Largest error and verdict of each kernel that was launched."""
+    found: dict[str, tuple[float | None, str]] = {}
+    for outcome in outcomes:
+        for name in outcome.kernels:
+            error, verdict = found.get(name, (None, "ok"))
+            known = [e for e in (error, outcome.error) if e is not None]
+            if outcome.verdict != "ok" and verdict == "ok":
+                said = outcome.verdict
+                if outcome.failed not in (name, None):
+                    said = f"not judged: {outcome.failed} failed"
+                verdict = f"FAILED in {outcome.case}: {said}"
+            found[name] = max(known, default=None), verdict
+    return found
+
+
+def show(found: Mapping[str, tuple[float | None, str]]) -> None:
+    """A line for each kernel."""
+    for name, (error, verdict) in sorted(found.items()):
+        print(f"{name:28} {'-' if error is None else f'{error:.1e}':>8}  {verdict}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns 0 if all kernels are right."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kernel", metavar="NAME", help="that one alone")
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--json", type=Path, help="write the outcomes there, too")
+    parser.add_argument("--here", nargs="+", choices=CASES, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    names = all_kernels()
+    if args.kernel is not None and args.kernel not in names:
+        parser.error(f"no kernel {args.kernel!r}; there are: {', '.join(names)}")
+    if args.here:
+        return _here(args.here, args.kernel)
+    outcomes: list[Outcome] = []
+    try:
+        for outcome in run_cases(args.case, kernel=args.kernel):
+            if outcome.kernels or outcome.verdict != "ok":
+                outcomes.append(outcome)
+                error = "-" if outcome.error is None else f"{outcome.error:.1e}"
+                print(f"{outcome.case:28} {error:>8}  {outcome.verdict}", flush=True)
+    finally:
+        for detail in dict.fromkeys(o.detail for o in outcomes if o.detail):
+            print("", *detail.splitlines()[-DETAIL:], sep="\n")
+        found = verdicts(outcomes)
+        if args.kernel is not None:
+            found = {n: v for n, v in found.items() if n == args.kernel}
+        print("\nkernels:")
+        show(found)
+    wanted = names if args.kernel is None else [args.kernel]
+    missing = [name for name in wanted if name not in found]
+    if missing and args.case == list(CASES):
+        print(f"not launched: {', '.join(missing)}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
+    bad = [name for name, (_, verdict) in found.items() if verdict != "ok"]
+    wrong = [outcome for outcome in outcomes if outcome.verdict != "ok"]
+    left_out = bool(missing) and args.case == list(CASES)
+    print(f"{len(found) - len(bad)} of {len(found)} kernels are right")
+    return int(bool(bad or left_out or (wrong and args.kernel is None)))
+
+
+def _here(names: Sequence[str], kernel: str | None) -> int:
+    """Run cases in this process; their outcomes go to standard output.
+
+    Ends with the first that fails: a GPU that has met a bad address serves the process
+    no more.
+    """
+    for name in names:
+        if kernel is not None and kernel not in launched(CASES[name]):
+            print(json.dumps(asdict(Outcome(name, []))), flush=True)
+            continue
+        for outcome in judge(name):
+            print(json.dumps(asdict(outcome)), flush=True)
+        if outcome.verdict != "ok":
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

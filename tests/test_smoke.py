@@ -1,0 +1,110 @@
+"""The smoke run covers every kernel, and says so when one is wrong."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+from frog_triton.benchmarks import sanitize, smoke
+from frog_triton.ops import launch
+
+KERNELS = Path(smoke.__file__).parents[1] / "kernels"
+
+
+def jitted_kernels():
+    """Functions under ``@triton.jit`` that no other calls: those that are launched."""
+    jitted, called = set(), set()
+    for path in KERNELS.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                called.add(node.func.id)
+            if isinstance(node, ast.FunctionDef) and any(
+                "triton.jit" in ast.unparse(d) for d in node.decorator_list
+            ):
+                jitted.add(node.name)
+    return jitted - called
+
+
+def test_every_kernel_is_in_the_list_and_launched_by_a_case():
+    expected = jitted_kernels()
+    assert len(expected) > 10
+    assert set(smoke.all_kernels()) == expected
+    launched = {name for case in smoke.CASES.values() for name in smoke.launched(case)}
+    assert launched == expected
+
+
+def test_one_kernel_by_name(capsys):
+    assert (
+        smoke.main(["--kernel", "_gather_kernel", "--case", "positions", "gram"]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "_gather_kernel" in out and "1 of 1 kernels are right" in out
+    assert "_gram_kernel" not in out  # neither is the case without it listed
+    with pytest.raises(SystemExit):
+        smoke.main(["--kernel", "_no_kernel"])
+    assert "there are: " in capsys.readouterr().err
+
+
+def test_a_wrong_result_is_no_right_kernel(monkeypatch):
+    monkeypatch.setattr(smoke, "LIMITS", {torch.float32: 0.0})
+    *_, outcome = smoke.judge("gram")
+    assert outcome.verdict.startswith("off by")
+    found = smoke.verdicts([outcome])
+    assert all("FAILED in gram" in verdict for _, verdict in found.values())
+
+
+def test_a_kernel_that_raises_is_named_and_the_others_are_not_judged(monkeypatch):
+    run = launch.Launch.run
+
+    def fails(self):
+        if self.name == "_gram_kernel":
+            raise RuntimeError("no such instruction")
+        run(self)
+
+    monkeypatch.setattr(launch.Launch, "run", fails)
+    *_, outcome = smoke.judge("gram")
+    assert outcome.failed == "_gram_kernel" and outcome.error is None
+    assert "no such instruction" in outcome.verdict
+    found = smoke.verdicts([outcome, smoke.Outcome("other", ["_update_kernel"], 1e-7)])
+    assert found["_gram_kernel"][1].endswith("RuntimeError: no such instruction")
+    assert "not judged: _gram_kernel failed" in found["_update_kernel"][1]
+    assert found["_update_kernel"][0] == 1e-7
+
+
+def test_a_process_that_dies_leaves_the_other_cases(tmp_path):
+    """The first start dies at once; its case is named, the next ones run."""
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text(
+        f'#!/bin/sh\n[ -e {tmp_path}/once ] || {{ touch {tmp_path}/once; echo "no '
+        'driver" >&2; exit 7; }\nexec "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    names = ["gram", "positions"]
+    outcomes = {o.case: o for o in smoke.run_cases(names, [str(wrapper)])}
+    verdicts = sorted(o.verdict for o in outcomes.values())
+    assert verdicts == ["exit code 7: no driver", "ok"]
+
+
+def test_the_sanitizer_is_skipped_where_it_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(sanitize, "find", lambda: None)
+    assert sanitize.main([]) == 0
+    assert capsys.readouterr().out.startswith("skipped: ")
+
+
+def test_the_sanitizer_wraps_every_case_with_each_tool(monkeypatch, tmp_path, capsys):
+    """A stand-in that finds an error in what it runs under racecheck."""
+    fake = tmp_path / "compute-sanitizer"
+    fake.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\ncase "$*" in *racecheck*)\n'
+        'echo "========= Error: Race reported"; exit 99;; esac\n'
+        'while [ "$1" != -- ]; do shift; done; shift; exec "$@"\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setattr(sanitize, "find", lambda: str(fake))
+    monkeypatch.setattr(sanitize, "CASES", {"positions": smoke.CASES["positions"]})
+    assert sanitize.main([]) == 1
+    out = capsys.readouterr().out
+    assert "memcheck   positions" in out and "Race reported" in out
+    calls = (tmp_path / "calls").read_text()
+    assert "--tool memcheck" in calls and "--tool racecheck" in calls
