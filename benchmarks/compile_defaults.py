@@ -2,8 +2,8 @@
 
     python -m frog_triton.benchmarks.compile_defaults --capability 90 --samples 64
 
-prints a JSON line for each kernel: registers, spilled bytes, shared memory and
-tensor-core instructions.
+prints a JSON line for each kernel: registers, spilled bytes, shared memory,
+tensor-core instructions, and instructions that approximate.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 import triton
 
-from ..autotune.offline import compile_launch
-from ..launches import Bucket, LayerShape, step_launches
+from ..autotune.offline import compiled, inexact, resources
+from ..launches import Bucket, LayerShape, step_launches, step_problem
 from ..layers.conv import ConvSpec
 from ..ops import triton_ops
-from ..ops.launch import Launch, recording
+from ..ops.launch import Launch, capturable, recording
 from ..ops.types import Window
+from ..solvers import FORMULATIONS
 
 DTYPES = {
     "float32": torch.float32,
@@ -58,16 +59,55 @@ SHAPES: dict[str, Callable[[int], LayerShape]] = {
 """Layers by name, as functions of the samples (of a convolution: examples)."""
 
 
-def launches(samples: int, dtype: str, formulation: str, shape: str) -> list[Launch]:
-    """One launch of each kind in a step on two layers of a shape."""
+def launches(
+    samples: int, dtype: str, formulation: str, shape: str, every_branch: bool = False
+) -> list[Launch]:
+    """One launch of each kind in a step on two layers of a shape.
+
+    Args:
+        samples: N; of a convolution: examples.
+        dtype: of the samples.
+        formulation: ``"primal"`` or ``"gram"``.
+        shape: a name of `SHAPES`.
+        every_branch: with what other options of an optimizer launch.
+    """
     dtypes = (DTYPES[dtype], torch.float32, torch.float32)
     bucket = Bucket(SHAPES[shape](samples), 2, dtypes=dtypes)
-    made = step_launches(bucket, formulation)
+    made = [*step_launches(bucket, formulation), *gather(samples, dtype)]
+    if every_branch:
+        made += step_launches(replace(bucket, nesterov=True), formulation)
+        made += rows(bucket, formulation)
     kinds: dict[Any, Launch] = {}
-    for launch in [*made, *gather(samples, dtype)]:
+    for launch in made:
         flags = {k: v for k, v in launch.args.items() if isinstance(v, bool)}
         kinds.setdefault((launch.name, *sorted(flags.items())), launch)
     return list(kinds.values())
+
+
+def rows(bucket: Bucket, formulation: str) -> list[Launch]:
+    """Of directions that are written out, in a CUDA graph, and of what else there is.
+
+    Args:
+        bucket: the layers.
+        formulation: ``"primal"`` or ``"gram"``.
+    """
+    problem = step_problem(bucket, formulation, _empty)
+    batch = problem.batch
+    with recording(run=False) as made, capturable():
+        xs, ys = triton_ops.prepare(batch.xs, batch.ys, torch.float32)
+        batch = replace(batch, xs=xs, ys=ys)
+        solution = FORMULATIONS[formulation](triton_ops, batch, 1e-4, bucket.iters)
+        solution.rows()
+        FORMULATIONS[formulation](
+            triton_ops, replace(batch, grads=None), 1e-4, bucket.iters
+        )
+        if batch.xs[0].window is not None:
+            triton_ops.write_out(batch.xs, batch.ys)
+    return made
+
+
+def _empty(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
 
 
 def gather(samples: int, dtype: str) -> list[Any]:
@@ -80,16 +120,14 @@ def gather(samples: int, dtype: str) -> list[Any]:
     return made
 
 
-Job = tuple[int, int, str, str, str, int]
+Job = tuple[int, int, str, str, str, bool, int]
 
 
 def compile_one(job: Job) -> dict[str, Any]:
-    """Compile a launch: capability, samples, dtype, formulation, shape, which one."""
-    capability, samples, dtype, formulation, shape, i = job
-    launch = launches(samples, dtype, formulation, shape)[i]
-    resources = compile_launch(
-        launch.kernel, launch.args, launch.config.options(), capability
-    )
+    """Compile a launch: a capability, arguments of `launches`, and which of them."""
+    capability, samples, dtype, formulation, shape, every_branch, i = job
+    launch = launches(samples, dtype, formulation, shape, every_branch)[i]
+    kernel = compiled(launch, capability)
     return {
         "kernel": launch.name,
         "capability": capability,
@@ -100,7 +138,8 @@ def compile_one(job: Job) -> dict[str, Any]:
         "multiplies": _multiplies(launch.args),
         "triton": triton.__version__,
         "config": launch.config.options(),
-        **asdict(resources),
+        **asdict(resources(kernel)),
+        "inexact": inexact(kernel),
     }
 
 
@@ -126,14 +165,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--formulation", nargs="+", choices=("gram", "primal"), default=["gram"]
     )
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["linear"])
+    parser.add_argument(
+        "--every-branch",
+        action="store_true",
+        help="compile what other options of an optimizer launch, too",
+    )
     args = parser.parse_args(argv)
     jobs = [
-        (capability, samples, dtype, formulation, shape, i)
+        (capability, samples, dtype, formulation, shape, args.every_branch, i)
         for samples in args.samples
         for dtype in args.dtype
         for formulation in args.formulation
         for shape in args.shape
-        for i in range(len(launches(samples, dtype, formulation, shape)))
+        for i in range(
+            len(launches(samples, dtype, formulation, shape, args.every_branch))
+        )
         for capability in args.capability
     ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:

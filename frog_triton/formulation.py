@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 
-from .autotune.table import layer_key, tuned_formulation
+import torch
+
+from .autotune.table import Table, active, layer_key, tuned_formulation, using
 from .autotune.traffic import GPU, GPUS, Work, detect, work
 from .launches import Bucket, shape_of, step_launches
 from .solvers import FORMULATIONS, Batch
@@ -87,15 +89,26 @@ def count_works(bucket: Bucket, formulation: str) -> list[Work]:
         operations = bucket.count * done.operations
         return [Work(operations, operations, bucket.count * 4 * done.elements, 0)]
     launches = step_launches(bucket, formulation)
-    return [work(launch.name, launch.args, launch.grid) for launch in launches]
+    return [work(launch) for launch in launches]
 
 
 @lru_cache(maxsize=4096)
-def predict(bucket: Bucket, gpu: GPU) -> dict[str, float]:
-    """Microseconds a step takes at least in each formulation: floors and launches."""
+def predict(
+    bucket: Bucket, gpu: GPU, table: Table, allow_tf32: bool
+) -> dict[str, float]:
+    """Microseconds a step takes at least in each formulation: floors and launches.
+
+    Args:
+        bucket: the layers.
+        gpu: whose rates.
+        table: says into how many launches and splits a product falls.
+        allow_tf32: what `torch.backends.cudnn.allow_tf32` is now: it sets the price
+            of images in float32.
+    """
     times = {}
     for formulation in FORMULATIONS:
-        works = count_works(bucket, formulation)
+        with using(table):
+            works = count_works(bucket, formulation)
         launches = sum(w.launches for w in works)
         times[formulation] = sum(w.floor(gpu) for w in works) + launches * gpu.launch_us
     return times
@@ -113,7 +126,7 @@ def choose(bucket: Bucket, gpu: GPU) -> str:
     known = tuned_formulation(layer_key(bucket))
     if known is not None:
         return known
-    times = predict(bucket, gpu)
+    times = predict(bucket, gpu, active(), torch.backends.cudnn.allow_tf32)
     return min(times, key=lambda name: times[name])
 
 

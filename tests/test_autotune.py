@@ -2,21 +2,31 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from frog_triton import FROG
 from frog_triton.autotune import space, tuner
-from frog_triton.autotune.config import ForwardConfig, GramConfig
-from frog_triton.autotune.jobs import Job, compile_jobs, costliest
+from frog_triton.autotune.config import ForwardConfig, GramConfig, SumConfig
+from frog_triton.autotune.jobs import (
+    CRASHED,
+    Failure,
+    Job,
+    compile_jobs,
+    costliest,
+)
 from frog_triton.autotune.model import occupancy, predict
 from frog_triton.autotune.offline import Resources
+from frog_triton.autotune.remake import remade
 from frog_triton.autotune.shortlist import (
     Candidate,
     KeyReport,
@@ -31,9 +41,11 @@ from frog_triton.autotune.tuner import Tuner, winner
 from frog_triton.autotune.tuning import Tuning
 from frog_triton.cli.autotune import to_json
 from frog_triton.formulation import choose
+from frog_triton.kernels.common import _sum_splits_kernel
 from frog_triton.launches import Bucket, LayerShape, step_launches
 from frog_triton.layers.conv import ConvSpec
-from frog_triton.ops.launch import recording
+from frog_triton.ops import launch as launching
+from frog_triton.ops.launch import Launch, recording
 
 F32, BF16 = torch.float32, torch.bfloat16
 H200 = GPUS["h200"]
@@ -130,6 +142,95 @@ def test_launches_take_their_configurations_from_the_table():
     assert launches[key].config == default[key]
 
 
+def plain(launch):
+    """A launch without its tensors."""
+    args = {k: v for k, v in launch.args.items() if not isinstance(v, torch.Tensor)}
+    return launch.name, launch.grid, args, launch.config
+
+
+RAGGED = LayerShape("ragged", 300, 700, 200, groups=3, bias=False)
+MANY = LayerShape("many", 64, 900, 1000)
+
+
+@pytest.mark.parametrize(
+    "shape", [LINEAR, CONV, DEPTHWISE, RAGGED, MANY], ids=lambda s: s.name
+)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_launches_are_foretold_for_every_configuration(shape, nesterov):
+    """The model's grids, splits and arguments are those of the launchers."""
+    bucket = Bucket(shape, 2, 4, nesterov, (BF16, F32, BF16))
+    checked = Counter()
+    for asked in keys([bucket]):
+        kernel = kernel_of(asked.key)
+        found = list(space.candidates(kernel, asked.launch.config))
+        for config in found[:: len(found) // 12 + 1]:
+            with using(Table({asked.key: config})):
+                made = step_launches(bucket, asked.formulation)
+            ours = [a for a in made if a.config.key == asked.key]
+            expected = [plain(a) for a in ours]
+            for launch in remade(asked.launch, config):
+                assert plain(launch) in expected, (asked.key, config)
+            checked[kernel] += 1
+            as_it_is, *_ = remade(asked.launch, asked.launch.config)
+            assert plain(as_it_is) == plain(asked.launch)
+    assert all(checked.values()) and len(checked) >= 4
+
+
+@pytest.mark.parametrize("run", [False, True])
+@pytest.mark.parametrize("grid", [(2**31,), (1, 65536), (1, 1, 65536)])
+def test_grids_that_no_gpu_has_are_refused(grid, run):
+    config = SumConfig()
+    words = rf"_sum_splits_kernel.*{re.escape(str(grid))}.*65535.*layers.*groups"
+    with (
+        recording(run) as made,
+        pytest.raises(ValueError, match=words + ".*backend='torch'"),
+    ):
+        launching.launch(_sum_splits_kernel, grid, config)
+    assert not made
+    with pytest.raises(ValueError, match="CUDA has no grid"):
+        Launch(_sum_splits_kernel, grid, {}, config).run()
+    largest = tuple(n - 1 if n > 1 else 1 for n in grid)
+    with recording(run=False) as made:
+        launching.launch(_sum_splits_kernel, largest, config)
+    assert [a.grid for a in made] == [largest]
+
+
+def test_a_kernel_that_is_not_known_is_no_single_program():
+    launch = step_launches(geometry(LINEAR), "gram")[0]
+    other = next(a for a in step_launches(geometry(MANY), "primal") if "sum" in a.name)
+    assert predict(other, H200).waves >= 1
+    with pytest.raises(KeyError, match="_row_scale_sum_kernel"):
+        predict(other, H200, config=launch.config)
+
+
+def test_sums_of_splits_are_counted_with_all_their_programs():
+    """As few as one program would leave all other processors idle."""
+    made = step_launches(geometry(LayerShape("", 768, 3072, 256), 1), "gram")
+    launch = next(a for a in made if a.name == "_sum_splits_kernel")
+    found = predict(launch, H200)
+    idle = H200.processors / launch.grid[0]
+    assert 1 < idle < 3
+    assert found.time_us == pytest.approx(H200.launch_us + idle * found.floor_us)
+
+
+@pytest.mark.parametrize("n", [64, 100, 128, 200, 256, 1000])
+def test_projections_share_their_samples(n):
+    """Two launches move each sample, and each entry of C, once between them."""
+    shape = LayerShape("", 96, 300, n, groups=2)
+    made = step_launches(geometry(shape), "gram")
+    launches = [a for a in made if a.name == "_momentum_project_kernel"]
+    assert len(launches) == (1 if n <= 128 else 2)
+    rows, entries = 2 * 96, 2 * 96 * (300 + 1)
+    samples = 2 * 2 * 300 * n
+    products = sum(work(launch).operations for launch in launches)
+    assert products == 2 * n * 300 * rows
+    moved = 3 * 4 * entries + 5 * rows  # M in and out, G; |m|^2 and whether finite
+    moved += 4 * entries * (len(launches) - 1)  # M again
+    moved += 2 * samples + 4 * n * rows
+    moved += 4 * rows * len(launches)  # scales of the rows
+    assert sum(work(launch).bytes for launch in launches) == moved
+
+
 def launch_of(shape, kernel, config=None, formulation="primal"):
     made = step_launches(geometry(shape), formulation)
     key = next(a.config.key for a in made if a.name == kernel)
@@ -149,7 +250,7 @@ def test_predictions_rank_by_exact_counts():
         found = predict(launch, H200)
         again = 2 * x * (128 // rows) + 2 * 4 * 2 * p * (4096 // samples - 1)
         image = 2 * 2 * 64 * 64 * 128
-        least = work(launch.name, launch.args, launch.grid).bytes
+        least = work(launch).bytes
         first = not launch.args["FIRST"]
         expected = again - image + least
         if not first:
@@ -167,7 +268,7 @@ def test_padding_and_spare_processors_cost_time():
         config = ForwardConfig(BLOCK_R=rows, BLOCK_N=64, num_warps=8)
         launch = launch_of(small, "_primal_forward_kernel", config)
         found = predict(launch, H200)
-        exact = work(launch.name, launch.args, launch.grid).tf32_operations
+        exact = work(launch).tf32_operations
         assert found.operations == pytest.approx(exact * -(-100 // rows) * rows / 100)
         times.append(found.time_us)
     assert times[0] < times[1]  # more programs, less padding
@@ -187,8 +288,66 @@ def test_candidates_are_compiled_in_processes_of_their_own():
     seen = []
     found = compile_jobs(jobs, workers=1, done=lambda: seen.append(1))
     assert found[0].registers > 0 and found[0].spilled == 0
-    assert found[1] is None and len(seen) == 2  # tl.dot takes no side of 8
+    assert isinstance(found[1], Failure) and len(seen) == 2
+    assert "K >= 16" in found[1].reason  # of tl.dot's sides
     assert compile_jobs(jobs, timeout=0.0) == [None, None]
+
+
+def test_a_crash_of_the_compiler_is_no_lack_of_time(monkeypatch):
+    asked = next(a for a in keys([geometry(LINEAR)]) if a.key.startswith("gram n"))
+    job = Job(asked.bucket, "gram", asked.key, GramConfig(), 90)
+    dies = "import os, sys; sys.stdin.readline(); os.abort()"
+
+    def start():
+        command = [sys.executable, "-c", dies]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+    monkeypatch.setattr("frog_triton.autotune.jobs._start", start)
+    assert compile_jobs([job, job], workers=1) == [CRASHED, CRASHED]
+
+
+def test_what_does_not_compile_is_never_launched(monkeypatch):
+    fine, broken = Resources(32, 0, 1024, 1, 1), Failure("no such instruction")
+    launched = set()
+    default_fails = set()
+
+    def compiled(jobs, done, timeout):
+        defaults = {a.launch.config for a in keys([geometry(SMALL, 2, F32)])}
+        found = []
+        for i, job in enumerate(jobs):
+            is_default = job.config in defaults
+            update = job.key.startswith("update")
+            fails = update if is_default else i % 2 == 0
+            if fails and is_default:
+                default_fails.add(job.key)
+            found.append(broken if fails else fine)
+        return found
+
+    def clock(groups):
+        launched.update((a.config.key, a.config) for g in groups for a in g)
+        return [[1.0] * 3 for _ in groups]
+
+    monkeypatch.setattr("frog_triton.autotune.shortlist.compile_jobs", compiled)
+    found, table = tune(clock, top=4, compile=True)
+    dropped = 0
+    for report in found.reports:
+        for failed in report.failed:
+            dropped += 1
+            assert failed.verdict == "does not compile: no such instruction"
+            assert (report.key, failed.config) not in launched
+        assert report.pruned["does not compile"] == len(report.failed)
+        if report.key in default_fails:
+            assert "no such instruction" in "".join(
+                c.verdict for c in report.candidates
+            )
+            assert report.chosen is None and report.key not in table.configs
+            assert report.key not in {key for key, _ in launched}
+        else:
+            assert report.key in table.configs
+    assert dropped and default_fails
+    shown = to_json(found.reports, H200)
+    assert "no such instruction" in json.dumps(shown)
 
 
 def test_spills_are_dropped_but_not_the_default(monkeypatch):
@@ -275,6 +434,92 @@ def test_wrong_results_cannot_win(monkeypatch):
     assert report.chosen == default
     wrong = [c for c in report.candidates if c.config != default]
     assert wrong and all("wrong by" in c.verdict for c in wrong)
+
+
+def test_one_reference_serves_all_keys_of_a_bucket(monkeypatch):
+    """And only one is alive at a time; the costliest bucket comes first."""
+    alive, made, order = [], [], []
+    honest, timed = Tuner._problem, Tuner._time
+
+    def problem(self, bucket, formulation, wide=False):
+        found = honest(self, bucket, formulation, wide)
+        if wide:
+            assert not any(ref() is not None for ref in alive)
+            made.append(bucket)
+            alive[:] = [weakref.ref(p.weight) for p in found.params]
+        return found
+
+    def time(self, asked, report):
+        order.append(asked)
+        timed(self, asked, report)
+
+    monkeypatch.setattr(Tuner, "_problem", problem)
+    monkeypatch.setattr(Tuner, "_time", time)
+    some = ("gram n", "update", "primal_update")
+    monkeypatch.setattr(
+        tuner, "keys", lambda g: [a for a in keys(g) if a.key.startswith(some)]
+    )
+    monkeypatch.setattr(tuner, "NEAR", 0.0)
+    shapes = [SMALL, LayerShape("larger", 70, 24, 18), LayerShape("other", 20, 40, 18)]
+    buckets = [geometry(shape, 2, F32) for shape in shapes]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = Tuner(H200, device, by_tile, top=1, compile=False)
+    found.tune(buckets)
+    assert len(order) > 2 * len(buckets)
+    assert len(made) == len({a.bucket for a in order}) == len(buckets)
+    assert made == list(dict.fromkeys(a.bucket for a in order))
+    assert not any(ref() is not None for ref in alive)
+    times = [predict(a.launch, H200, config=a.launch.config).time_us for a in order]
+    totals = [
+        sum(t for t, a in zip(times, order, strict=True) if a.bucket == b) for b in made
+    ]
+    assert totals == sorted(totals, reverse=True)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would leave a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = self.copies = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.numbers += "_local_scalar" in func.__name__
+        device = (kwargs or {}).get("device")
+        self.copies += "copy" in func.__name__ and device is not None
+        return func(*args, **(kwargs or {}))
+
+
+def test_results_are_compared_on_the_device():
+    exact = [torch.randn(30, 40, dtype=torch.float64) for _ in range(3)]
+    actual = [(e + 1e-3 * torch.randn_like(e)).float() for e in exact]
+    with HostReads() as reads:
+        found = tuner._error(actual, exact)
+    assert (reads.numbers, reads.copies) == (1, 0)
+    wrong = sum(float((a - e).norm() ** 2) for a, e in zip(actual, exact, strict=True))
+    assert found**2 == pytest.approx(wrong / sum(float(e.norm() ** 2) for e in exact))
+    actual[1][3, 4] = float("nan")
+    assert not tuner._error(actual, exact) <= 1e9
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_wrong_bias_is_an_error_too(part):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = Tuner(H200, device, by_tile)
+    bucket = geometry(SMALL, 2, F32)
+    problem = found._problem(bucket, "gram")
+    exact = [t.clone() for t in found._reference(bucket)]
+    results = tuner._results(problem, tuner.triton_ops)
+    assert tuner._error(results, exact) < 1e-4  # measured 3e-7
+    getattr(problem.params[1], part).mul_(1.1)
+    assert tuner._error(results, exact) > 1e-3
+
+
+def test_a_default_that_is_wrong_leaves_its_key_untuned(monkeypatch):
+    monkeypatch.setattr(tuner, "_error", lambda actual, exact: float("nan"))
+    found, table = tune(by_tile)
+    assert not table.configs and found.reports
+    assert all(r.chosen is None for r in found.reports)
 
 
 def test_a_budget_ends_tuning():

@@ -10,16 +10,20 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import frog_triton
+from frog_triton import formulation
+from frog_triton.autotune.config import GramConfig, ProjectConfig
+from frog_triton.autotune.table import Table, active, using
 from frog_triton.autotune.traffic import GPUS
 from frog_triton.benchmarks import bench_kernels, bench_step, reference
 from frog_triton.benchmarks.eager import eager_solve
 from frog_triton.benchmarks.models import resnet
 from frog_triton.benchmarks.shapes import gpt2_small, resnet50
-from frog_triton.formulation import count_works
+from frog_triton.formulation import count_works, predict
 from frog_triton.launches import Bucket, LayerShape, step_launches
 from frog_triton.layers import adapter_for
 from frog_triton.layers.conv import ConvSpec
 from frog_triton.ops.launch import recording
+from frog_triton.solvers import FORMULATIONS
 
 
 @pytest.mark.parametrize("blocks", [1, 12, 48])
@@ -109,6 +113,69 @@ def test_the_formulation_with_the_lower_time_is_chosen():
     works = {f: count_works(Bucket(small), f) for f in ("gram", "primal")}
     assert len(works["gram"]) < len(works["primal"])
     assert frog_triton.cost([small]).layers[0].formulation == "gram"
+
+
+def test_predictions_follow_the_table_in_force():
+    """A table that splits a sum into more pieces costs launches and bytes."""
+    shape = LayerShape("", 768, 768, 256)
+    bucket, h200 = Bucket(shape), GPUS["h200"]
+    key = next(
+        a.config.key
+        for a in step_launches(bucket, "gram")
+        if a.name == "_momentum_project_kernel"
+    )
+
+    def gram(table, allow_tf32=True):
+        return predict(bucket, h200, table, allow_tf32)["gram"]
+
+    def slices(block):
+        return Table({key: ProjectConfig(BLOCK_N=block, num_warps=8)})
+
+    plain, whole, halves = Table(), slices(256), slices(128)
+    assert gram(whole) < gram(halves) == gram(plain)
+    assert gram(plain) == gram(Table()) and hash(plain) == hash(Table())
+    assert gram(slices(256)) == gram(whole) and hash(slices(256)) == hash(whole)
+    # What was given may change later: the table does not.
+    given = {key: ProjectConfig(BLOCK_N=256, num_warps=8)}
+    table = Table(given)
+    before = gram(table)
+    given.clear()
+    assert table == whole and gram(table) == before == gram(whole)
+    assert hash(Table({}, {"layer": "gram"})) != hash(Table({}, {"layer": "primal"}))
+
+
+def test_the_choice_follows_the_table_in_force(monkeypatch):
+    seen = []
+    honest = formulation.count_works
+
+    def count(bucket, name):
+        seen.append((name, active()))
+        return honest(bucket, name)
+
+    monkeypatch.setattr(formulation, "count_works", count)
+    bucket = Bucket(LayerShape("", 96, 136, 24))
+    first, second = (
+        Table({"gram n1": GramConfig(programs=programs)}) for programs in (2, 4)
+    )
+    for table in (first, second, first):
+        with using(table):
+            formulation.choose(bucket, GPUS["h200"])
+    expected = [(name, t) for t in (first, second) for name in FORMULATIONS]
+    assert seen == expected  # the third is known
+
+
+def test_the_price_of_images_follows_cudnn_allow_tf32(monkeypatch):
+    image, spec = (512, 16, 16), ConvSpec((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    bucket = Bucket(LayerShape("", 512, 4608, 4096, 1, False, image, spec))
+    prices = []
+    for allow in (True, False, True):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allow)
+        works = count_works(bucket, "primal")
+        found = predict(bucket, GPUS["a100"], Table(), allow)["primal"]
+        floor = sum(w.floor(GPUS["a100"]) for w in works)
+        assert found == pytest.approx(floor + len(works) * GPUS["a100"].launch_us)
+        prices.append(found)
+    assert prices[0] == prices[2] < prices[1]
 
 
 def test_the_eager_rival_solves_the_same_system():

@@ -1,33 +1,51 @@
 """What the default configurations compile to, for GPUs that are not here."""
 
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from frog_triton.autotune.offline import SHARED_LIMITS
+from frog_triton import kernels
+from frog_triton.autotune.config import GramConfig
+from frog_triton.autotune.jobs import Job, compile_jobs
+from frog_triton.autotune.shortlist import keys
+from frog_triton.autotune.space import shared_limit
+from frog_triton.launches import Bucket, LayerShape
 
 ROOT = Path(__file__).parents[1]
 OLDEST_TRITON = ROOT / ".venv" / "triton-3.6"
+SMALL_CHIPS = ("86", "89", "120")
+"""With 99 KiB of shared memory a block."""
 
 
-def compiled(*arguments, path=None):
-    """Resource usage, from a process whose kernels are not interpreted."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def run(*arguments, path=None, **environment):
+    """Standard output of a process whose kernels are not interpreted."""
+    environment = {**os.environ, **environment}
+    environment.pop("TRITON_INTERPRET", None)
     if path is not None:
-        environment["PYTHONPATH"] = str(path)
+        before = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(path), before]))
     result = subprocess.run(
-        [sys.executable, "-m", "frog_triton.benchmarks.compile_defaults", *arguments],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         env=environment,
         cwd=ROOT.parent,
     )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def compiled(*arguments, path=None):
+    """Resource usage of default configurations."""
+    module = ("-m", "frog_triton.benchmarks.compile_defaults")
+    printed = run(*module, *arguments, path=path)
+    return [json.loads(line) for line in printed.splitlines()]
 
 
 def check(results):
@@ -35,8 +53,9 @@ def check(results):
     for r in results:
         what = f"{r['kernel']} on sm_{r['capability']}, {r['samples']} {r['dtype']}"
         assert r["spilled"] == 0, what
-        assert r["shared"] <= SHARED_LIMITS[r["capability"]], what
+        assert r["shared"] <= shared_limit(r["capability"]), what
         assert r["tensor_core"] > 0 or not r["multiplies"], what
+        assert not r["inexact"], what
         # Warp-group instructions take 64 rows at a time.
         tiles = r["config"].get("BLOCK_N", 0) >= 64 or r["kernel"] == "_update_kernel"
         if r["capability"] == 90 and r["multiplies"] and tiles:
@@ -63,10 +82,192 @@ def test_primal_kernels():
     check(compiled("--samples", "64", "4096", "--formulation", "primal"))
 
 
+def test_chips_with_little_shared_memory():
+    """The default number of samples, and the largest tiles."""
+    arguments = ("--samples", "128", "256", "--formulation", "gram", "primal")
+    check(compiled(*arguments, "--dtype", "float32", "--capability", *SMALL_CHIPS))
+    arguments = ("--samples", "16", "--formulation", "primal", "--dtype", "bfloat16")
+    shapes = ("--shape", "conv", "depthwise")
+    check(compiled(*arguments, *shapes, "--capability", *SMALL_CHIPS))
+
+
 def test_oldest_triton():
     if not OLDEST_TRITON.is_dir():
         pytest.skip("make test installs Triton 3.6 beside the pinned one for this")
-    arguments = ("--samples", "64", "--formulation", "gram", "primal")
-    results = compiled(*arguments, "--dtype", "bfloat16", path=OLDEST_TRITON)
+    chips = ("80", "90", "100", *SMALL_CHIPS)
+    arguments = ("--formulation", "gram", "primal", "--dtype", "bfloat16")
+    results = [
+        *compiled(
+            *("--samples", "64"), *arguments, "--capability", "90", path=OLDEST_TRITON
+        ),
+        *compiled(
+            *("--samples", "256"),
+            *arguments,
+            "--capability",
+            *chips,
+            path=OLDEST_TRITON,
+        ),
+    ]
     assert {r["triton"] for r in results} == {"3.6.0"}
+    assert {str(r["capability"]) for r in results} == set(chips)
     check(results)
+
+
+def test_no_kernel_approximates():
+    """Every branch of every kernel: square roots, quotients, subnormal numbers."""
+    arguments = ("--every-branch", "--capability", "90", "--dtype", "bfloat16")
+    linear = ("--shape", "linear", "--samples", "64", "256")
+    images = ("--shape", "conv", "depthwise", "--samples", "16")
+    results = [
+        *compiled(*arguments, *linear, "--formulation", "gram", "primal"),
+        *compiled(*arguments, *images, "--formulation", "primal"),
+    ]
+    found = {(r["kernel"], name) for r in results for name in r["inexact"]}
+    assert not found
+    modules = pkgutil.iter_modules(kernels.__path__)
+    named = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in modules]
+    every = {name for module in named for name in dir(module) if name[0] == "_"}
+    every = {name for name in every if name.endswith("_kernel")}
+    assert {r["kernel"] for r in results} == every
+
+
+PTX = """
+import json, sys
+from types import SimpleNamespace
+from frog_triton.autotune.offline import inexact
+print(json.dumps([inexact(SimpleNamespace(asm={"ptx": p})) for p in sys.argv[1:]]))
+"""
+
+
+def test_instructions_that_approximate_are_told_from_others():
+    bad = ["sqrt.approx.f32", "sqrt.approx.ftz.f32", "rsqrt.approx.f32"]
+    bad += ["rcp.approx.ftz.f32", "div.full.f32", "div.approx.f32", "ex2.approx.f32"]
+    bad += ["lg2.approx.ftz.f32", "add.ftz.f32", "fma.rn.ftz.f32"]
+    good = ["sqrt.rn.f32", "div.rn.f32", "fma.rn.f32", "add.f32", "// ftz approx"]
+    lines = [f"\t{name} \t%r1, %r2;\n" for name in (*bad, *good)]
+    found = json.loads(run("-c", PTX, *lines))
+    assert found == [*[[name] for name in bad], *[[] for _ in good]]
+
+
+KEYS = """
+import json, sys, torch
+from triton import knobs
+from frog_triton.autotune.offline import compiling_for
+from frog_triton.launches import LayerShape, Bucket, step_launches, step_problem
+from frog_triton.layers.conv import ConvSpec
+from frog_triton.ops import triton_ops
+from frog_triton.ops.launch import capturable, recording
+
+seen = []
+
+def hook(**what):  # in place of the compiler
+    seen.append(what["key"])
+    return True
+
+knobs.runtime.jit_cache_hook = hook
+
+def keys(launches):
+    seen.clear()
+    with compiling_for(90):
+        for launch in launches:
+            options = launch.config.options()
+            launch.kernel.warmup(grid=launch.grid, **launch.args, **options)
+    assert len(seen) == len(launches)
+    return [(a.config.key, key) for a, key in zip(launches, seen)]
+
+def conv(rows, channels, groups, kernel, stride, size, bias):
+    spec = ConvSpec((kernel,) * 2, (stride,) * 2, (kernel // 2,) * 2, (1, 1), groups)
+    n = 3 * ((size + 2 * (kernel // 2) - kernel) // stride + 1) ** 2
+    dim = kernel**2 * channels // groups
+    return LayerShape("", rows, dim, n, groups, bias, (channels, size, size), spec)
+
+F, B, H = torch.float32, torch.bfloat16, torch.float16
+shapes = [
+    LayerShape("", 97, 33, 20),
+    LayerShape("", 768, 768, 64),
+    LayerShape("", 100, 147, 256, bias=False),
+    LayerShape("", 10, 768, 1000),
+    LayerShape("", 66, 9, 300, groups=22),
+    conv(128, 128, 1, 3, 1, 8, False),
+    conv(64, 3, 1, 7, 2, 13, True),
+    conv(6, 6, 6, 3, 1, 9, True),
+    conv(10, 20, 1, 1, 1, 5, True),
+]
+counted, misaligned = 0, 0
+for shape in shapes:
+    for count, nesterov, dtypes in (
+        (1, False, (F, F, F)), (3, False, (B, F, F)), (3, True, (H, B, B))
+    ):
+        bucket = Bucket(shape, count, 4, nesterov, dtypes)
+        for formulation in ("gram", "primal"):
+            expected = keys(step_launches(bucket, formulation))
+            problem = step_problem(
+                bucket, formulation, lambda size, dtype: torch.zeros(size, dtype=dtype)
+            )
+            for graph in (False, True):
+                with recording(run=False) as made, capturable(graph):
+                    problem.step(triton_ops)
+                made = [a for a in made if a.name != "_fill_table_kernel"]
+                assert keys(made) == expected, (bucket, formulation)
+            counted += len(expected)
+            pointers = [
+                v for a in made for v in a.args.values() if isinstance(v, torch.Tensor)
+            ]
+            misaligned += any(p.data_ptr() % 16 for p in pointers)
+print(json.dumps([counted, misaligned]))
+"""
+
+
+def test_a_launch_compiles_to_the_same_whether_its_tensors_have_memory():
+    """Else the tuner would compile everything twice."""
+    counted, misaligned = json.loads(run("-c", KEYS))
+    assert counted > 400
+    assert misaligned  # or alignment would not have been looked at
+
+
+LAUNCH = """
+import json, sys, torch
+from triton import knobs
+from frog_triton.autotune.config import GramConfig
+from frog_triton.autotune.offline import compiling_for
+from frog_triton.autotune.table import Table, using
+from frog_triton.launches import Bucket, step_problem
+from frog_triton.ops import triton_ops
+from frog_triton.ops.launch import recording
+from triton.runtime import driver
+
+bucket, key, values = json.loads(sys.argv[1])
+problem = step_problem(
+    Bucket.from_json(bucket), "gram", lambda size, dtype: torch.zeros(size, dtype=dtype)
+)
+with using(Table({key: GramConfig(**values)})), recording(run=False) as made:
+    problem.step(triton_ops)
+hits = []
+knobs.compilation.listener = lambda **what: hits.append(what["cache_hit"])
+before = driver._active
+for capability in (86, 120):
+    with compiling_for(capability):
+        for launch in made:
+            if launch.config.key == key:
+                options = launch.config.options()
+                kernel = launch.kernel.warmup(
+                    grid=launch.grid, **launch.args, **options
+                )
+                assert kernel.metadata.target.arch == capability
+assert driver._active is before
+print(json.dumps(hits))
+"""
+
+
+def test_what_the_tuner_compiled_serves_the_launch(tmp_path, monkeypatch):
+    """By way of Triton's cache on disk, in another process."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    bucket = Bucket(LayerShape("", 24, 96, 32), 3)
+    key = next(a.key for a in keys([bucket]) if a.key.startswith("gram n"))
+    config = GramConfig(BLOCK_N=32, BLOCK_D=16)
+    jobs = [Job(bucket, "gram", key, config, capability) for capability in (86, 120)]
+    found = compile_jobs(jobs, workers=1)
+    assert all(usage.registers > 0 for usage in found)
+    asked = json.dumps([bucket.to_json(), key, config.values()])
+    hits = json.loads(run("-c", LAUNCH, asked))
+    assert hits == [True, True]

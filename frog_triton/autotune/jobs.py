@@ -11,10 +11,10 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from queue import Empty, Queue
-from typing import Any
 
 import torch
 
@@ -22,6 +22,7 @@ from ..launches import Bucket, step_launches
 from ..ops.launch import Launch
 from .config import Config
 from .offline import Resources, compile_launch
+from .remake import leads
 from .table import Table, using
 from .traffic import work
 
@@ -45,22 +46,44 @@ class Job:
     capability: int
 
     def compile(self) -> Resources:
-        """Resources of the costliest launch that has the key."""
+        """Resources of the costliest launch that has the key.
+
+        Spills and shared memory are the largest of all its launches: each of them is
+        compiled, so that Triton's cache has what the tuner will launch.
+        """
         with using(Table({self.key: self.config})):
-            launches = step_launches(self.bucket, self.formulation)
-        launch = costliest([a for a in launches if a.config.key == self.key])
-        options = launch.config.options()
-        return compile_launch(launch.kernel, launch.args, options, self.capability)
+            made = step_launches(self.bucket, self.formulation)
+        launches = [a for a in made if a.config.key == self.key]
+        found = [compile_launch(launch, self.capability) for launch in launches]
+        return replace(
+            found[launches.index(costliest(launches))],
+            spilled=max(usage.spilled for usage in found),
+            shared=max(usage.shared for usage in found),
+        )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What became of a candidate that did not compile.
+
+    Attributes:
+        reason: in words.
+    """
+
+    reason: str
+
+
+CRASHED = Failure("the compiler crashed")
 
 
 def costliest(launches: Sequence[Launch]) -> Launch:
     """The one with most operations, then bytes: what a kernel's speed hangs on."""
 
     def cost(launch: Launch) -> tuple[int, int]:
-        done = work(launch.name, launch.args, launch.grid)
+        done = work(launch)
         return done.operations, done.bytes
 
-    return max(launches, key=cost)
+    return max(filter(leads, launches), key=cost)
 
 
 def compile_jobs(
@@ -68,7 +91,7 @@ def compile_jobs(
     workers: int | None = None,
     done: Callable[[], object] = lambda: None,
     timeout: float = float("inf"),
-) -> list[Resources | None]:
+) -> list[Resources | Failure | None]:
     """Compile candidates side by side.
 
     Args:
@@ -78,11 +101,10 @@ def compile_jobs(
         timeout: seconds after which no further job is begun.
 
     Returns:
-        Resources in the order of jobs; None for what did not compile or was not begun.
+        Resources in the order of jobs, or why there are none; None for what was not
+        begun.
     """
-    import time
-
-    results: list[Resources | None] = [None] * len(jobs)
+    results: list[Resources | Failure | None] = [None] * len(jobs)
     queue: Queue[int] = Queue()
     for i in range(len(jobs)):
         queue.put(i)
@@ -98,12 +120,11 @@ def compile_jobs(
                     break
                 if process is None:
                     process = _start()
-                answer = _ask(process, jobs[i])
-                if answer is None:  # the compiler crashed: the next job gets a new one
+                results[i] = found = _ask(process, jobs[i])
+                if found == CRASHED:  # the next job gets a new process
                     process.kill()
+                    process.wait()
                     process = None
-                elif "registers" in answer:
-                    results[i] = Resources(**answer)
                 done()
         finally:
             if process is not None:
@@ -131,7 +152,7 @@ def _start() -> subprocess.Popen[str]:
     )
 
 
-def _ask(process: subprocess.Popen[str], job: Job) -> dict[str, Any] | None:
+def _ask(process: subprocess.Popen[str], job: Job) -> Resources | Failure:
     assert process.stdin is not None and process.stdout is not None
     question = {
         "bucket": job.bucket.to_json(),
@@ -145,8 +166,11 @@ def _ask(process: subprocess.Popen[str], job: Job) -> dict[str, Any] | None:
         process.stdin.flush()
         line = process.stdout.readline()
     except OSError:
-        return None
-    return json.loads(line) if line else None
+        return CRASHED
+    if not line:
+        return CRASHED
+    found = json.loads(line)
+    return Failure(found["error"]) if "error" in found else Resources(**found)
 
 
 def answer(line: str) -> str:
@@ -161,7 +185,10 @@ def answer(line: str) -> str:
     try:
         return json.dumps(asdict(job.compile()))
     except Exception as error:  # whatever a compiler raises
-        return json.dumps({"error": f"{type(error).__name__}: {error}"[:500]})
+        reason = f"{type(error).__name__}: {error}"
+        if len(reason) > 500:  # what it is comes first, what is wrong last
+            reason = f"{reason[:100]} ... {reason[-400:]}"
+        return json.dumps({"error": reason})
 
 
 def serve(lines: Iterable[str]) -> None:

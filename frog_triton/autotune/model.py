@@ -10,15 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
+from ..ops.launch import Launch
 from .config import Config
 from .offline import Resources
+from .remake import blocks, remade
 from .space import REGISTERS, shared_limit, threads_limit
 from .traffic import GPU, Sizes, work
-
-if TYPE_CHECKING:
-    from ..ops.launch import Launch
 
 L2_OVER_MEMORY = 2.5
 """Bandwidth of the L2 cache over that of memory."""
@@ -67,13 +65,27 @@ def predict(
         gpu: whose rates.
         resources: what it compiles to; None assumes that registers and shared memory
             limit nothing.
-        config: to take in place of the launch's own.
+        config: predicts what its launcher would launch in its place, one or two
+            launches, had it this configuration.
     """
-    args, values = launch.args, (config or launch.config).values()
-    least = work(launch.name, args, launch.grid)
-    operations = least.tf32_operations * padding(args, values)
+    launches = [launch] if config is None else remade(launch, config)
+    parts = [_predict(made, gpu, resources) for made in launches]
+    return Prediction(
+        sum(part.time_us for part in parts),
+        sum(part.floor_us for part in parts),
+        sum(part.operations for part in parts),
+        sum(part.cache_bytes for part in parts),
+        parts[0].occupancy,
+        sum(part.waves for part in parts),
+    )
+
+
+def _predict(launch: Launch, gpu: GPU, resources: Resources | None) -> Prediction:
+    values = launch.config.values()
+    least = work(launch)
+    operations = least.tf32_operations * padding(launch)
     reread = _REREAD.get(launch.name, _no_rereads)
-    cache_bytes = least.bytes + reread(Sizes(args, launch.grid), values)
+    cache_bytes = least.bytes + reread(Sizes(launch), values)
     tile = _tile(launch.name, values)
     rate = gpu.tf32 * tile / (tile + HALF_RATE_TILE)
     bound = max(
@@ -81,7 +93,7 @@ def predict(
         least.bytes / gpu.bandwidth,
         cache_bytes / (gpu.bandwidth * L2_OVER_MEMORY),
     )
-    programs = count_programs(launch.name, args, launch.grid, values)
+    programs = math.prod(launch.grid)
     held = occupancy(gpu, values["num_warps"], resources)
     waves = math.ceil(programs / (gpu.processors * held))
     if programs < gpu.processors:
@@ -89,8 +101,7 @@ def predict(
     else:
         stretch = waves * gpu.processors * held / programs if waves > 1 else 1.0
     ahead = max(1, values["num_stages"] - 1)
-    trips = count_trips(launch.name, args, values, programs, launch.grid)
-    waiting = waves * trips * LATENCY_US / ahead
+    waiting = waves * count_trips(launch) * LATENCY_US / ahead
     return Prediction(
         max(1e6 * bound * stretch, waiting) + gpu.launch_us,
         least.floor(gpu),
@@ -101,45 +112,13 @@ def predict(
     )
 
 
-def count_programs(
-    kernel: str,
-    args: Mapping[str, Any],
-    grid: tuple[int, ...],
-    values: Mapping[str, int],
-) -> int:
-    """Programs of a launch, had it these values; splits as its launcher makes them."""
-    count = grid[1] if len(grid) > 1 else 1
-    for letter in _GRID.get(kernel, ""):
-        size = args["ROW"] if kernel == "_gather_kernel" else args[letter]
-        count *= _blocks(size, values[f"BLOCK_{letter}"])
-    if kernel == "_gather_kernel":
-        return count // grid[1] * int(args["N"])
-    if "programs" in values and args.get("MULTIPLY", True):
-        length = args["N"] if kernel != "_gram_kernel" else args["D"]
-        least = 256 if kernel == "_gram_kernel" else 8 * values["BLOCK_N"]
-        most = max(1, length // least)
-        count *= max(1, min(values["programs"] // count, most))
-    return count
-
-
-def count_trips(
-    kernel: str,
-    args: Mapping[str, Any],
-    values: Mapping[str, int],
-    programs: int,
-    grid: tuple[int, ...],
-) -> int:
+def count_trips(launch: Launch) -> int:
     """Tiles that a program waits for, one after the other."""
-    letter = _LOOP.get(kernel)
+    args, letter = launch.args, _LOOP.get(launch.name)
     if letter is None or not args.get("MULTIPLY", True):
         return 1
-    trips = _blocks(args[letter], values[f"BLOCK_{letter}"])
-    if "programs" in values:
-        unsplit = grid[1] if len(grid) > 1 else 1
-        for other in _GRID[kernel]:
-            unsplit *= _blocks(args[other], values[f"BLOCK_{other}"])
-        trips = _blocks(trips, max(1, programs // unsplit))
-    return trips
+    length = min(args[letter], args.get("split_length", args[letter]))
+    return blocks(length, launch.config.values()[f"BLOCK_{letter}"])
 
 
 # Letter of the block that a kernel's loop advances by.
@@ -154,30 +133,15 @@ _LOOP = {
     "_row_scale_kernel": "N",
 }
 
-# Letters of the blocks that tile a kernel's first axis.
-_GRID = {
-    "_fisher_weights_kernel": "R",
-    "_momentum_project_kernel": "R",
-    "_gram_kernel": "NN",
-    "_gram_cg_kernel": "R",
-    "_gram_cg_tiled_kernel": "R",
-    "_update_kernel": "RD",
-    "_gather_kernel": "D",
-    "_primal_forward_kernel": "NR",
-    "_primal_adjoint_kernel": "RD",
-    "_primal_update_kernel": "RD",
-    "_row_norms_kernel": "N",
-    "_row_scale_kernel": "R",
-}
 
-
-def padding(args: Mapping[str, Any], values: Mapping[str, int]) -> float:
+def padding(launch: Launch) -> float:
     """How much more than the exact work full tiles do."""
-    factor = 1.0
-    for letter in "NRD":
-        size, block = args.get(letter, 0), values.get(f"BLOCK_{letter}", 0)
+    factor, values = 1.0, launch.config.values()
+    sizes = {"N": Sizes(launch).n, **{k: launch.args.get(k, 0) for k in "RD"}}
+    for letter, size in sizes.items():
+        block = values.get(f"BLOCK_{letter}", 0)
         if size and block:
-            factor *= -(-size // block) * block / size
+            factor *= blocks(size, block) * block / size
     return factor
 
 
@@ -201,15 +165,9 @@ def _tile(kernel: str, values: Mapping[str, int]) -> int:
     return math.prod(values.get(side, 16) for side in sides)
 
 
-def _blocks(size: int, block: int) -> int:
-    return max(1, -(-size // block))
-
-
 def _forward(s: Sizes, values: Mapping[str, int]) -> float:
-    rows, samples = (
-        _blocks(s.args["R"], values["BLOCK_R"]),
-        _blocks(s.n, values["BLOCK_N"]),
-    )
+    rows = blocks(s.args["R"], values["BLOCK_R"])
+    samples = blocks(s.n, values["BLOCK_N"])
     vectors = (s.size("M_DTYPE") if s.args["FIRST"] else 8) * s.row_entries
     x = s.n * s.args["D"] * s.problems * s.size("X_DTYPE")
     return x * rows - s.x_entries * s.size("X_DTYPE") + vectors * (samples - 1)
@@ -218,8 +176,8 @@ def _forward(s: Sizes, values: Mapping[str, int]) -> float:
 def _adjoint(s: Sizes, values: Mapping[str, int]) -> float:
     if not s.args["MULTIPLY"]:
         return 0.0
-    rows = _blocks(s.args["R"], values["BLOCK_R"])
-    columns = _blocks(s.args["D"], values["BLOCK_D"])
+    rows = blocks(s.args["R"], values["BLOCK_R"])
+    columns = blocks(s.args["D"], values["BLOCK_D"])
     x = s.n * s.args["D"] * s.problems * s.size("X_DTYPE")
     t = s.nr * s.args["t_ptr"].element_size()
     return x * rows - s.x_entries * s.size("X_DTYPE") + t * (columns - 1)
@@ -228,25 +186,25 @@ def _adjoint(s: Sizes, values: Mapping[str, int]) -> float:
 def _project(s: Sizes, values: Mapping[str, int]) -> float:
     if not s.args["PROJECT"]:
         return 0.0
-    rows = _blocks(s.args["R"], values["BLOCK_R"])
+    rows = blocks(s.args["R"], values["BLOCK_R"])
     x = s.x_entries * s.size("X_DTYPE") * (rows - 1)
-    samples = _blocks(s.n, values["BLOCK_N"])
+    samples = blocks(s.n, values["BLOCK_N"])
     return x + s.row_entries * s.size("M_DTYPE") * (samples - 1)
 
 
 def _gram(s: Sizes, values: Mapping[str, int]) -> float:
-    blocks = _blocks(s.n, values["BLOCK_N"])
-    return s.x_entries * s.size("X_DTYPE") * (2.0 * blocks - 1)
+    tiles = blocks(s.n, values["BLOCK_N"])
+    return s.x_entries * s.size("X_DTYPE") * (2.0 * tiles - 1)
 
 
 def _update(s: Sizes, values: Mapping[str, int]) -> float:
-    rows = _blocks(s.args["R"], values["BLOCK_R"])
-    columns = _blocks(s.args["D"], values["BLOCK_D"])
+    rows = blocks(s.args["R"], values["BLOCK_R"])
+    columns = blocks(s.args["D"], values["BLOCK_D"])
     return s.x_entries * s.size("X_DTYPE") * (rows - 1) + 4 * s.nr * (columns - 1)
 
 
 def _cg(s: Sizes, values: Mapping[str, int]) -> float:
-    rows = _blocks(s.args["R"], values["BLOCK_R"])
+    rows = blocks(s.args["R"], values["BLOCK_R"])
     repeats = s.args["ITERS"] - 1
     again = 4 * s.nn * (rows * repeats - 1.0)
     resident = values["BLOCK_N"] >= s.n and values["BLOCK_K"] >= values["BLOCK_N"]

@@ -1,7 +1,8 @@
 """What a launch compiles to, on any machine: registers, spills, shared memory.
 
 Triton's compiler and NVIDIA's assembler need no GPU. The launches come from
-`frog_triton.ops.launch.recording`, so what is compiled is what a step would run.
+`frog_triton.ops.launch.recording` and go through Triton's own binder, so what is
+compiled is what a step would run, and Triton's cache on disk serves that step.
 """
 
 from __future__ import annotations
@@ -9,33 +10,27 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
+
+from ..ops.launch import Launch
 
 # Instructions of the tensor cores, by generation.
 _TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA|QGMMA|OMMA)\b")
 _WGMMA = re.compile(r"\bHGMMA\b")
 
-SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Shared memory a block may have, in bytes, by compute capability (CUDA's guide)."""
-
-_TYPES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int8: "i8",
-    torch.bool: "i1",
-}
+_INEXACT = re.compile(
+    r"\b(?:(?:sqrt|rsqrt|rcp|div|ex2|lg2|sin|cos|tanh)\.approx|div\.full)[.\w]*"
+    r"|\b\w[.\w]*\.ftz\b[.\w]*"
+)
+"""Instructions of PTX that approximate, or take numbers below 1e-38 for zero."""
 
 
 @dataclass(frozen=True)
@@ -57,48 +52,60 @@ class Resources:
     wgmma: int
 
 
-def compile_launch(
-    kernel: Any, args: Mapping[str, Any], options: Mapping[str, Any], capability: int
-) -> Resources:
-    """Compile a kernel for a GPU and read its resource usage.
+class _AbsentGPU:
+    """As much of a GPU's driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> str:
+        # Kernels are kept by device: no index, so that no GPU here is mistaken for it.
+        return f"absent sm_{self.capability}"
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextmanager
+def compiling_for(capability: int) -> Iterator[None]:
+    """Triton compiles for such a GPU in this context, and cannot launch anything.
+
+    Holds for the whole process, so no other thread may launch kernels meanwhile.
+    """
+    before = driver._active  # `active` would look for a GPU
+    driver.set_active(_AbsentGPU(capability))
+    try:
+        yield
+    finally:
+        driver.set_active(before)
+
+
+def compiled(launch: Launch, capability: int) -> Any:
+    """What Triton makes of a launch on such a GPU, a ``CompiledKernel``."""
+    with compiling_for(capability):
+        return launch.kernel.warmup(
+            grid=launch.grid, **launch.args, **launch.config.options()
+        )
+
+
+def compile_launch(launch: Launch, capability: int) -> Resources:
+    """Compile a launch for a GPU and read its resource usage.
 
     Args:
-        kernel: the Triton function.
-        args: arguments of a launch by name, constants included.
-        options: block sizes, ``num_warps`` and ``num_stages``.
-        capability: of the GPU, 80, 90 or 100.
+        launch: as recorded; its tensors need no memory.
+        capability: of the GPU, 90 for 9.0.
     """
-    launch_options = {key: options[key] for key in ("num_warps", "num_stages")}
-    values = {**args, **options}
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
-    for i, param in enumerate(kernel.params):
-        value = values[param.name]
-        if param.is_constexpr or (isinstance(value, int) and value == 1):
-            signature[param.name] = "constexpr"
-            constants[param.name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[param.name] = "*" + _TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[param.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[param.name] = "fp32"
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options=launch_options,
-    )
-    return _read(compiled.asm["cubin"], compiled.metadata.shared)
+    return resources(compiled(launch, capability))
 
 
-def _read(cubin: bytes, shared: int) -> Resources:
+def resources(kernel: Any) -> Resources:
+    """Of what `compiled` gave."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
+        path.write_bytes(kernel.asm["cubin"])
         usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
         code = _tool("nvdisasm", "-c", str(path))
     found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
@@ -108,10 +115,15 @@ def _read(cubin: bytes, shared: int) -> Resources:
     return Resources(
         registers,
         stack + local,
-        shared,
+        kernel.metadata.shared,
         len(_TENSOR_CORE.findall(code)),
         len(_WGMMA.findall(code)),
     )
+
+
+def inexact(kernel: Any) -> list[str]:
+    """Instructions that approximate or flush, in what `compiled` gave; no repeats."""
+    return sorted(set(_INEXACT.findall(kernel.asm["ptx"])))
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..launches import Bucket, step_launches
 from ..ops.launch import Launch
 from .config import Config
-from .jobs import Job, compile_jobs, costliest
+from .jobs import Failure, Job, compile_jobs, costliest
 from .model import predict
 from .offline import Resources
 from .space import candidates, invalid, shared_limit
@@ -51,9 +51,11 @@ class KeyReport:
         key: the key.
         layer: name of a layer that asks for it.
         formulation: of its step.
-        floor_us: of its costliest launch.
+        floor_us: of its costliest launch, with the default.
         pruned: how many candidates were dropped, by cause.
-        candidates: the others, best first; the default among them.
+        failed: of those, the ones that did not compile; the verdict says why.
+        candidates: the others, best first; the default among them, whatever is wrong
+            with it, but what has a verdict is not launched.
         chosen: the winner, or None where nothing was timed.
     """
 
@@ -62,6 +64,7 @@ class KeyReport:
     formulation: str
     floor_us: float
     pruned: Counter[str] = field(default_factory=Counter)
+    failed: list[Candidate] = field(default_factory=list)
     candidates: list[Candidate] = field(default_factory=list)
     chosen: Config | None = None
 
@@ -77,10 +80,7 @@ class Asked:
 
 
 def keys(buckets: Iterable[Bucket]) -> list[Asked]:
-    """What the steps of layers ask for, in every formulation that may be taken.
-
-    The costliest come first, so that a budget is spent where it tells.
-    """
+    """What the steps of layers ask for, in every formulation that may be taken."""
     found: dict[str, Asked] = {}
     for bucket in buckets:
         for formulation in ("primal", "gram"):
@@ -115,7 +115,7 @@ def shortlist(asked: Asked, gpu: GPU, top: int) -> KeyReport:
         asked.key,
         asked.bucket.shape.name,
         asked.formulation,
-        predict(launch, gpu).floor_us,
+        predict(launch, gpu, config=default).floor_us,
     )
     sizes = {name.lower(): args[name] for name in "NRD" if name in args}
     valid: list[Candidate] = []
@@ -158,10 +158,11 @@ def inspect(
     done: Callable[[], object] = lambda: None,
     timeout: float = float("inf"),
 ) -> None:
-    """Compile shortlisted candidates offline, and drop what spills or does not fit.
+    """Compile shortlisted candidates offline; drop what fails, spills or does not fit.
 
     Args:
-        shortlists: changed in place; the default is never dropped.
+        shortlists: changed in place; the default is never dropped, but has a verdict
+            if it cannot be launched.
         gpu: what to compile for.
         done: called after each candidate.
         timeout: seconds after which no other is begun.
@@ -183,23 +184,41 @@ def inspect(
     ]
     found = compile_jobs(jobs, done=done, timeout=timeout)
     for (asked, report, i), usage in zip(places, found, strict=True):
-        config = report.candidates[i].config
-        time_us = predict(asked.launch, gpu, usage, config).time_us
-        report.candidates[i] = Candidate(config, time_us, usage)
+        candidate = report.candidates[i]
+        if isinstance(usage, Failure):
+            verdict = f"{FAILED}: {usage.reason}"
+            report.candidates[i] = replace(candidate, verdict=verdict)
+        else:
+            config = candidate.config
+            time_us = predict(asked.launch, gpu, usage, config).time_us
+            report.candidates[i] = Candidate(config, time_us, usage)
     for asked, report in shortlists:
         kept = []
         for candidate in report.candidates:
-            why = _unusable(candidate.resources, gpu)
-            if why and candidate.config != asked.launch.config:
+            why = _unusable(candidate, gpu)
+            if candidate.config == asked.launch.config:
+                # That it spills makes it slow, not wrong.
+                judged = candidate.verdict or (why if why != "spills" else "")
+                kept.append(replace(candidate, verdict=judged))
+            elif why:
                 report.pruned[why] += 1
+                if why == FAILED:
+                    report.failed.append(candidate)
             else:
                 kept.append(candidate)
         report.candidates = sorted(kept, key=lambda c: c.predicted_us)
 
 
-def _unusable(usage: Resources | None, gpu: GPU) -> str:
+FAILED = "does not compile"
+
+
+def _unusable(candidate: Candidate, gpu: GPU) -> str:
+    """Why a candidate cannot win; nothing if it can, or was not compiled."""
+    if candidate.verdict:
+        return FAILED
+    usage = candidate.resources
     if usage is None:
         return ""
-    if usage.spilled:
-        return "spills"
-    return "shared memory" if usage.shared > shared_limit(gpu.capability) else ""
+    if usage.shared > shared_limit(gpu.capability):
+        return "shared memory"
+    return "spills" if usage.spilled else ""

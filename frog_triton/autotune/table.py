@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ C = TypeVar("C", bound=Config)
 
 @dataclass(frozen=True)
 class Table:
-    """What tuning found.
+    """What tuning found; never changes.
 
     Attributes:
         configs: a configuration for each key of `kernel_key`.
@@ -35,6 +36,19 @@ class Table:
     configs: Mapping[str, Config] = field(default_factory=dict)
     formulations: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Copies, so that a change of what was given cannot change the hash.
+        object.__setattr__(self, "configs", dict(self.configs))
+        object.__setattr__(self, "formulations", dict(self.formulations))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        parts = self.configs.items(), self.formulations.items()
+        return hash(tuple(map(frozenset, parts)))
+
     def merged(self, other: Table) -> Table:
         """Both; where both have an entry, the other's."""
         return Table(
@@ -43,7 +57,8 @@ class Table:
         )
 
 
-_ACTIVE: ContextVar[Table | None] = ContextVar("table", default=None)
+_DEFAULTS = Table()
+_ACTIVE: ContextVar[Table] = ContextVar("table", default=_DEFAULTS)
 
 
 @contextmanager
@@ -54,6 +69,11 @@ def using(table: Table) -> Iterator[None]:
         yield
     finally:
         _ACTIVE.reset(token)
+
+
+def active() -> Table:
+    """The table in force; empty where none is."""
+    return _ACTIVE.get()
 
 
 def tuned(
@@ -73,8 +93,7 @@ def tuned(
         kind: what else makes another kernel of it, such as how samples are addressed.
     """
     key = kernel_key(kernel, sizes, dtypes, kind)
-    table = _ACTIVE.get()
-    found = None if table is None else table.configs.get(key)
+    found = active().configs.get(key)
     # A table made by another version may hold another kind of configuration.
     chosen = found if type(found) is type(default) else default
     return replace(chosen, key=key)
@@ -82,8 +101,7 @@ def tuned(
 
 def tuned_formulation(key: str) -> str | None:
     """The table's formulation for a layer, if it has one."""
-    table = _ACTIVE.get()
-    return None if table is None else table.formulations.get(key)
+    return active().formulations.get(key)
 
 
 def kernel_key(

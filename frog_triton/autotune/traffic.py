@@ -8,12 +8,15 @@ count a multiply-add as two.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from ..ops.launch import Launch
 
 
 @dataclass(frozen=True)
@@ -133,27 +136,21 @@ class Work:
         return 1e6 * max(compute, self.bytes / gpu.bandwidth)
 
 
-def work(name: str, args: Mapping[str, Any], grid: tuple[int, ...]) -> Work:
-    """Operations and bytes of one launch.
-
-    Args:
-        name: of the kernel.
-        args: of the launch.
-        grid: of the launch.
-    """
-    operations, moved = _COUNTS[name](Sizes(args, grid))
-    price = PRICES[args.get("PRECISION", "tf32")]
+def work(launch: Launch) -> Work:
+    """Operations and bytes of one launch."""
+    operations, moved = _COUNTS[launch.name](Sizes(launch))
+    price = PRICES[launch.args.get("PRECISION", "tf32")]
     return Work(operations, price * operations, moved, 1)
 
 
 class Sizes:
     """Sizes of a launch under the symbols of the formulas below."""
 
-    def __init__(self, args: Mapping[str, Any], grid: tuple[int, ...]) -> None:
-        self.args = args
-        self.n = args.get("N", 1)
+    def __init__(self, launch: Launch) -> None:
+        self.args = args = launch.args
+        self.n = _samples(launch)
         self.g = args.get("GROUPS", 1)
-        self.problems = grid[1] if len(grid) > 1 else 1
+        self.problems = launch.grid[1] if len(launch.grid) > 1 else 1
         self.layers = self.problems // self.g
         # Totals over all problems of the launch.
         self.rows = args.get("R", 0) * self.problems
@@ -182,14 +179,28 @@ class Sizes:
         return _SIZES[str(self.args[name])]
 
 
+def _samples(launch: Launch) -> int:
+    """Samples that a launch looks at: of a projection, those of its own blocks."""
+    n: int = launch.args.get("N", 1)
+    if "first_block_n" not in launch.args:
+        return n
+    block = launch.config.values()["BLOCK_N"]
+    first = launch.args["first_block_n"] * block
+    return min(n, first + launch.grid[2] * block) - first
+
+
 def _weights(s: Sizes) -> tuple[int, int]:
     y = s.nr * s.size("Y_DTYPE")
     return 0, y + 4 * s.nr + 4 * s.n * s.problems + 4 * s.rows
 
 
 def _project(s: Sizes) -> tuple[int, int]:
-    moved = s.row_entries * s.size("M_DTYPE") + 5 * s.rows
+    moved = s.row_entries * s.size("M_DTYPE")
+    if s.args["first_block_n"] == 0:
+        moved += 4 * s.rows  # |v|^2
+    moved += 4 * s.rows  # their scales
     if s.args["UPDATE"]:
+        moved += s.rows  # which of them are finite
         moved += s.row_entries * (s.size("G_DTYPE") + s.size("M_DTYPE"))
         moved += 4 * s.row_entries * s.args["NESTEROV"]
     if not s.args["PROJECT"]:
@@ -220,7 +231,7 @@ def _cg_tiled(s: Sizes) -> tuple[int, int]:
 def _update(s: Sizes) -> tuple[int, int]:
     theta = (1 + s.args["STEP"]) * s.size("THETA_DTYPE")
     moved = s.row_entries * (s.size("M_DTYPE") + theta)
-    moved += s.x_entries * s.size("X_DTYPE") + 4 * s.nr + 5 * s.rows
+    moved += s.x_entries * s.size("X_DTYPE") + 4 * s.nr + 9 * s.rows
     return s.products, moved
 
 
@@ -246,7 +257,7 @@ def _scale_sum(s: Sizes) -> tuple[int, int]:
 def _forward(s: Sizes) -> tuple[int, int]:
     vectors = 4 + s.size("M_DTYPE") if s.args["FIRST"] else 3 * 4
     moved = vectors * s.row_entries + s.x_entries * s.size("X_DTYPE")
-    moved += s.nr * s.size("Y_DTYPE") + 16 * s.rows
+    moved += s.nr * s.size("Y_DTYPE") + (16 + 4 * s.args["FIRST"]) * s.rows
     return s.products, moved + s.nr * s.size("T_DTYPE") * (not s.args["LAST"])
 
 
@@ -259,7 +270,7 @@ def _adjoint(s: Sizes) -> tuple[int, int]:
         moved += s.nr * s.args["t_ptr"].element_size()
     if s.args["ADVANCE"]:
         old = s.size("M_DTYPE") if s.args["FIRST"] else 2 * 4
-        moved += (old + 3 * 4) * s.row_entries + 12 * s.rows
+        moved += (old + 3 * 4) * s.row_entries + (12 + 4 * s.args["FIRST"]) * s.rows
     if s.args["MULTIPLY"] != s.args["ADVANCE"]:
         moved += partial
     return operations, moved
@@ -268,7 +279,7 @@ def _adjoint(s: Sizes) -> tuple[int, int]:
 def _finish(s: Sizes) -> tuple[int, int]:
     theta = (1 + s.args["STEP"]) * s.size("THETA_DTYPE")
     vectors = 4 if s.args["FIRST"] else 2 * 4
-    return 0, (theta + vectors) * s.row_entries + 24 * s.rows
+    return 0, (theta + vectors) * s.row_entries + 28 * s.rows
 
 
 _COUNTS: dict[str, Callable[[Sizes], tuple[int, int]]] = {

@@ -10,6 +10,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -84,17 +86,19 @@ class Tuner:
         self.compile = compile
         self.keep = keep
         self.reports: list[KeyReport] = []
+        self._exact: tuple[Bucket, list[Tensor]] | None = None
 
     def tune(self, buckets: Sequence[Bucket]) -> Table:
         """Configurations and formulations for layers; the table grows by them."""
         wanted = [a for a in keys(buckets) if a.key not in self.table.configs]
-        wanted.sort(key=lambda a: -predict(a.launch, self.gpu).time_us)
-        shortlists = [(a, shortlist(a, self.gpu, self.top)) for a in wanted]
+        ordered = costliest_first(wanted, self.gpu)
+        shortlists = [(a, shortlist(a, self.gpu, self.top)) for a in ordered]
         self.reports = [report for _, report in shortlists]
         # A few at a time, so that a budget that ends early has bought something.
         for first in range(0, len(shortlists), CHUNK):
             self._tune_some(shortlists[first : first + CHUNK], first / len(shortlists))
             self.keep(self.table)
+        self._exact = None
         for bucket in buckets:
             if time.monotonic() > self.deadline:
                 break
@@ -120,7 +124,6 @@ class Tuner:
     def _time(self, asked: Asked, report: KeyReport) -> None:
         """Check and time one key's candidates; keep the winner."""
         default = asked.launch.config
-        exact = _deltas(self._problem(asked.bucket, asked.formulation, wide=True))
         groups: list[list[Launch]] = []
         alive: list[Launches] = []  # tables hold addresses, not tensors
         places: list[int] = []
@@ -132,20 +135,24 @@ class Tuner:
         )
         for i in order:
             candidate = report.candidates[i]
-            problem = self._problem(asked.bucket, asked.formulation)
             table = self.table.merged(Table({asked.key: candidate.config}))
-            try:
-                with using(table), recording() as launches:
-                    error = _error(_deltas(problem), exact)
-            except Exception as problem_:  # whatever a compiler or driver raises
-                report.candidates[i] = _judged(candidate, f"failed: {problem_}"[:200])
+            verdict = candidate.verdict  # what cannot be launched has one already
+            if not verdict:
+                try:
+                    exact = self._reference(asked.bucket)
+                    problem = self._problem(asked.bucket, asked.formulation)
+                    with using(table), recording() as launches:
+                        error = _error(_results(problem, triton_ops), exact)
+                except Exception as problem_:  # whatever a compiler or driver raises
+                    verdict = f"failed: {problem_}"[:200]
+                else:
+                    if candidate.config == default:
+                        limit = 2 * error + 1e-6
+                    verdict = "" if error <= limit else f"wrong by {error:.1e}"
+            if verdict:
+                report.candidates[i] = replace(candidate, verdict=verdict)
                 if candidate.config == default:
-                    return
-                continue
-            if candidate.config == default:
-                limit = 2 * error + 1e-6
-            if not error <= limit:
-                report.candidates[i] = _judged(candidate, f"wrong by {error:.1e}")
+                    return  # there is nothing to compare the others with
                 continue
             groups.append([a for a in launches if a.config.key == asked.key])
             alive.append(launches)
@@ -153,13 +160,10 @@ class Tuner:
         times = self.timer(groups)
         del alive
         for i, found in zip(places, times, strict=True):
-            candidate = report.candidates[i]
-            report.candidates[i] = Candidate(
-                candidate.config,
-                candidate.predicted_us,
-                candidate.resources,
-                statistics.median(found),
-                _spread(found),
+            report.candidates[i] = replace(
+                report.candidates[i],
+                median_us=statistics.median(found),
+                noise_us=_spread(found),
             )
         timed = [report.candidates[i] for i in places]
         report.chosen = winner(timed, default).config
@@ -170,7 +174,8 @@ class Tuner:
         key = layer_key(bucket)
         if key in self.table.formulations or not may_be_gram(bucket):
             return
-        predicted = predict_formulations(bucket, self.gpu)
+        allow_tf32 = torch.backends.cudnn.allow_tf32
+        predicted = predict_formulations(bucket, self.gpu, self.table, allow_tf32)
         if max(predicted.values()) > NEAR * min(predicted.values()):
             return
         names = sorted(predicted, key=lambda name: predicted[name])
@@ -185,6 +190,14 @@ class Tuner:
         chosen = names[1] if ahead else names[0]
         self.table = self.table.merged(Table({}, {key: chosen}))
 
+    def _reference(self, bucket: Bucket) -> list[Tensor]:
+        """The step in float64; only the last one asked for is kept."""
+        if self._exact is None or self._exact[0] != bucket:
+            self._exact = None  # frees its memory first
+            problem = self._problem(bucket, "primal", wide=True)
+            self._exact = bucket, _results(problem, torch_ops)
+        return self._exact[1]
+
     def _problem(self, bucket: Bucket, formulation: str, wide: bool = False) -> Problem:
         """A step on random numbers, the same each time; in float64 if `wide`."""
         generator = torch.Generator(self.device).manual_seed(0)
@@ -196,11 +209,29 @@ class Tuner:
             value = value.to(dtype)
             return value.to(torch.float64) if wide else value
 
-        problem = step_problem(bucket, "primal" if wide else formulation, make)
-        for rows in problem.params:
+        problem = step_problem(bucket, formulation, make)
+        for param in _tensors(problem):
             # From zero, so that a step is not lost in the rounding of 16 bits.
-            rows.weight.zero_()
+            param.zero_()
         return problem
+
+
+def costliest_first(wanted: Sequence[Asked], gpu: GPU) -> list[Asked]:
+    """Keys of one bucket together, so that a budget is spent where it tells.
+
+    Args:
+        wanted: keys.
+        gpu: whose rates.
+    """
+    times = {
+        a.key: predict(a.launch, gpu, config=a.launch.config).time_us for a in wanted
+    }
+    totals: dict[Bucket, float] = {}
+    for asked in wanted:
+        totals[asked.bucket] = totals.get(asked.bucket, 0.0) + times[asked.key]
+    buckets = sorted(totals, key=lambda bucket: -totals[bucket])
+    place = {bucket: i for i, bucket in enumerate(buckets)}
+    return sorted(wanted, key=lambda a: (place[a.bucket], -times[a.key]))
 
 
 def winner(timed: Sequence[Candidate], default: Config) -> Candidate:
@@ -212,15 +243,6 @@ def winner(timed: Sequence[Candidate], default: Config) -> Candidate:
     return best if ours.median_us - best.median_us > noise else ours
 
 
-def _judged(candidate: Candidate, verdict: str) -> Candidate:
-    return Candidate(
-        candidate.config,
-        candidate.predicted_us,
-        candidate.resources,
-        verdict=verdict,
-    )
-
-
 def _spread(times: Sequence[float]) -> float:
     """Width of the middle half."""
     if len(times) < 2:
@@ -229,21 +251,24 @@ def _spread(times: Sequence[float]) -> float:
     return high - low
 
 
-def _deltas(problem: Problem) -> list[Tensor]:
-    """What a step changes."""
-    before = [p.clone() for p in problem.params]
-    exact = before[0].weight.dtype == torch.float64
-    problem.step(torch_ops if exact else triton_ops)
-    pairs = zip(problem.params, before, strict=True)
-    return [(p.weight.double() - b.weight.double()).cpu() for p, b in pairs]
+def _tensors(problem: Problem) -> list[Tensor]:
+    """All that a step changes."""
+    parts = [part for rows in problem.params for part in (rows.weight, rows.bias)]
+    return [part for part in parts if part is not None]
+
+
+def _results(problem: Problem, backend: ModuleType) -> list[Tensor]:
+    """Where a step from zero ends."""
+    problem.step(backend)
+    return _tensors(problem)
 
 
 def _error(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    wrong = sum(
-        float((a - e).square().sum()) for a, e in zip(actual, exact, strict=True)
-    )
-    size = sum(float(e.square().sum()) for e in exact)
-    return (wrong / size) ** 0.5
+    """Relative to the exact results; the only number that leaves the device."""
+    pairs = zip(actual, exact, strict=True)
+    wrong = torch.stack([(a.double() - e).square().sum() for a, e in pairs]).sum()
+    size = torch.stack([e.square().sum() for e in exact]).sum()
+    return float((wrong / size).sqrt())
 
 
 class CudaTimer:

@@ -22,10 +22,10 @@ import torch
 from rich.progress import Progress
 
 from ..autotune.cache import Cache, shipped
-from ..autotune.shortlist import KeyReport, inspect, keys, shortlist
+from ..autotune.shortlist import Candidate, KeyReport, inspect, keys, shortlist
 from ..autotune.table import Table
 from ..autotune.traffic import GPU, GPUS, detect
-from ..autotune.tuning import machine_of
+from ..autotune.tuning import machine_of, progress_bar
 from ..capture import SAMPLINGS
 from ..cost import LayerCost
 from ..launches import Bucket, LayerShape
@@ -130,8 +130,7 @@ def _tune(args: argparse.Namespace, buckets: Sequence[Bucket]) -> int:
     assert gpu is not None
     machine, cache = machine_of(device), Cache(args.cache_dir)
     known: Table = shipped(machine).merged(cache.load(machine))
-    with Progress() as bar:
-        task = bar.add_task("tuning", total=1.0)
+    with progress_bar() as progress:
         tuner = Tuner(
             gpu,
             device,
@@ -139,7 +138,7 @@ def _tune(args: argparse.Namespace, buckets: Sequence[Bucket]) -> int:
             known,
             args.top,
             args.budget,
-            lambda what, share: bar.update(task, description=what, completed=share),
+            progress,
             keep=lambda table: cache.store(machine, table),
         )
         table = tuner.tune(buckets)
@@ -180,6 +179,10 @@ def show(reports: Sequence[KeyReport], gpu: GPU) -> None:
     causes = ", ".join(f"{count} {cause}" for cause, count in pruned.most_common())
     left = sum(len(report.candidates) for report in reports)
     console().print(f"pruned: {causes}; left: {left} for {len(reports)} keys")
+    for report in reports:
+        for candidate in report.failed:
+            config = f"{candidate.config.values()}"
+            console().print(f"{report.key} {config}: {candidate.verdict}", markup=False)
 
 
 def to_json(reports: Sequence[KeyReport], gpu: GPU) -> dict[str, Any]:
@@ -194,11 +197,13 @@ def to_json(reports: Sequence[KeyReport], gpu: GPU) -> dict[str, Any]:
                 "floor_us": report.floor_us,
                 "pruned": dict(report.pruned),
                 "chosen": report.chosen.values() if report.chosen else None,
-                "candidates": [
-                    {**asdict(candidate), "config": candidate.config.values()}
-                    for candidate in report.candidates
-                ],
+                "candidates": [_plain(candidate) for candidate in report.candidates],
+                "failed": [_plain(candidate) for candidate in report.failed],
             }
             for report in reports
         ],
     }
+
+
+def _plain(candidate: Candidate) -> dict[str, Any]:
+    return {**asdict(candidate), "config": candidate.config.values()}

@@ -16,6 +16,9 @@ import torch
 
 from ..autotune.config import Config
 
+GRID_LIMITS = (2**31 - 1, 65535, 65535)
+"""Programs along each axis at most, on every GPU (CUDA's guide)."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -26,12 +29,25 @@ class Launch:
         grid: programs along each axis.
         args: arguments by name, tensors and numbers.
         config: block sizes, warps and stages.
+
+    Raises:
+        ValueError: no GPU can launch such a grid.
     """
 
     kernel: Any
     grid: tuple[int, ...]
     args: Mapping[str, Any]
     config: Config
+
+    def __post_init__(self) -> None:
+        if any(n > limit for n, limit in zip(self.grid, GRID_LIMITS, strict=False)):
+            raise ValueError(
+                f"{self.name}: CUDA has no grid of {self.grid} programs, the limits "
+                f"are {GRID_LIMITS}. The first axis counts blocks of rows and weights, "
+                "the second layers of one geometry times their groups, the third "
+                "blocks of samples. Train these layers with backend='torch', or leave "
+                "them to the fallback with exclude="
+            )
 
     @property
     def name(self) -> str:
