@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .ops import torch_ops
+from .ops.scales import row_scales, scaled
 from .ops.types import Rows
 from .solvers import Solution
 from .step import LayerStep
@@ -98,7 +99,7 @@ def _of_rows(
     m = step.momentum.to(dtype)
     if group["nesterov"] and step.grads is not None:
         m = step.grads.to(dtype).clone().add_(m, finite * group["momentum"])
-    x, y = step.x.to(dtype), step.y.to(dtype)
+    (x,), y = scaled([step.x.to(dtype)], dtype), step.y.to(dtype)
     length = x.dim + x.bias
     norms = x.row_norms()
     weights, _ = torch_ops.fisher_weights([y], [norms], length)
@@ -107,6 +108,7 @@ def _of_rows(
     fisher = (status == torch_ops.FISHER) & finite
 
     # The direction is z / sqrt(<z, m>), so its product with m is that root.
+    m = m.times(row_scales(m))
     root = z.dot(m)
     product = x.apply_adjoint(weights[0] * x.apply(z))
     product = product.add_(z, torch.ones_like(root) * group["damping"])

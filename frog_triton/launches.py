@@ -137,9 +137,7 @@ class Problem:
         """Momentum, solve and update, as `FROG.step` makes them."""
         rows = self.batch.ms[0].weight
         dtype = torch.promote_types(rows.dtype, torch.float32)
-        pairs = zip(self.batch.xs, self.batch.ys, strict=True)
-        prepared = [backend.prepare(x, y, dtype) for x, y in pairs]
-        xs, ys = [x for x, _ in prepared], [y for _, y in prepared]
+        xs, ys = backend.prepare(self.batch.xs, self.batch.ys, dtype)
         batch = replace(self.batch, xs=xs, ys=ys)
         solution = FORMULATIONS[self.formulation](backend, batch, 1e-4, self.iters)
         solution.update_(self.params, self.counts, 2e-2, 1e-5)

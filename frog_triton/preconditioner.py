@@ -52,10 +52,7 @@ def solve(
     """
     rows = batch.ms[0].weight
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    prepared = [
-        backend.prepare(x, y, dtype) for x, y in zip(batch.xs, batch.ys, strict=True)
-    ]
-    xs, ys = [x for x, _ in prepared], [y for _, y in prepared]
+    xs, ys = backend.prepare(batch.xs, batch.ys, dtype)
     batch = replace(batch, xs=xs, ys=ys)
     if formulation == "auto":
         formulation = choose_formulation(backend, batch, cg_iters)

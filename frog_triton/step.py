@@ -271,7 +271,7 @@ def advance_momentum(
     """
     advanced = []
     for bucket in _buckets(steps):
-        ms, finite = bucket[0].backend.momentum_(
+        ms, _, finite = bucket[0].backend.momentum_(
             [step.momentum for step in bucket],
             [step.grads for step in bucket],
             group["momentum"],

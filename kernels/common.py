@@ -31,6 +31,30 @@ def load_scalar(scalars_ptr, index):
 
 
 @triton.jit
+def load_scale(table_ptr, layer, group):
+    """What a group's samples are multiplied by, the 1 that stands for a bias, too."""
+    return tl.load(layer_pointer(table_ptr, layer, tl.float32, 4) + group)
+
+
+@triton.jit
+def load_scales(table_ptr, layer, groups, mask):
+    """The same of several groups."""
+    scales_ptr = layer_pointer(table_ptr, layer, tl.float32, 4)
+    return tl.load(scales_ptr + groups, mask=mask, other=0.0)
+
+
+@triton.jit
+def power_of_two(largest):
+    """The power of two that brings `largest` to between 1 and 2, as far as it is exact.
+
+    So zeros and subnormal numbers take 2^126, and the largest numbers 2^-126.
+    """
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+    return ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def is_finite(x):
     """False for NaN and infinities."""
     return tl.abs(x) < float("inf")

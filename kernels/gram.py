@@ -3,12 +3,13 @@
 import triton
 import triton.language as tl
 
-from .common import layer_pointer
+from .common import layer_pointer, load_scale
 
 
 @triton.jit
 def _gram_kernel(
     x_table_ptr,
+    x_scale_table_ptr,
     k_ptr,
     N,
     D,
@@ -25,6 +26,8 @@ def _gram_kernel(
 ):
     """One tile of ``X X^T`` over one slice of D; one more everywhere with a bias.
 
+    X is scaled, and so is that one.
+
     Slices are summed in order by `_sum_splits_kernel`. 16-bit samples fit tf32 exactly,
     so their products need PRECISION no higher than that.
     """
@@ -35,6 +38,7 @@ def _gram_kernel(
     i = (tl.program_id(0) // blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     j = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
+    scale = load_scale(x_scale_table_ptr, layer, group)
 
     k = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     begin = split * split_length
@@ -52,10 +56,10 @@ def _gram_kernel(
             mask=(j < N)[None, :] & d_ok[:, None],
             other=0.0,
         )
-        k = tl.dot(
-            xi.to(tl.float32), xj.to(tl.float32), acc=k, input_precision=PRECISION
-        )
+        xi = xi.to(tl.float32) * scale
+        xj = xj.to(tl.float32) * scale
+        k = tl.dot(xi, xj, acc=k, input_precision=PRECISION)
     if HAS_BIAS:
-        k += tl.where(split == 0, 1.0, 0.0)
+        k += tl.where(split == 0, scale * scale, 0.0)
     at = (split * PROBLEMS + problem) * N * N + i[:, None] * N + j[None, :]
     tl.store(k_ptr + at, k, mask=(i < N)[:, None] & (j < N)[None, :])

@@ -21,7 +21,7 @@ ROUNDING: tl.constexpr = tl.constexpr(9.5367432e-07)
 def _step_length(rho, pap, active):
     """Alpha, and which rows still move: ``p^T A p`` must be positive."""
     active = active & (pap > 0)
-    return tl.where(active, rho / tl.where(active, pap, 1.0), 0.0), active
+    return tl.where(active, tl.div_rn(rho, tl.where(active, pap, 1.0)), 0.0), active
 
 
 @triton.jit
@@ -30,7 +30,8 @@ def _next_direction(rho, s_r, mm, c_u, u_x, active):
     rho_new = s_r * (s_r * mm + c_u) + u_x
     terms = tl.abs(s_r) * (tl.abs(s_r) * mm + tl.abs(c_u)) + tl.abs(u_x)
     active = active & (rho_new > terms * ROUNDING)
-    return rho_new, tl.where(active, rho_new / tl.where(active, rho, 1.0), 0.0), active
+    beta = tl.div_rn(rho_new, tl.where(active, rho, 1.0))
+    return rho_new, tl.where(active, beta, 0.0), active
 
 
 @triton.jit
@@ -39,7 +40,8 @@ def _normaliser(s, c_u, m_squared, status):
     s = tl.where(status == 0, s, 1.0)
     zm = s * m_squared + tl.where(status == 0, c_u, 0.0)
     usable = (zm > 0) & (zm < float("inf"))
-    return tl.where(usable, 1.0 / tl.sqrt(tl.where(usable, zm, 1.0)), 0.0), s
+    root = tl.sqrt_rn(tl.where(usable, zm, 1.0))
+    return tl.where(usable, tl.div_rn(1.0, root), 0.0), s
 
 
 @triton.jit

@@ -17,9 +17,11 @@ from .common import (
     grouped_program,
     layer_pointer,
     load_scalar,
+    load_scale,
+    load_scales,
     ordered_sum,
 )
-from .samples import load_window, native_column, product
+from .samples import as_factor, load_window, native_column, outstanding, product
 
 # (4 * 2^-23)^2: what is left of an exactly solved row is a few roundings of m.
 FLOOR: tl.constexpr = tl.constexpr(2.2737368e-13)
@@ -36,16 +38,19 @@ def _step_length(
     rho = tl.load(rho_ptr + at, mask=mask, other=0.0)
     active = tl.load(active_ptr + at, mask=mask, other=0) != 0
     active = active & (pap > 0)
-    return tl.where(active, rho / tl.where(active, pap, 1.0), 0.0), rho, active
+    alpha = tl.div_rn(rho, tl.where(active, pap, 1.0))
+    return tl.where(active, alpha, 0.0), rho, active
 
 
 @triton.jit
 def _primal_forward_kernel(
     x_table_ptr,
+    x_scale_table_ptr,
     y_table_ptr,
     m_table_ptr,
     m_bias_table_ptr,
-    inverse_ptr,
+    m_scale_ptr,
+    y_scale_ptr,
     factor_ptr,
     t_ptr,
     r_ptr,
@@ -127,13 +132,16 @@ def _primal_forward_kernel(
     m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
 
     beta = tl.zeros((BLOCK_R,), tl.float32)
-    if not FIRST:
+    if FIRST:
+        m_scale = tl.load(m_scale_ptr + at, mask=row_ok, other=0.0)
+    else:
         rho = ordered_sum(rho_partial_ptr, rho_blocks, total, at, row_ok)
         old_rho = tl.load(old_rho_ptr + at, mask=row_ok, other=1.0)
         floor = tl.load(first_rho_ptr + at, mask=row_ok, other=0.0) * FLOOR
         active = tl.load(old_active_ptr + at, mask=row_ok, other=0) != 0
         active = active & (rho > floor)
-        beta = tl.where(active, rho / tl.where(active, old_rho, 1.0), 0.0)
+        beta = tl.div_rn(rho, tl.where(active, old_rho, 1.0))
+        beta = tl.where(active, beta, 0.0)
         tl.store(rho_ptr + at, rho, mask=writes)
         tl.store(active_ptr + at, active.to(tl.int8), mask=writes)
 
@@ -142,10 +150,11 @@ def _primal_forward_kernel(
     stored_rows = (layer * GROUPS * R + layer_rows) * D
     if DEPTHWISE:
         channel = (rows // multiplier)[None, :]
+        x_scale = load_scales(x_scale_table_ptr, layer, rows // multiplier, row_ok)
         for tap in range(TAPS):
             if FIRST:
                 p = tl.load(m_ptr + layer_rows * D + tap, mask=row_ok, other=0.0)
-                p = p.to(tl.float32)
+                p = p.to(tl.float32) * m_scale
             else:
                 p = tl.load(r_ptr + stored_rows + tap, mask=row_ok, other=0.0)
                 old_p = tl.load(old_p_ptr + stored_rows + tap, mask=row_ok, other=0.0)
@@ -176,8 +185,9 @@ def _primal_forward_kernel(
                 DILATION_W,
                 POINTWISE,
             )
-            xp += x.to(tl.float32) * p[None, :]
+            xp += (x.to(tl.float32) * x_scale[None, :]) * p[None, :]
     else:
+        x_scale = load_scale(x_scale_table_ptr, layer, group)
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             mask = row_ok[:, None] & (d < D)[None, :]
@@ -187,6 +197,7 @@ def _primal_forward_kernel(
                     layer_rows[:, None] * D + native_column(d, CHANNELS, TAPS)[None, :]
                 )
                 p = tl.load(m_ptr + local, mask=mask, other=0.0).to(tl.float32)
+                p *= m_scale[:, None]
             else:
                 p = tl.load(r_ptr + stored, mask=mask, other=0.0)
                 p += beta[:, None] * tl.load(old_p_ptr + stored, mask=mask, other=0.0)
@@ -219,17 +230,20 @@ def _primal_forward_kernel(
                 DILATION_W,
                 POINTWISE,
             )
+            x = as_factor(x, x_scale, PRECISION)
+            p *= outstanding(x_scale, PRECISION)
             xp = product(x, tl.trans(p), xp, PRECISION)
     if HAS_BIAS:
         if FIRST:
             m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
             p = tl.load(m_bias_ptr + layer_rows, mask=row_ok, other=0.0).to(tl.float32)
+            p *= m_scale
         else:
             p = tl.load(r_bias_ptr + at, mask=row_ok, other=0.0)
             p += beta * tl.load(old_p_bias_ptr + at, mask=row_ok, other=0.0)
         tl.store(p_bias_ptr + at, p, mask=writes)
         pp += p * p
-        xp += p[None, :]
+        xp += (p * x_scale)[None, :]
 
     tl.store(pp_ptr + at, pp, mask=writes)
     if FIRST:
@@ -239,7 +253,7 @@ def _primal_forward_kernel(
     y_ptr = layer_pointer(y_table_ptr, layer, Y_DTYPE, ALIGN)
     y_at = (n // P * stride_yn + n % P * stride_yp)[:, None]
     y = tl.load(y_ptr + y_at + (layer_rows * stride_yr)[None, :], mask=mask, other=0.0)
-    y = y.to(tl.float32) * tl.load(inverse_ptr + at, mask=row_ok, other=0.0)[None, :]
+    y = y.to(tl.float32) * tl.load(y_scale_ptr + at, mask=row_ok, other=0.0)[None, :]
     factor = tl.load(factor_ptr + at, mask=row_ok, other=0.0)[None, :]
     t = tl.where(factor > 0, y * y * factor, 0.0) * xp
     if not LAST:
@@ -257,6 +271,7 @@ def _advance(
     damping,
     m_table_ptr,
     m_bias_table_ptr,
+    m_scale_ptr,
     p_ptr,
     p_bias_ptr,
     r_ptr,
@@ -288,9 +303,11 @@ def _advance(
     p = tl.load(p_ptr + stored, mask=mask, other=0.0)
     z = alpha[:, None] * p
     if FIRST:
+        m_scale = tl.load(m_scale_ptr + at, mask=row_ok, other=0.0)
         m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
         local = layer_rows[:, None] * D + native_column(d, CHANNELS, TAPS)[None, :]
         r = tl.load(m_ptr + local, mask=mask, other=0.0).to(tl.float32)
+        r *= m_scale[:, None]
     else:
         r = tl.load(r_ptr + stored, mask=mask, other=0.0)
         z += tl.load(z_ptr + stored, mask=mask, other=0.0)
@@ -306,6 +323,7 @@ def _advance(
         if FIRST:
             m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
             r = tl.load(m_bias_ptr + layer_rows, mask=writes, other=0.0).to(tl.float32)
+            r *= m_scale
         else:
             r = tl.load(r_bias_ptr + at, mask=writes, other=0.0)
             z += tl.load(z_bias_ptr + at, mask=writes, other=0.0)
@@ -320,8 +338,10 @@ def _advance(
 @triton.jit
 def _primal_adjoint_kernel(
     x_table_ptr,
+    x_scale_table_ptr,
     m_table_ptr,
     m_bias_table_ptr,
+    m_scale_ptr,
     scalars_ptr,
     t_ptr,
     p_ptr,
@@ -408,6 +428,11 @@ def _primal_adjoint_kernel(
         x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN)
         x_ptr += group * group_channels * stride_xc
         t_ptr += layer * N * GROUPS * R
+        if DEPTHWISE:
+            channel = rows // multiplier
+            x_scale = load_scales(x_scale_table_ptr, layer, channel, row_ok)
+        else:
+            x_scale = load_scale(x_scale_table_ptr, layer, group)
         begin = split * split_length
         end = tl.minimum(begin + split_length, N)
         for start in range(begin, end, BLOCK_N):
@@ -416,11 +441,10 @@ def _primal_adjoint_kernel(
                 t_mask = (n < end)[:, None] & row_ok[None, :]
                 t_at = n[:, None] * GROUPS * R + layer_rows[None, :]
                 t = tl.load(t_ptr + t_at, mask=t_mask, other=0.0).to(tl.float32)
-                channel = (rows // multiplier)[None, :]
                 x = load_window(
                     x_ptr,
                     n[:, None],
-                    channel,
+                    channel[None, :],
                     block_d,
                     t_mask,
                     HEIGHT,
@@ -440,7 +464,8 @@ def _primal_adjoint_kernel(
                     DILATION_W,
                     POINTWISE,
                 )
-                ap += tl.sum(t * x.to(tl.float32), axis=0)[:, None]
+                x = x.to(tl.float32) * x_scale[None, :]
+                ap += tl.sum(t * x, axis=0)[:, None]
                 if HAS_BIAS:
                     ap_bias += tl.sum(t, axis=0)
             else:
@@ -474,9 +499,12 @@ def _primal_adjoint_kernel(
                     DILATION_W,
                     POINTWISE,
                 )
-                ap = product(t, x, ap, PRECISION)
+                ap = product(t, as_factor(x, x_scale, PRECISION), ap, PRECISION)
                 if HAS_BIAS:
                     ap_bias += tl.sum(t.to(tl.float32), axis=1)
+        ap_bias *= x_scale
+        if not DEPTHWISE:
+            ap *= outstanding(x_scale, PRECISION)
     if ADVANCE:
         if not MULTIPLY:
             ap = ordered_sum(ap_partial_ptr, SPLITS, entries, stored, mask)
@@ -507,6 +535,7 @@ def _primal_adjoint_kernel(
             load_scalar(scalars_ptr, 1),
             m_table_ptr,
             m_bias_table_ptr,
+            m_scale_ptr,
             p_ptr,
             p_bias_ptr,
             r_ptr,
@@ -543,6 +572,7 @@ def _primal_update_kernel(
     theta_bias_table_ptr,
     m_table_ptr,
     m_bias_table_ptr,
+    m_scale_ptr,
     counts_table_ptr,
     scalars_ptr,
     p_ptr,
@@ -605,7 +635,8 @@ def _primal_update_kernel(
     plain = status != 0
     zm = tl.where(plain, tl.load(first_rho_ptr + at, mask=row_ok, other=0.0), zm)
     usable = (zm > 0) & (zm < float("inf"))
-    scale = tl.where(usable, 1.0 / tl.sqrt(tl.where(usable, zm, 1.0)), 0.0)
+    root = tl.sqrt_rn(tl.where(usable, zm, 1.0))
+    scale = tl.where(usable, tl.div_rn(1.0, root), 0.0)
 
     if STEP:
         finite = tl.load(finite_ptr + at, mask=row_ok, other=0)
@@ -627,7 +658,9 @@ def _primal_update_kernel(
         z += tl.load(z_ptr + stored, mask=mask, other=0.0)
     m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
     m = tl.load(m_ptr + local, mask=mask & plain[:, None], other=0.0)
-    z = tl.where(plain[:, None], m.to(tl.float32), z) * scale[:, None]
+    m_scale = tl.load(m_scale_ptr + at, mask=row_ok, other=0.0)
+    m = m.to(tl.float32) * m_scale[:, None]
+    z = tl.where(plain[:, None], m, z) * scale[:, None]
     theta_ptr = layer_pointer(theta_table_ptr, layer, THETA_DTYPE, ALIGN)
     if STEP:
         theta = tl.load(theta_ptr + local, mask=mask, other=0.0).to(tl.float32)
@@ -641,7 +674,7 @@ def _primal_update_kernel(
             z += tl.load(z_bias_ptr + at, mask=first, other=0.0)
         m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
         m = tl.load(m_bias_ptr + layer_rows, mask=first & plain, other=0.0)
-        z = tl.where(plain, m.to(tl.float32), z) * scale
+        z = tl.where(plain, m.to(tl.float32) * m_scale, z) * scale
         bias_ptr = layer_pointer(theta_bias_table_ptr, layer, THETA_DTYPE, ALIGN)
         if STEP:
             theta = tl.load(bias_ptr + layer_rows, mask=first, other=0.0)

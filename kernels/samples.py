@@ -60,6 +60,27 @@ def load_window(
 
 
 @triton.jit
+def as_factor(x, scale, PRECISION: tl.constexpr):
+    """Samples as `product` takes them: scaled, but for bfloat16, which stays as it lies.
+
+    So copies of bfloat16 samples need not pass through registers; `outstanding` is
+    what the product's other factor, or its result, is to be multiplied by then.
+    """
+    if PRECISION != "bf16" and PRECISION != "bf16_tf32":
+        x = x.to(tl.float32) * scale
+    return x
+
+
+@triton.jit
+def outstanding(scale, PRECISION: tl.constexpr):
+    """What `as_factor` has left out of the scale."""
+    left = scale
+    if PRECISION != "bf16" and PRECISION != "bf16_tf32":
+        left = 1.0
+    return left
+
+
+@triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a b`` on tensor cores with float32 accumulation.
 

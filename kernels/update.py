@@ -9,6 +9,7 @@ from .common import (
     is_finite,
     layer_pointer,
     load_scalar,
+    load_scale,
     problem_base,
 )
 
@@ -18,10 +19,12 @@ def _update_kernel(
     theta_table_ptr,
     m_table_ptr,
     x_table_ptr,
+    x_scale_table_ptr,
     theta_bias_table_ptr,
     m_bias_table_ptr,
     counts_table_ptr,
     scalars_ptr,
+    m_scale_ptr,
     s_ptr,
     u_ptr,
     status_ptr,
@@ -45,8 +48,9 @@ def _update_kernel(
 ):
     """One tile of rows; the programs of the first columns see to the biases too.
 
-    Without STEP the direction itself is written: ``theta = s m + X^T u``. Rows whose u
-    is zero must not see samples that are not finite, so those samples count as zero.
+    X and m are scaled. Without STEP the direction itself is written: ``theta = s m +
+    X^T u``. Rows whose u is zero must not see samples that are not finite, so those
+    samples count as zero.
     """
     problem = tl.program_id(1).to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
@@ -58,6 +62,7 @@ def _update_kernel(
     d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = row_ok[:, None] & (d < D)[None, :]
     x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
+    x_scale = load_scale(x_scale_table_ptr, layer, group)
     u_ptr += problem_base(problem, GROUPS, N, R)
 
     z = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
@@ -74,16 +79,17 @@ def _update_kernel(
             mask=(n < N)[:, None] & (d < D)[None, :],
             other=0.0,
         ).to(tl.float32)
-        x = tl.where(is_finite(x), x, 0.0)
+        x = tl.where(is_finite(x), x * x_scale, 0.0)
         z = tl.dot(u, x, acc=z, input_precision=PRECISION)
         if HAS_BIAS:
-            z_bias += tl.sum(u, axis=1)
+            z_bias += tl.sum(u, axis=1) * x_scale
 
     s = tl.load(s_ptr + problem * R + rows, mask=row_ok, other=0.0)
+    m_scale = tl.load(m_scale_ptr + problem * R + rows, mask=row_ok, other=0.0)
     at = layer_rows[:, None] * D + d[None, :]
     m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
     m = tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    z += s[:, None] * m
+    z += s[:, None] * (m * m_scale[:, None])
     theta_ptr = layer_pointer(theta_table_ptr, layer, THETA_DTYPE, ALIGN)
     if STEP:
         finite = tl.load(finite_ptr + problem * R + rows, mask=row_ok, other=0)
@@ -110,7 +116,7 @@ def _update_kernel(
         m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
         bias_ptr = layer_pointer(theta_bias_table_ptr, layer, THETA_DTYPE, ALIGN)
         m = tl.load(m_bias_ptr + layer_rows, mask=first, other=0.0)
-        z_bias += s * m.to(tl.float32)
+        z_bias += s * (m.to(tl.float32) * m_scale)
         if STEP:
             theta = tl.load(bias_ptr + layer_rows, mask=first, other=0.0)
             z_bias = decay * theta.to(tl.float32) - lr * z_bias

@@ -8,7 +8,14 @@ Solves on the rows may have many: they store what turns Y into Lambda, two numbe
 import triton
 import triton.language as tl
 
-from .common import is_finite, layer_pointer, problem_base
+from .common import (
+    is_finite,
+    layer_pointer,
+    load_scale,
+    load_scales,
+    power_of_two,
+    problem_base,
+)
 from .samples import load_window
 
 
@@ -35,7 +42,7 @@ def _fisher_weights_kernel(
 ):
     """``Lambda = Y^2 / (trace / D)`` for a block of rows, and each row's status.
 
-    Squares of a tiny Y underflow, so each row is scaled by its largest entry first.
+    Squares of a tiny Y underflow, so each row is first brought near one.
     Where N fits one block, Y is read from memory once; its later reads hit the cache.
     Status: 0 Fisher, 1 no sampled gradient, 2 samples that are not finite; the last two
     get weights of zero.
@@ -58,7 +65,7 @@ def _fisher_weights_kernel(
         y_at += rows[None, :].to(tl.int64) * stride_yr
         y = tl.load(y_ptr + y_at, mask=mask, other=0.0)
         largest = tl.maximum(largest, tl.max(tl.abs(y.to(tl.float32)), axis=0))
-    largest = tl.where(largest == 0, 1.0, largest)
+    scale = power_of_two(largest)
 
     trace = tl.zeros((BLOCK_R,), tl.float32)
     for start in range(0, N, BLOCK_N):
@@ -68,10 +75,10 @@ def _fisher_weights_kernel(
         y_at += rows[None, :].to(tl.int64) * stride_yr
         y = tl.load(y_ptr + y_at, mask=mask, other=0.0)
         norms = tl.load(norms_ptr + n * stride_norms_n, mask=n < N, other=0.0)
-        scaled = y.to(tl.float32) / largest[None, :]
+        scaled = y.to(tl.float32) * scale[None, :]
         trace += tl.sum(scaled * scaled * norms[:, None], axis=0)
 
-    factor = row_length / trace
+    factor = tl.div_rn(row_length * 1.0, trace)
     status = tl.where(is_finite(factor), 0, 1)
     status = tl.where(is_finite(trace), status, 2)
     tl.store(status_ptr + problem * R + rows, status, mask=row_ok)
@@ -82,7 +89,7 @@ def _fisher_weights_kernel(
         y_at = (n // P * stride_yn + n % P * stride_yp)[:, None]
         y_at += rows[None, :].to(tl.int64) * stride_yr
         y = tl.load(y_ptr + y_at, mask=mask, other=0.0)
-        scaled = y.to(tl.float32) / largest[None, :]
+        scaled = y.to(tl.float32) * scale[None, :]
         weights = tl.where(
             (status == 0)[None, :], scaled * scaled * factor[None, :], 0.0
         )
@@ -93,6 +100,7 @@ def _fisher_weights_kernel(
 @triton.jit
 def _row_norms_kernel(
     x_table_ptr,
+    x_scale_table_ptr,
     norms_ptr,
     N,
     D,
@@ -122,12 +130,13 @@ def _row_norms_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``|x|^2``, one more with a bias: ``(layers, N, groups)``."""
+    """``|x|^2`` of scaled samples, with a bias its part too: ``(layers, N, groups)``."""
     problem = tl.program_id(1).to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN)
     x_ptr += group * group_channels * stride_xc
+    scale = load_scale(x_scale_table_ptr, layer, group)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -158,16 +167,17 @@ def _row_norms_kernel(
             DILATION_W,
             POINTWISE,
         )
-        x = x.to(tl.float32)
+        x = x.to(tl.float32) * scale
         total += tl.sum(x * x, axis=1)
     if HAS_BIAS:
-        total += 1.0
+        total += scale * scale
     tl.store(norms_ptr + layer * N * GROUPS + n * GROUPS + group, total, mask=n < N)
 
 
 @triton.jit
 def _row_scale_kernel(
     x_table_ptr,
+    x_scale_table_ptr,
     y_table_ptr,
     norms_ptr,
     largest_ptr,
@@ -208,7 +218,7 @@ def _row_scale_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Largest ``|Y|`` of each row, and its trace in units of that, over one split.
+    """Largest ``|Y|`` of each row, and its trace at the scale of that, over one split.
 
     One pass over Y: when a larger entry turns up, the trace so far is rescaled.
     """
@@ -225,6 +235,7 @@ def _row_scale_kernel(
 
     largest = tl.zeros((BLOCK_R,), tl.float32)
     trace = tl.zeros((BLOCK_R,), tl.float32)
+    scale = power_of_two(largest)
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N).to(tl.int64)
         mask = (n < end)[:, None] & row_ok[None, :]
@@ -236,6 +247,7 @@ def _row_scale_kernel(
         if DEPTHWISE:
             norms = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
             channel = (rows // multiplier)[None, :]
+            x_scale = load_scales(x_scale_table_ptr, layer, channel, row_ok[None, :])
             for tap in range(TAPS):
                 x = load_window(
                     x_ptr,
@@ -260,20 +272,19 @@ def _row_scale_kernel(
                     DILATION_W,
                     POINTWISE,
                 )
-                x = x.to(tl.float32)
+                x = x.to(tl.float32) * x_scale
                 norms += x * x
             if HAS_BIAS:
-                norms += 1.0
+                norms += x_scale * x_scale
         else:
             norms_at = layer * N * GROUPS + n * GROUPS + group
             norms = tl.load(norms_ptr + norms_at, mask=n < end, other=0.0)[:, None]
-        larger = tl.maximum(largest, tl.max(tl.abs(y), axis=0))
-        unit = tl.where(larger == 0, 1.0, larger)
-        scaled = y / unit[None, :]
-        before = largest / unit
+        largest = tl.maximum(largest, tl.max(tl.abs(y), axis=0))
+        before, scale = scale, power_of_two(largest)
+        scaled = y * scale[None, :]
         terms = tl.where(mask, scaled * scaled * norms, 0.0)
-        trace = trace * before * before + tl.sum(terms, axis=0)
-        largest = larger
+        ratio = tl.div_rn(scale, before)
+        trace = trace * ratio * ratio + tl.sum(terms, axis=0)
     at = split * total + problem * R + rows
     tl.store(largest_ptr + at, largest, mask=row_ok)
     tl.store(trace_ptr + at, trace, mask=row_ok)
@@ -283,7 +294,7 @@ def _row_scale_kernel(
 def _row_scale_sum_kernel(
     largest_ptr,
     trace_ptr,
-    inverse_ptr,
+    y_scale_ptr,
     factor_ptr,
     status_ptr,
     total,
@@ -291,21 +302,24 @@ def _row_scale_sum_kernel(
     SPLITS,
     BLOCK: tl.constexpr,
 ):
-    """What turns Y into Lambda: ``(Y inverse)^2 factor``; and the rows' status."""
+    """What turns Y into Lambda: ``(Y scale)^2 factor``; and the rows' status."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < total
     largest = tl.zeros((BLOCK,), tl.float32)
     for i in range(SPLITS):
         part = tl.load(largest_ptr + i * total + at, mask=mask, other=0.0)
         largest = tl.maximum(largest, part)
-    unit = tl.where(largest == 0, 1.0, largest)
+    scale = power_of_two(largest)
     trace = tl.zeros((BLOCK,), tl.float32)
     for i in range(SPLITS):
-        part = tl.load(largest_ptr + i * total + at, mask=mask, other=0.0) / unit
-        trace += tl.load(trace_ptr + i * total + at, mask=mask, other=0.0) * part * part
-    factor = row_length / trace
+        part = tl.load(largest_ptr + i * total + at, mask=mask, other=0.0)
+        ratio = tl.div_rn(scale, power_of_two(part))
+        trace += (
+            tl.load(trace_ptr + i * total + at, mask=mask, other=0.0) * ratio * ratio
+        )
+    factor = tl.div_rn(row_length * 1.0, trace)
     status = tl.where(tl.abs(factor) < float("inf"), 0, 1)
     status = tl.where(tl.abs(trace) < float("inf"), status, 2)
-    tl.store(inverse_ptr + at, 1.0 / unit, mask=mask)
+    tl.store(y_scale_ptr + at, scale, mask=mask)
     tl.store(factor_ptr + at, tl.where(status == 0, factor, 0.0), mask=mask)
     tl.store(status_ptr + at, status, mask=mask)

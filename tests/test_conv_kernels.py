@@ -62,7 +62,7 @@ def test_activations_are_read_where_they_lie(name, layout):
     module, x, y, _, _ = on_device(problem(name, dtype=torch.float32))
     x = x.contiguous(memory_format=layout)
     map_ = adapter_for(module).linear_map(module, x, False)
-    map_, _ = triton_ops.prepare(map_, y.flatten(2), torch.float32)
+    (map_,), _ = triton_ops.prepare([map_], [y.flatten(2)], torch.float32)
     described = triton_samples.samples([map_], module.weight.shape[0])
     assert described.tensors[0].data_ptr() == x.data_ptr()
     # Rows of channels_last images are a matrix if no window jumps or overlaps.

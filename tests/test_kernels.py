@@ -66,9 +66,9 @@ def wide(xs):
 def lambda_of(weights):
     """Lambda ``(L, n, R, P)`` out of the form the primal kernels take."""
     ys = torch.stack([y.float() for y in weights.ys])
-    shape = (*weights.inverse.shape[:1], 1, -1, 1)
-    inverse, factor = weights.inverse.view(shape), weights.factor.view(shape)
-    return torch.where(factor > 0, (ys * inverse) ** 2 * factor, 0)
+    shape = (*weights.scale.shape[:1], 1, -1, 1)
+    scale, factor = weights.scale.view(shape), weights.factor.view(shape)
+    return torch.where(factor > 0, (ys * scale) ** 2 * factor, 0)
 
 
 def error(actual, expected):
@@ -198,14 +198,14 @@ def test_momentum_and_projection(size, nesterov, how):
         gs[1].bias[3] = float("inf")
     originals = [m.clone() for m in ms]
     expected = double(ms)
-    vs, finite = torch_ops.momentum_(expected, double(gs), 0.9, nesterov)
+    vs, _, finite = torch_ops.momentum_(expected, double(gs), 0.9, nesterov)
     if how == "bfloat16":
         gs = [g.to(BF16) for g in gs]
         rounded = [m.to(F32) for m in originals]
-        vs, finite = torch_ops.momentum_(double(rounded), double(gs), 0.9, nesterov)
+        vs, _, finite = torch_ops.momentum_(double(rounded), double(gs), 0.9, nesterov)
     elif how != "dense":
         gs = strided(gs, how)
-    actual, is_finite, c, squares = triton_ops.momentum_project_(
+    actual, scales, is_finite, c, squares = triton_ops.momentum_project_(
         xs, ms, gs, 0.9, nesterov
     )
     limit = TOLERANCE[dtype]  # measured: 6e-8, and 4e-3 in bfloat16
@@ -220,19 +220,22 @@ def test_momentum_and_projection(size, nesterov, how):
             assert torch.equal(ms[i].weight[j], originals[i].weight[j])
             assert torch.equal(ms[i].bias[j], originals[i].bias[j])
     # The projection of what the kernel itself made of M.
-    _, _, c64, squares64 = torch_ops.momentum_project_(
+    _, scales64, _, c64, squares64 = torch_ops.momentum_project_(
         wide(xs), double(actual), None, 0.0, False
     )
-    assert error(c, c64) < 2e-6  # measured: 1e-7
-    assert error(squares, squares64) < 2e-6
+    assert torch.equal(scales[finite].double(), scales64[finite])
+    assert (scales[~finite] == 1).all()
+    of_rows = scales.view(2, size[3], 1, -1), scales64.view(2, size[3], 1, -1)
+    assert error(c / of_rows[0], c64 / of_rows[1]) < 2e-6  # measured: 1e-7
+    assert error(squares / scales**2, squares64 / scales64**2) < 2e-6
 
 
 def test_projection_alone_leaves_the_momentum():
     xs, _, ms, *_ = layers(300, 21, 5, 1)
     before = [m.clone() for m in ms]
-    _, finite, c, _ = triton_ops.momentum_project_(xs, ms, None, 0.9, False)
+    _, _, finite, c, _ = triton_ops.momentum_project_(xs, ms, None, 0.9, False)
     expected = torch_ops.momentum_project_(wide(xs), double(ms), None, 0.9, False)
-    assert error(c, expected[2]) < 2e-6 and finite.all()
+    assert error(c, expected[3]) < 2e-6 and finite.all()
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(ms, before, strict=True))
 
 
@@ -244,7 +247,7 @@ def gram_inputs(n, d, r, groups, dtype=torch.float64):
     xs, ms, ys = wide(xs), double(ms), [y.double() for y in ys]
     k = torch_ops.gram(xs)
     weights, status = torch_ops.fisher_weights(ys, norms_of(xs), d + 1)
-    _, _, c, squares = torch_ops.momentum_project_(xs, ms, None, 0.0, False)
+    _, _, _, c, squares = torch_ops.momentum_project_(xs, ms, None, 0.0, False)
     weights = weights.view(2, n, groups, -1).transpose(1, 2)
     return [t.to(dtype) for t in (k, c, weights, squares)], status
 
@@ -279,7 +282,7 @@ def test_update(size, x_dtype, theta_dtype):
     n, _, r, groups = size
     xs, _, ms, _, thetas = layers(*size, x_dtype=x_dtype)
     thetas = [theta.to(theta_dtype) for theta in thetas]
-    s = randn(2, r)
+    s, scales = randn(2, r), torch.exp2(randn(2, r, seed=7).round())
     u = randn(2, groups, n, r // groups)
     finite = torch.ones(2, r, dtype=torch.bool, device=DEVICE)
     finite[1, r // 2] = False
@@ -290,9 +293,9 @@ def test_update(size, x_dtype, theta_dtype):
     counts = [torch.full((2, r), 3, dtype=torch.int32, device=DEVICE) for _ in xs]
     rest = (status, finite, counts, 0.1, 0.3)
     unused: tuple = (status, finite, [], 0.1, 0.3)
-    exact = (s.double(), u.double())
+    exact = (scales.double(), s.double(), u.double())
     torch_ops.gram_update_(expected, wide(xs), double(ms), *exact, *unused)
-    triton_ops.gram_update_(thetas, xs, ms, s, u, *rest)
+    triton_ops.gram_update_(thetas, xs, ms, scales, s, u, *rest)
     assert [c.sum() for c in counts] == [6 * r + 1, 6 * r + 1]
     assert counts[0][0, 0] == 4 and counts[1][1, r // 2] == 4
     limit = TOLERANCE[theta_dtype]  # measured: 4e-3 in bfloat16
@@ -307,13 +310,14 @@ def test_update_of_parameters_in_other_layouts():
     xs, _, ms, *_ = layers(5, 18, 7, 1, bias=False)
     weights = [randn(7, 2, 3, 3, seed=i) for i in range(2)]
     strange = [w.to(memory_format=torch.channels_last) for w in weights]
-    s, u = randn(2, 7), randn(2, 1, 5, 7)
+    s, u, ones = randn(2, 7), randn(2, 1, 5, 7), torch.ones(2, 7, device=DEVICE)
     finite = torch.ones(2, 7, dtype=torch.bool, device=DEVICE)
     status = torch.zeros(2, 7, dtype=torch.int32, device=DEVICE)
     counts = [torch.zeros(2, 7, dtype=torch.int32, device=DEVICE) for _ in weights]
     for some in (weights, strange):
         params = [Rows(w, None) for w in some]
-        triton_ops.gram_update_(params, xs, ms, s, u, status, finite, counts, 0.1, 0.0)
+        rest = (status, finite, counts, 0.1, 0.0)
+        triton_ops.gram_update_(params, xs, ms, ones, s, u, *rest)
     for a, b in zip(weights, strange, strict=True):
         assert torch.equal(a, b)
 

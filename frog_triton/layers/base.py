@@ -8,16 +8,19 @@ and position ``p``,
 where ``row_j`` holds ``D`` weights. ``apply`` is ``X V``, ``apply_adjoint`` is
 ``X^T T``, ``row_norms`` are the ``|x|^2``. A bias is a homogeneous coordinate: ``x``
 gets a last entry 1, kept in `Rows.bias` and never concatenated. With groups, row
-``j`` sees the channels of group ``j // (R / groups)`` only.
+``j`` sees the channels of group ``j // (R / groups)`` only. Where samples are scaled
+(`LinearMap.scale`), so is that 1.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
+from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +61,9 @@ class LinearMap(ABC):
         bias: whether the homogeneous coordinate takes part.
         pointwise: whether each position sees one input position, so that writing the
             rows out repeats nothing.
-        x: the samples.
+        x: the samples as captured, channels (of a matrix: columns) in dimension 1.
+        scale: what the samples of each group, the homogeneous coordinate included, are
+            to be multiplied by, ``(groups,)``; None for one. See `ops.scales`.
         window: of a convolution in one or two dimensions over whole examples; None
             for all other maps.
         output_shape: spatial shape of the output.
@@ -71,8 +76,30 @@ class LinearMap(ABC):
     bias: bool
     pointwise: bool
     x: Tensor
+    scale: Tensor | None = None
     window: Window | None = None
     output_shape: tuple[int, ...] = ()
+
+    def scaled(self, scale: Tensor | None) -> Self:
+        """The same samples with another scale."""
+        other = copy(self)
+        other.__dict__.pop("scaled_x", None)
+        other.scale = scale
+        return other
+
+    @cached_property
+    def scaled_x(self) -> Tensor:
+        """The samples times their scale."""
+        if self.scale is None:
+            return self.x
+        each = self.scale.repeat_interleave(self.x.shape[1] // self.groups)
+        return self.x * each.view(-1, *(1,) * (self.x.ndim - 2))
+
+    def one(self, count: int) -> Tensor | float:
+        """The homogeneous coordinate of `count` rows or problems, scaled."""
+        if self.scale is None:
+            return 1.0
+        return self.scale.repeat_interleave(count // self.groups)
 
     @abstractmethod
     def apply(self, v: Rows) -> Tensor:
@@ -86,6 +113,13 @@ class LinearMap(ABC):
     def row_norms(self) -> Tensor:
         """``|x|^2``, one more with a bias: shape ``(n, groups, P)``."""
 
+    def _with_bias(self, norms: Tensor) -> Tensor:
+        """Norms ``(n, groups, P)`` with the homogeneous coordinate's part."""
+        if not self.bias:
+            return norms
+        one = self.one(self.groups)
+        return norms + (one**2 if isinstance(one, float) else one[:, None] ** 2)
+
     @abstractmethod
     def to(self, dtype: torch.dtype) -> LinearMap:
         """The same samples in another dtype."""
@@ -96,7 +130,7 @@ class LinearMap(ABC):
 
     def explicit(self, x: Tensor) -> MatrixMap:
         """The same map, given its rows ``(N, groups * D)``."""
-        return MatrixMap(x, self.groups, self.bias)
+        return MatrixMap(x, self.groups, self.bias).scaled(self.scale)
 
     @abstractmethod
     def narrow_groups(self, start: int, stop: int) -> LinearMap:
@@ -137,35 +171,37 @@ class MatrixMap(LinearMap):
         self.bias = bias
 
     def grouped(self) -> Tensor:
-        """``X`` as ``(groups, N, D)``."""
-        return self.x.view(self.samples, self.groups, self.dim).transpose(0, 1)
+        """``X`` as ``(groups, N, D)``, scaled."""
+        x = self.scaled_x.view(self.samples, self.groups, self.dim)
+        return x.transpose(0, 1)
 
     def apply(self, v: Rows) -> Tensor:  # noqa: D102
         rows = v.weight.shape[0] // self.groups
         weight = v.weight.reshape(self.groups, rows, self.dim)
         t = torch.matmul(self.grouped(), weight.mT)  # (groups, N, R / groups)
         t = t.transpose(0, 1).reshape(self.samples, -1, 1)
-        return t if v.bias is None else t + v.bias[:, None]
+        return t if v.bias is None else t + (v.bias * self.one(len(v.bias)))[:, None]
 
     def apply_adjoint(self, t: Tensor) -> Rows:  # noqa: D102
         grouped = t.view(self.samples, self.groups, -1).permute(1, 2, 0)
         weight = torch.matmul(grouped, self.grouped()).reshape(t.shape[1], self.dim)
-        return Rows(weight, t.sum((0, 2)) if self.bias else None)
+        bias = t.sum((0, 2)) * self.one(t.shape[1]) if self.bias else None
+        return Rows(weight, bias)
 
     def row_norms(self) -> Tensor:  # noqa: D102
         x = self.grouped()
-        norms = torch.linalg.vecdot(x, x).mT.unsqueeze(-1)
-        return norms + 1 if self.bias else norms
+        return self._with_bias(torch.linalg.vecdot(x, x).mT.unsqueeze(-1))
 
     def to(self, dtype: torch.dtype) -> MatrixMap:  # noqa: D102
-        return MatrixMap(self.x.to(dtype), self.groups, self.bias)
+        return self.explicit(self.x.to(dtype))
 
     def matrix(self) -> MatrixMap:  # noqa: D102
         return self
 
     def narrow_groups(self, start: int, stop: int) -> MatrixMap:  # noqa: D102
         x = self.x[:, start * self.dim : stop * self.dim]
-        return MatrixMap(x, stop - start, self.bias)
+        scale = None if self.scale is None else self.scale[start:stop]
+        return MatrixMap(x, stop - start, self.bias).scaled(scale)
 
     @property
     def dtype(self) -> torch.dtype:  # noqa: D102
@@ -177,7 +213,7 @@ class MatrixMap(LinearMap):
 
     def concat(self, others: Sequence[MatrixMap]) -> MatrixMap:  # noqa: D102
         joined = torch.cat([self.x, *(o.x for o in others)])
-        return MatrixMap(joined, self.groups, self.bias)
+        return self.explicit(joined)
 
 
 class LayerAdapter(ABC):

@@ -8,7 +8,6 @@ once, and everything after sees an unpadded convolution.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, cast
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.precision import exact_convolutions
 from ..ops.types import Rows, Window, unravel
 from .base import Geometry, LayerAdapter, LinearMap, MatrixMap
 
@@ -72,15 +72,16 @@ class ConvMap(LinearMap):
 
     def apply(self, v: Rows) -> Tensor:  # noqa: D102
         weight = v.weight.view(self._weight_shape(v.weight.shape[0]))
-        return self._convolve(self.x, weight, self.groups, v.bias).flatten(2)
+        bias = None if v.bias is None else v.bias * self.one(len(v.bias))
+        return self._convolve(self.scaled_x, weight, self.groups, bias).flatten(2)
 
     def apply_adjoint(self, t: Tensor) -> Rows:  # noqa: D102
         rows = t.shape[1]
-        with _exact(self.x):
+        with exact_convolutions(self.x):
             _, weight, _ = torch.ops.aten.convolution_backward(
                 t.view(self.samples, rows, *self.output_shape),
-                self.x,
-                self.x.new_empty(()).expand(self._weight_shape(rows)),
+                self.scaled_x,
+                self.scaled_x.new_empty(()).expand(self._weight_shape(rows)),
                 None,
                 self.spec.stride,
                 self.spec.padding,
@@ -91,17 +92,16 @@ class ConvMap(LinearMap):
                 (False, True, False),
             )
         weight = weight.reshape(rows, self.dim)
-        return Rows(weight, t.sum((0, 2)) if self.bias else None)
+        return Rows(weight, t.sum((0, 2)) * self.one(rows) if self.bias else None)
 
     def row_norms(self) -> Tensor:  # noqa: D102
         # |x|^2 of a window is a convolution of the summed squares with ones.
-        squares = self.x.square().unflatten(1, (self.groups, -1)).sum(2)
+        squares = self.scaled_x.square().unflatten(1, (self.groups, -1)).sum(2)
         ones = squares.new_ones(self.groups, 1, *self.spec.kernel)
-        norms = self._convolve(squares, ones, self.groups).flatten(2)
-        return norms + 1 if self.bias else norms
+        return self._with_bias(self._convolve(squares, ones, self.groups).flatten(2))
 
     def to(self, dtype: torch.dtype) -> ConvMap:  # noqa: D102
-        return ConvMap(self.x.to(dtype), self.spec, self.bias)
+        return ConvMap(self.x.to(dtype), self.spec, self.bias).scaled(self.scale)
 
     def matrix(self) -> MatrixMap:  # noqa: D102
         spec = self.spec
@@ -114,14 +114,14 @@ class ConvMap(LinearMap):
             windows = windows.unfold(2 + axis, extent, stride)[..., ::dilation]
         # (n, C, *output, *kernel) -> (n, *output, C, *kernel)
         windows = windows.movedim(1, 1 + len(spec.kernel))
-        return MatrixMap(
-            windows.reshape(self.samples * self.positions, -1), self.groups, self.bias
-        )
+        return self.explicit(windows.reshape(self.samples * self.positions, -1))
 
     def narrow_groups(self, start: int, stop: int) -> ConvMap:  # noqa: D102
         channels = self.x.shape[1] // self.groups
         x = self.x[:, start * channels : stop * channels]
-        return ConvMap(x, replace(self.spec, groups=stop - start), self.bias)
+        scale = None if self.scale is None else self.scale[start:stop]
+        narrow = ConvMap(x, replace(self.spec, groups=stop - start), self.bias)
+        return narrow.scaled(scale)
 
     @property
     def dtype(self) -> torch.dtype:  # noqa: D102
@@ -133,7 +133,7 @@ class ConvMap(LinearMap):
 
     def concat(self, others: Sequence[ConvMap]) -> ConvMap:  # noqa: D102
         joined = torch.cat([self.x, *(o.x for o in others)])
-        return ConvMap(joined, self.spec, self.bias)
+        return ConvMap(joined, self.spec, self.bias).scaled(self.scale)
 
     def _weight_shape(self, rows: int) -> tuple[int, ...]:
         return (rows, self.x.shape[1] // self.groups, *self.spec.kernel)
@@ -142,7 +142,7 @@ class ConvMap(LinearMap):
         self, x: Tensor, weight: Tensor, groups: int, bias: Tensor | None = None
     ) -> Tensor:
         spec = self.spec
-        with _exact(x):
+        with exact_convolutions(x):
             return torch.convolution(
                 x,
                 weight,
@@ -154,16 +154,6 @@ class ConvMap(LinearMap):
                 [0] * len(spec.kernel),
                 groups,
             )
-
-
-def _exact(x: Tensor) -> AbstractContextManager[None]:
-    """CuDNN in float32, and the same bits every time."""
-    if not x.is_cuda:
-        return nullcontext()
-    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
-        enabled=True, deterministic=True, allow_tf32=False
-    )
-    return flags
 
 
 class ConvAdapter(LayerAdapter):

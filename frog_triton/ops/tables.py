@@ -21,7 +21,8 @@ class Tables:
 
     All rows, and the scalars, travel together: in one copy from the host's memory, or
     where a CUDA graph must be able to capture that, as arguments of a kernel. The
-    tensors must outlive the launch, which on one stream the caching allocator sees to.
+    tensors live as long as these tables do; past the launch, the caching allocator
+    sees to what one stream still reads.
 
     Args:
         rows: tensors by kind, each a list of one a layer.
@@ -36,6 +37,7 @@ class Tables:
         self, rows: Sequence[Sequence[Tensor]], scalars: Sequence[float | Tensor] = ()
     ) -> None:
         hold(rows)
+        self._tensors = rows
         layers = len(rows[0])
         width = layers + layers % 2  # rows begin at multiples of 16 bytes
         words = []

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .scales import row_scales, scaled
 from .types import Rows, SampleMap, Window, stack_rows, unravel, written_out
 
 GROUPS_LAYERS = False  # one layer at a time: stacking would only copy
@@ -23,51 +24,68 @@ GROUPS_LAYERS = False  # one layer at a time: stacking would only copy
 FISHER, NO_GRADIENT, NON_FINITE = 0, 1, 2
 
 
-def prepare(x: SampleMap, y: Tensor, dtype: torch.dtype) -> tuple[SampleMap, Tensor]:
-    """Samples in the form that the functions below take.
+def prepare(
+    xs: Sequence[SampleMap], ys: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[list[SampleMap], list[Tensor]]:
+    """Samples in the form that the functions below take, scaled.
 
     Args:
-        x: activations as captured, of any floating dtype.
-        y: output gradients ``(n, R, P)``.
+        xs: activations of each layer as captured, of any floating dtype.
+        ys: their output gradients ``(n, R, P)``.
         dtype: of the momentum, and of the products.
     """
-    return x.to(dtype), y
+    return scaled([x.to(dtype) for x in xs], dtype), list(ys)
 
 
 def momentum_(
     momenta: Sequence[Rows],
-    grads: Sequence[Rows],
+    grads: Sequence[Rows] | None,
     momentum: float | Tensor,
     nesterov: bool,
-) -> tuple[list[Rows], Tensor]:
-    """``M <- beta M + G`` in place, but for rows with a non-finite gradient.
+) -> tuple[Sequence[Rows], Tensor, Tensor]:
+    """``M <- beta M + G`` in place, but for rows that would not be finite.
 
     Args:
         momenta: M of each layer, updated in place.
-        grads: G of each layer, any floating dtype and strides.
+        grads: G of each layer, any floating dtype and strides; None leaves the momenta
+            as they are.
         momentum: beta.
         nesterov: precondition ``G + beta M`` instead of ``M``.
 
     Returns:
-        What to precondition, a layer each, and which rows are finite ``(L, R)``.
+        What to precondition, a layer each; what its rows are to be multiplied by
+        ``(L, R)``, see `scales`; and which rows are finite ``(L, R)``. The others, of a
+        gradient that is not finite or a sum that is too large, stay as they are.
     """
-    effective, finite_rows = [], []
+    if grads is None:
+        shape = (len(momenta), momenta[0].weight.shape[0])
+        finite = momenta[0].weight.new_ones(shape, dtype=torch.bool)
+        dtype = torch.promote_types(momenta[0].weight.dtype, torch.float32)
+        return momenta, torch.stack([row_scales(m.to(dtype)) for m in momenta]), finite
+    effective, scales, finite_rows = [], [], []
     for m, g in zip(momenta, grads, strict=True):
-        finite = torch.isfinite(g.weight).all(1)
-        if g.bias is not None:
-            finite = finite & torch.isfinite(g.bias)
-        # 1 and 0 instead of beta and G: such a row stays as it is.
         wide = torch.promote_types(m.weight.dtype, torch.float32)
-        beta = _by_row(finite, momentum, 1, wide)
         grad = g.to(wide)
-        grad = grad.select(finite, grad.zeros_like())
-        updated = m.to(wide).scale_(beta).add_(grad, torch.ones_like(beta))
-        if wide != m.weight.dtype:
-            m.copy_(updated)
-            updated = m.to(wide)
-        effective.append(grad.add_(updated, beta) if nesterov else updated)
+        updated = _decayed(m.to(wide), momentum, grad).to(m.weight.dtype)
+        v = updated.to(wide)
+        if nesterov:
+            v = _decayed(v, momentum, grad)
+        finite = torch.isfinite(v.weight).all(1)
+        if v.bias is not None:
+            finite = finite & torch.isfinite(v.bias)
+        v = v.select(finite, m.to(wide))
+        m.copy_(updated.select(finite, m))
+        effective.append(v)
+        scales.append(torch.where(finite, row_scales(v), 1))
         finite_rows.append(finite)
-    return effective, torch.stack(finite_rows)
+    return effective, torch.stack(scales), torch.stack(finite_rows)
+
+
+def _decayed(m: Rows, momentum: float | Tensor, grad: Rows) -> Rows:
+    """``beta M + G``."""
+    if m.bias is None or grad.bias is None:
+        return Rows(m.weight * momentum + grad.weight, None)
+    return Rows(m.weight * momentum + grad.weight, m.bias * momentum + grad.bias)
 
 
 def momentum_project_(
@@ -76,8 +94,8 @@ def momentum_project_(
     grads: Sequence[Rows] | None,
     momentum: float | Tensor,
     nesterov: bool,
-) -> tuple[Sequence[Rows], Tensor, Tensor, Tensor]:
-    """`momentum_`, and the projection of its result on the samples.
+) -> tuple[Sequence[Rows], Tensor, Tensor, Tensor, Tensor]:
+    """`momentum_`, and the projection of its result, scaled, on the samples.
 
     Args:
         xs: samples of each layer.
@@ -87,20 +105,18 @@ def momentum_project_(
         nesterov: precondition ``G + beta M`` instead of ``M``.
 
     Returns:
-        What to precondition (V below), a layer each; which rows are finite ``(L, R)``;
-        ``C = X V^T`` ``(L, groups, N, R / groups)``; and ``|v|^2`` ``(L, R)``.
+        What to precondition, a layer each, and its scales ``(L, R)``: V below is their
+        product; which rows are finite ``(L, R)``; ``C = X V^T``
+        ``(L, groups, N, R / groups)``; and ``|v|^2`` ``(L, R)``.
     """
-    if grads is None:
-        ms: Sequence[Rows] = momenta
-        rows = momenta[0].weight.shape[0]
-        finite = momenta[0].weight.new_ones(len(momenta), rows, dtype=torch.bool)
-    else:
-        ms, finite = momentum_(momenta, grads, momentum, nesterov)
+    ms, scales, finite = momentum_(momenta, grads, momentum, nesterov)
+    vs = [m.times(scale) for m, scale in zip(ms, scales, strict=True)]
     c = [
-        x.apply(m).view(x.samples, x.groups, -1).transpose(0, 1)
-        for x, m in zip(xs, ms, strict=True)
+        x.apply(v).view(x.samples, x.groups, -1).transpose(0, 1)
+        for x, v in zip(xs, vs, strict=True)
     ]
-    return ms, finite, torch.stack(c), torch.stack([m.dot(m) for m in ms])
+    squares = torch.stack([v.dot(v) for v in vs])
+    return ms, scales, finite, torch.stack(c), squares
 
 
 def write_out(
@@ -184,17 +200,22 @@ class CGState:
 
 
 def cg_start(
-    xs: Sequence[SampleMap], ms: Sequence[Rows], status: Tensor, iters: int
+    xs: Sequence[SampleMap],
+    ms: Sequence[Rows],
+    scales: Tensor,
+    status: Tensor,
+    iters: int,
 ) -> CGState:
     """The state before the first iteration: ``z = 0``, ``p = r = m``.
 
     Args:
         xs: samples of each layer.
         ms: right-hand sides of each layer.
+        scales: of their rows ``(L, R)``, from `momentum_`.
         status: of the rows, from `fisher_weights`.
         iters: how many iterations are to come.
     """
-    m = stack_rows(ms)
+    m = stack_rows([m.times(scale) for m, scale in zip(ms, scales, strict=True)])
     rho = m.dot(m)
     return CGState(
         m,
@@ -283,9 +304,14 @@ def cg_update_(
 
 def gram(xs: Sequence[SampleMap]) -> Tensor:
     """``K = X X^T``, one more everywhere with a bias: ``(L, groups, N, N)``."""
-    grouped = [x.matrix().grouped() for x in xs]
-    k = torch.stack([torch.matmul(g, g.mT) for g in grouped])
-    return k + 1 if xs[0].bias else k
+    ks = []
+    for x in xs:
+        grouped, one = x.matrix().grouped(), x.one(x.groups)
+        k = torch.matmul(grouped, grouped.mT)
+        if x.bias:
+            k = k + (one if isinstance(one, float) else one[:, None, None]) ** 2
+        ks.append(k)
+    return torch.stack(ks)
 
 
 def gram_cg(
@@ -356,13 +382,14 @@ def gram_cg(
 
 
 def gram_rows(
-    xs: Sequence[SampleMap], ms: Sequence[Rows], s: Tensor, u: Tensor
+    xs: Sequence[SampleMap], ms: Sequence[Rows], scales: Tensor, s: Tensor, u: Tensor
 ) -> Rows:
     """Directions ``s m + X^T u`` written out: rows ``(L, R, D)``.
 
     Args:
         xs: samples of each layer.
         ms: right-hand sides of each layer.
+        scales: of their rows ``(L, R)``, from `momentum_project_`.
         s: ``(L, R)``.
         u: ``(L, groups, N, R / groups)``.
     """
@@ -372,7 +399,7 @@ def gram_rows(
         z = x.matrix().apply_adjoint(t)
         # Rows with u = 0 must not see samples that are not finite.
         z = z.select((t != 0).any(0).squeeze(-1), z.zeros_like())
-        layers.append(z.add_(m, s[i]))
+        layers.append(z.add_(m.times(scales[i]), s[i]))
     return stack_rows(layers)
 
 
@@ -380,6 +407,7 @@ def gram_update_(
     params: Sequence[Rows],
     xs: Sequence[SampleMap],
     ms: Sequence[Rows],
+    scales: Tensor,
     s: Tensor,
     u: Tensor,
     status: Tensor,
@@ -394,6 +422,7 @@ def gram_update_(
         params: theta of each layer, in the parameter's own shape, updated in place.
         xs: samples of each layer.
         ms: right-hand sides of each layer.
+        scales: of their rows ``(L, R)``, from `momentum_project_`.
         s: ``(L, R)``, from `gram_cg`.
         u: ``(L, groups, N, R / groups)``, from `gram_cg`.
         status: of the rows, from `fisher_weights`, ``(L, R)``.
@@ -404,7 +433,7 @@ def gram_update_(
         weight_decay: rho.
     """
     count_(counts, status, finite)
-    step_along_(params, gram_rows(xs, ms, s, u), finite, lr, weight_decay)
+    step_along_(params, gram_rows(xs, ms, scales, s, u), finite, lr, weight_decay)
 
 
 def step_along_(

@@ -27,6 +27,14 @@ def interpreted() -> bool:
     return isinstance(_sum_splits_kernel, InterpretedFunction)
 
 
+def scales_of(xs: Sequence[SampleMap]) -> list[Tensor]:
+    """The scale of each layer's samples; ones for samples that have none."""
+    scales = [x.scale for x in xs if x.scale is not None]
+    if len(scales) == len(xs):
+        return scales
+    return [xs[0].x.new_ones(xs[0].groups, dtype=torch.float32)] * len(xs)
+
+
 def flat_samples(xs: Sequence[SampleMap]) -> tuple[SampleMap, list[Tensor]]:
     """Sizes, and the written-out samples, dense in D and with equal strides."""
     maps = [x.matrix() for x in xs]

@@ -27,6 +27,7 @@ from ..kernels.update import _update_kernel
 from ..kernels.weights import _fisher_weights_kernel
 from . import torch_ops, triton_primal
 from .launch import launch
+from .scales import scaled
 from .tables import Tables
 from .torch_ops import (  # the last two serve directions that are written out
     FISHER,
@@ -43,6 +44,7 @@ from .triton_common import (
     empty_rows,
     flat,
     flat_samples,
+    scales_of,
     write_back,
 )
 from .triton_primal import PrimalState
@@ -78,28 +80,34 @@ __all__ = [
 GROUPS_LAYERS = True
 
 
-def prepare(x: SampleMap, y: Tensor, dtype: torch.dtype) -> tuple[SampleMap, Tensor]:
+def prepare(
+    xs: Sequence[SampleMap], ys: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[list[SampleMap], list[Tensor]]:
     """See `torch_ops.prepare`: 16-bit samples stay so, images where they lie.
 
+    Samples are not multiplied by their scales: the kernels do that as they read.
     Windows in three dimensions go through torch's convolutions, unless they have one
     tap.
     """
-    if x.pointwise and x.window is None:
-        x, y = x.matrix(), written_out(y)
-    if not serves(x) or x.dtype not in DTYPES:
-        x = x.to(dtype)
-    return x, y
+    xs, ys = list(xs), list(ys)
+    for i, x in enumerate(xs):
+        if x.pointwise and x.window is None:
+            x, ys[i] = x.matrix(), written_out(ys[i])
+        if not serves(x) or x.dtype not in DTYPES:
+            x = x.to(dtype)
+        xs[i] = x
+    return scaled(xs, torch.float32), ys
 
 
 def momentum_(
     momenta: Sequence[Rows],
-    grads: Sequence[Rows],
+    grads: Sequence[Rows] | None,
     momentum: float | Tensor,
     nesterov: bool,
-) -> tuple[list[Rows], Tensor]:
+) -> tuple[Sequence[Rows], Tensor, Tensor]:
     """See `torch_ops.momentum_`; one launch."""
-    ms, finite, _, _ = _momentum(None, momenta, grads, momentum, nesterov)
-    return ms, finite
+    ms, scales, finite, _, _ = _momentum(None, momenta, grads, momentum, nesterov)
+    return ms, scales, finite
 
 
 def momentum_project_(
@@ -108,7 +116,7 @@ def momentum_project_(
     grads: Sequence[Rows] | None,
     momentum: float | Tensor,
     nesterov: bool,
-) -> tuple[list[Rows], Tensor, Tensor, Tensor]:
+) -> tuple[Sequence[Rows], Tensor, Tensor, Tensor, Tensor]:
     """See `torch_ops.momentum_project_`; one launch, two beyond 128 samples."""
     return _momentum(xs, momenta, grads, momentum, nesterov)
 
@@ -119,7 +127,7 @@ def _momentum(
     grads: Sequence[Rows] | None,
     momentum: float | Tensor,
     nesterov: bool,
-) -> tuple[list[Rows], Tensor, Tensor, Tensor]:
+) -> tuple[list[Rows], Tensor, Tensor, Tensor, Tensor]:
     layers, m = len(momenta), momenta[0].weight
     rows, dim = m.shape
     n = 1 if xs is None else xs[0].samples
@@ -128,13 +136,16 @@ def _momentum(
     vs: Sequence[Rows] = momenta
     if grads and nesterov:
         vs = empty_rows(momenta)[1]
-    samples = [m.weight for m in momenta] if xs is None else flat_samples(xs)[1]
+    samples = sample_scales = [m.weight for m in momenta]  # not read without samples
+    if xs is not None:
+        samples, sample_scales = flat_samples(xs)[1], scales_of(xs)
     tables = Tables(
         [
             [g.weight for g in gs],
             [m.weight for m in momenta],
             [v.weight for v in vs],
             samples,
+            sample_scales,
             biases(gs),
             biases(momenta),
             biases(vs),
@@ -143,6 +154,7 @@ def _momentum(
     )
     c = m.new_empty(layers, n, rows if xs is not None else 0, dtype=torch.float32)
     m_squared = m.new_empty(layers, rows, dtype=torch.float32)
+    scales = torch.empty_like(m_squared)
     make = m.new_ones if grads is None else m.new_empty
     finite = make(layers, rows, dtype=torch.bool)
     chosen = tuned(
@@ -154,7 +166,7 @@ def _momentum(
     )
     blocks_n = triton.cdiv(n, chosen.BLOCK_N)
 
-    def run(row: int, update: bool, first: int, count: int) -> None:
+    def run(row: int, update: bool, measure: bool, first: int, count: int) -> None:
         source = vs if row == 2 else momenta
         launch(
             _momentum_project_kernel,
@@ -164,12 +176,14 @@ def _momentum(
             m_table_ptr=tables[row],
             v_table_ptr=tables[2],
             x_table_ptr=tables[3],
-            g_bias_table_ptr=tables[4],
-            m_bias_table_ptr=tables[row + 4 if row == 2 else 5],
-            v_bias_table_ptr=tables[6],
+            x_scale_table_ptr=tables[4],
+            g_bias_table_ptr=tables[5],
+            m_bias_table_ptr=tables[row + 5],
+            v_bias_table_ptr=tables[7],
             scalars_ptr=tables.scalars,
             c_ptr=c,
             m_squared_ptr=m_squared,
+            m_scale_ptr=scales,
             finite_ptr=finite.view(torch.int8),
             N=n,
             R=rows // groups,
@@ -185,6 +199,7 @@ def _momentum(
             X_DTYPE=DTYPES[samples[0].dtype],
             HAS_BIAS=m_bias,
             UPDATE=update,
+            MEASURE=measure,
             NESTEROV=nesterov,
             PROJECT=xs is not None,
             PRECISION=PRECISION,
@@ -192,12 +207,12 @@ def _momentum(
 
     m_bias = momenta[0].bias is not None
     if grads:
-        run(1, True, 0, 1)
+        run(1, True, True, 0, 1)
         if blocks_n > 1:
-            run(2, False, 1, blocks_n - 1)
+            run(2, False, False, 1, blocks_n - 1)
     else:
-        run(1, False, 0, blocks_n)
-    return list(vs), finite, _by_group(c, groups), m_squared
+        run(1, False, True, 0, blocks_n)
+    return list(vs), scales, finite, _by_group(c, groups), m_squared
 
 
 def write_out(
@@ -281,13 +296,14 @@ def gram(xs: Sequence[SampleMap]) -> Tensor:
     splits = max(1, min(chosen.programs // (tiles * problems), x.dim // 256))
     length = triton.cdiv(triton.cdiv(x.dim, splits), chosen.BLOCK_D) * chosen.BLOCK_D
     splits = triton.cdiv(x.dim, max(length, 1)) or 1
-    tables = Tables([samples])
+    tables = Tables([samples, scales_of(xs)])
     partial = samples[0].new_empty(splits, layers, x.groups, n, n, dtype=torch.float32)
     launch(
         _gram_kernel,
         (tiles, problems, splits),
         chosen,
         x_table_ptr=tables[0],
+        x_scale_table_ptr=tables[1],
         k_ptr=partial,
         N=n,
         D=x.dim,
@@ -366,11 +382,11 @@ def gram_cg(
 
 
 def gram_rows(
-    xs: Sequence[SampleMap], ms: Sequence[Rows], s: Tensor, u: Tensor
+    xs: Sequence[SampleMap], ms: Sequence[Rows], scales: Tensor, s: Tensor, u: Tensor
 ) -> Rows:
     """See `torch_ops.gram_rows`; one launch."""
     z, layers = empty_rows(ms)
-    _gram_step(layers, xs, ms, s, u, s, s, [], 0.0, 0.0, step=False)
+    _gram_step(layers, xs, ms, scales, s, u, s, s, [], 0.0, 0.0, step=False)
     return z
 
 
@@ -378,6 +394,7 @@ def gram_update_(
     params: Sequence[Rows],
     xs: Sequence[SampleMap],
     ms: Sequence[Rows],
+    scales: Tensor,
     s: Tensor,
     u: Tensor,
     status: Tensor,
@@ -388,7 +405,8 @@ def gram_update_(
 ) -> None:
     """See `torch_ops.gram_update_`; one launch."""
     rows = [flat(p) for p in params]
-    _gram_step(rows, xs, ms, s, u, status, finite, counts, lr, weight_decay, step=True)
+    rest = (status, finite, counts, lr, weight_decay)
+    _gram_step(rows, xs, ms, scales, s, u, *rest, step=True)
     write_back(params, rows)
 
 
@@ -396,6 +414,7 @@ def _gram_step(
     thetas: Sequence[Rows],
     xs: Sequence[SampleMap],
     ms: Sequence[Rows],
+    scales: Tensor,
     s: Tensor,
     u: Tensor,
     status: Tensor,
@@ -412,6 +431,7 @@ def _gram_step(
             [theta.weight for theta in thetas],
             [m.weight for m in ms],
             samples,
+            scales_of(xs),
             biases(thetas),
             biases(ms),
             counts or samples,
@@ -432,10 +452,12 @@ def _gram_step(
         theta_table_ptr=tables[0],
         m_table_ptr=tables[1],
         x_table_ptr=tables[2],
-        theta_bias_table_ptr=tables[3],
-        m_bias_table_ptr=tables[4],
-        counts_table_ptr=tables[5],
+        x_scale_table_ptr=tables[3],
+        theta_bias_table_ptr=tables[4],
+        m_bias_table_ptr=tables[5],
+        counts_table_ptr=tables[6],
         scalars_ptr=tables.scalars,
+        m_scale_ptr=scales,
         s_ptr=s,
         u_ptr=_stored(u),
         status_ptr=status,
@@ -456,14 +478,18 @@ def _gram_step(
 
 
 def cg_start(
-    xs: Sequence[SampleMap], ms: Sequence[Rows], status: Tensor, iters: int
+    xs: Sequence[SampleMap],
+    ms: Sequence[Rows],
+    scales: Tensor,
+    status: Tensor,
+    iters: int,
 ) -> CGState | PrimalState:
     """See `torch_ops.cg_start`."""
     if all(map(serves, xs)):
-        return triton_primal.start(xs, ms, status, iters)
+        return triton_primal.start(xs, ms, scales, status, iters)
     # Three dimensions: torch's convolutions.
     ms = [m.to(torch.float32) for m in ms]
-    return torch_ops.cg_start(xs, ms, status, iters)
+    return torch_ops.cg_start(xs, ms, scales, status, iters)
 
 
 def cg_forward_(

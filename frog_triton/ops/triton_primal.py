@@ -34,16 +34,16 @@ from .types import Rows, SampleMap
 
 @dataclass(frozen=True)
 class RowWeights:
-    """Lambda as ``(Y inverse)^2 factor``, formed where it is needed.
+    """Lambda as ``(Y scale)^2 factor``, formed where it is needed.
 
     Attributes:
         ys: output gradients of each layer ``(n, R, P)``, all of the same strides.
-        inverse: ``(L, R)``, one over the largest ``|Y|``.
+        scale: ``(L, R)``, brings the largest ``|Y|`` of each row near one.
         factor: ``(L, R)``, zero in rows that take the identity Fisher.
     """
 
     ys: list[Tensor]
-    inverse: Tensor
+    scale: Tensor
     factor: Tensor
 
     @property
@@ -72,7 +72,7 @@ def row_weights(
         return y.new_empty(shape, dtype=dtype)
 
     norms = empty(layers, s.n, s.map.groups) if not s.depthwise else empty(1)
-    tables = Tables([s.tensors, ys])
+    tables = Tables([s.tensors, s.scales, ys])
     problems = layers * s.groups
     if not s.depthwise:
         chosen = tuned(
@@ -87,6 +87,7 @@ def row_weights(
             (triton.cdiv(s.n, chosen.BLOCK_N), problems),
             chosen,
             x_table_ptr=tables[0],
+            x_scale_table_ptr=tables[1],
             norms_ptr=norms,
             N=s.n,
             D=s.map.dim,
@@ -115,7 +116,8 @@ def row_weights(
         (blocks_r, problems, splits),
         scaling,
         x_table_ptr=tables[0],
-        y_table_ptr=tables[1],
+        x_scale_table_ptr=tables[1],
+        y_table_ptr=tables[2],
         norms_ptr=norms,
         largest_ptr=largest,
         trace_ptr=trace,
@@ -140,7 +142,7 @@ def row_weights(
         summing,
         largest_ptr=largest,
         trace_ptr=trace,
-        inverse_ptr=weights.inverse,
+        y_scale_ptr=weights.scale,
         factor_ptr=weights.factor,
         status_ptr=status,
         total=layers * rows,
@@ -159,6 +161,7 @@ class PrimalState:
         forward: configuration of the forward products.
         adjoint: configuration of the adjoint products.
         ms: right-hand sides of each layer.
+        scales: of their rows ``(L, R)``.
         status: of the rows ``(L, R)``.
         iteration: how many forward products have been made.
         vectors: p of even and of odd iterations, r and z, each ``(L, R, D)``.
@@ -177,6 +180,7 @@ class PrimalState:
     forward: config.ForwardConfig
     adjoint: config.AdjointConfig
     ms: Sequence[Rows]
+    scales: Tensor
     status: Tensor
     iteration: int
     vectors: list[Rows]
@@ -192,7 +196,11 @@ class PrimalState:
 
 
 def start(
-    xs: Sequence[SampleMap], ms: Sequence[Rows], status: Tensor, iters: int
+    xs: Sequence[SampleMap],
+    ms: Sequence[Rows],
+    scales: Tensor,
+    status: Tensor,
+    iters: int,
 ) -> PrimalState:
     """Scratch for `iters` iterations; nothing is launched."""
     m = ms[0]
@@ -232,6 +240,7 @@ def start(
         of_forward,
         of_adjoint,
         ms,
+        scales,
         status,
         0,
         [vector() for _ in range(4)],
@@ -256,18 +265,19 @@ def forward(
     p, old_p, (r, _) = state.vectors[k % 2], state.vectors[1 - k % 2], state.vectors[2:]
     chosen = state.forward
     blocks_r = triton.cdiv(s.problem_rows, chosen.BLOCK_R)
-    tables = Tables(
-        [s.tensors, weights.ys, [m.weight for m in state.ms], biases(state.ms)]
-    )
+    ms = [m.weight for m in state.ms]
+    tables = Tables([s.tensors, s.scales, weights.ys, ms, biases(state.ms)])
     launch(
         _primal_forward_kernel,
         (blocks_r * state.pap.shape[0], len(state.ms) * s.groups),
         chosen,
         x_table_ptr=tables[0],
-        y_table_ptr=tables[1],
-        m_table_ptr=tables[2],
-        m_bias_table_ptr=tables[3],
-        inverse_ptr=weights.inverse,
+        x_scale_table_ptr=tables[1],
+        y_table_ptr=tables[2],
+        m_table_ptr=tables[3],
+        m_bias_table_ptr=tables[4],
+        m_scale_ptr=state.scales,
+        y_scale_ptr=weights.scale,
         factor_ptr=weights.factor,
         t_ptr=state.t,
         r_ptr=r.weight,
@@ -316,9 +326,8 @@ def adjoint(state: PrimalState, damping: float | Tensor) -> None:
     blocks = triton.cdiv(s.problem_rows, chosen.BLOCK_R) * blocks_d
     problems = len(state.ms) * s.groups
     splits, length = _adjoint_splits(s, chosen, blocks_d)
-    tables = Tables(
-        [s.tensors, [m.weight for m in state.ms], biases(state.ms)], [0.0, damping]
-    )
+    ms = [m.weight for m in state.ms]
+    tables = Tables([s.tensors, s.scales, ms, biases(state.ms)], [0.0, damping])
     partial = z if state.ap is None else state.ap
 
     def run(multiply: bool, advance: bool, count: int) -> None:
@@ -327,8 +336,10 @@ def adjoint(state: PrimalState, damping: float | Tensor) -> None:
             (blocks, problems, count),
             chosen,
             x_table_ptr=tables[0],
-            m_table_ptr=tables[1],
-            m_bias_table_ptr=tables[2],
+            x_scale_table_ptr=tables[1],
+            m_table_ptr=tables[2],
+            m_bias_table_ptr=tables[3],
+            m_scale_ptr=state.scales,
             scalars_ptr=tables.scalars,
             t_ptr=state.t,
             p_ptr=p.weight,
@@ -413,6 +424,7 @@ def finish(
         theta_bias_table_ptr=tables[1],
         m_table_ptr=tables[2],
         m_bias_table_ptr=tables[3],
+        m_scale_ptr=state.scales,
         counts_table_ptr=tables[4],
         scalars_ptr=tables.scalars,
         p_ptr=p.weight,

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton_common import PRECISION, interpreted
+from .precision import tf32_convolutions
+from .triton_common import PRECISION, interpreted, scales_of
 from .types import SampleMap
 
 # Names of the arguments that say where activations lie, and how the window moves.
@@ -35,6 +36,7 @@ class Samples:
     Attributes:
         map: of the first layer, for its sizes.
         tensors: activations of each layer, all of the same shape and strides.
+        scales: what each layer's are to be multiplied by, ``(groups,)``.
         depthwise: rows a channel where each row sees one channel of an image, else 0.
         n: positions, of all examples.
         rows: R.
@@ -43,6 +45,7 @@ class Samples:
 
     map: SampleMap
     tensors: list[Tensor]
+    scales: list[Tensor]
     depthwise: int
     n: int
     rows: int
@@ -147,7 +150,7 @@ def samples(xs: Sequence[SampleMap], rows: int) -> Samples:
     described |= dict(zip(_WINDOW, window, strict=True))
     # One value for all matrices, so that they share a compiled kernel.
     described |= {"CHANNELS": 1 if spec is None else channels, "TAPS": taps}
-    return Samples(x, tensors, depthwise, n, rows, described)
+    return Samples(x, tensors, scales_of(xs), depthwise, n, rows, described)
 
 
 def _two(values: Sequence[int], filler: int) -> tuple[int, int]:
@@ -160,14 +163,14 @@ def product_precision(s: Samples) -> str:
     """How products of these samples are computed.
 
     A matrix: as float32. Images: bfloat16 as it is; float16, whose range is too small
-    for the rows, and float32 in tf32; float32 to its full precision where
-    `torch.backends.cudnn.allow_tf32` is off.
+    for the rows, and float32 in tf32; float32 to its full precision where torch's
+    convolutions keep it (``torch.backends.cudnn.conv.fp32_precision``).
     """
     if s.map.window is None:
         return PRECISION
     dtype = s.tensors[0].dtype
     if dtype == torch.bfloat16:
         return "bf16_tf32" if interpreted() else "bf16"
-    if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+    if dtype == torch.float32 and not tf32_convolutions():
         return PRECISION
     return "tf32"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -52,6 +52,11 @@ class Rows(NamedTuple):
         if self.bias is None or other.bias is None:
             return Rows(weight, None)
         return Rows(weight, torch.where(condition, self.bias, other.bias))
+
+    def times(self, factors: Tensor) -> Rows:
+        """Other rows: these times one factor a row."""
+        bias = None if self.bias is None else self.bias * factors
+        return Rows(self.weight * factors.unsqueeze(-1), bias)
 
     def to(self, dtype: torch.dtype) -> Rows:
         """The same rows in another dtype."""
@@ -115,12 +120,19 @@ class SampleMap(Protocol):
     bias: bool
     pointwise: bool
     x: Tensor
+    scale: Tensor | None
     window: Window | None
     output_shape: tuple[int, ...]
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the samples."""
+
+    def scaled(self, scale: Tensor | None) -> Self:
+        """The same samples with another scale."""
+
+    def one(self, count: int) -> Tensor | float:
+        """The homogeneous coordinate of `count` rows or problems, scaled."""
 
     def apply(self, v: Rows) -> Tensor:
         """``X V``: rows ``(R, D)`` to ``(n, R, P)``."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..ops.types import Rows
@@ -63,17 +62,12 @@ def solve(
     ops: ModuleType, batch: Batch, damping: float | Tensor, iters: int
 ) -> PrimalSolution:
     """Directions ``z / sqrt(<z, m>)`` after `iters` iterations from zero."""
-    if batch.grads is None:
-        ms = batch.ms
-        shape = (len(ms), ms[0].weight.shape[0])
-        finite = ms[0].weight.new_ones(shape, dtype=torch.bool)
-        finite = finite if batch.finite is None else batch.finite
-    else:
-        ms, finite = ops.momentum_(
-            batch.ms, batch.grads, batch.momentum, batch.nesterov
-        )
+    ms, scales, finite = ops.momentum_(
+        batch.ms, batch.grads, batch.momentum, batch.nesterov
+    )
+    finite = finite if batch.finite is None else batch.finite
     weights, status = ops.row_weights(batch.xs, batch.ys, batch.row_length)
-    state = ops.cg_start(batch.xs, ms, status, iters)
+    state = ops.cg_start(batch.xs, ms, scales, status, iters)
     for iteration in range(iters):
         last = iteration + 1 == iters
         ops.cg_forward_(batch.xs, weights, state, damping, last)

@@ -24,6 +24,7 @@ class GramSolution:
         ops: the backend.
         xs: samples of each layer, written out.
         ms: right-hand sides of each layer.
+        scales: of their rows ``(L, R)``; m above is their product.
         s: ``(L, R)``.
         u: ``(L, groups, N, R / groups)``.
         status: how each row was solved ``(L, R)``; see `torch_ops.FISHER`.
@@ -34,6 +35,7 @@ class GramSolution:
     ops: ModuleType
     xs: Sequence[SampleMap]
     ms: Sequence[Rows]
+    scales: Tensor
     s: Tensor
     u: Tensor
     status: Tensor
@@ -42,7 +44,7 @@ class GramSolution:
 
     def rows(self) -> Rows:
         """The directions, ``(L, R, D)``."""
-        rows: Rows = self.ops.gram_rows(self.xs, self.ms, self.s, self.u)
+        rows: Rows = self.ops.gram_rows(self.xs, self.ms, self.scales, self.s, self.u)
         return rows
 
     def update_(
@@ -64,6 +66,7 @@ class GramSolution:
             params,
             self.xs,
             self.ms,
+            self.scales,
             self.s,
             self.u,
             self.status,
@@ -83,10 +86,10 @@ def solve(
     # The diagonal of K is the |x|^2 of the trace, equation (3).
     norms = k.diagonal(dim1=-2, dim2=-1).mT.unsqueeze(-1)
     weights, status = ops.fisher_weights(ys, list(norms), batch.row_length)
-    ms, finite, c, m_squared = ops.momentum_project_(
+    ms, scales, finite, c, m_squared = ops.momentum_project_(
         xs, batch.ms, batch.grads, batch.momentum, batch.nesterov
     )
     finite = finite if batch.finite is None else batch.finite
     weights = weights.view(*weights.shape[:2], c.shape[1], -1).transpose(1, 2)
     s, u = ops.gram_cg(k, c, weights, m_squared, status, damping, iters)
-    return GramSolution(ops, xs, ms, s, u, status, finite)
+    return GramSolution(ops, xs, ms, scales, s, u, status, finite)
