@@ -61,7 +61,7 @@ def load_window(
 
 @triton.jit
 def as_factor(x, scale, PRECISION: tl.constexpr):
-    """Samples as `product` takes them: scaled, but for bfloat16, which stays as it lies.
+    """Samples as `product` takes them: scaled, but bfloat16 as it lies.
 
     So copies of bfloat16 samples need not pass through registers; `outstanding` is
     what the product's other factor, or its result, is to be multiplied by then.

@@ -130,7 +130,7 @@ def _row_norms_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``|x|^2`` of scaled samples, with a bias its part too: ``(layers, N, groups)``."""
+    """``|x|^2`` of scaled samples, and of the 1 of a bias: ``(layers, N, groups)``."""
     problem = tl.program_id(1).to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)

@@ -142,7 +142,7 @@ def test_the_row_scale_is_the_fisher_weight():
     wide = map_.to(torch.float64)
     expected, exact = torch_ops.row_weights([wide], [ys[0].double()], map_.dim + 1)
     assert torch.equal(status, exact)
-    scaled = (actual.ys[0] * actual.inverse[0, None, :, None]) ** 2
+    scaled = (actual.ys[0] * actual.scale[0, None, :, None]) ** 2
     scaled = scaled * actual.factor[0, None, :, None]
     live = exact[0] == torch_ops.FISHER
     torch.testing.assert_close(
