@@ -6,55 +6,71 @@ On a GPU: the whole solve in Triton beside the same solve composed of cuDNN's
 convolutions in the same dtype and layout, eager and under `torch.compile`, and its two
 products beside cuDNN's bare forward and weight-gradient convolutions. The solve is
 checked before it is timed. Anywhere else: launches, operations, bytes and the floor
-they imply, and no time.
+they imply, and no time. A geometry that fails leaves the others alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .. import cost
 from ..autotune.traffic import GPUS, name_here
 from ..autotune.tuning import Tuning
-from ..cost import Cost
-from ..launches import LayerShape
+from ..cost import Cost, LayerCost
+from ..launches import Bucket, LayerShape
 from ..layers import ConvMap
 from ..ops import triton_ops
 from ..ops.launch import Launch, recording
 from ..ops.types import Rows
 from ..preconditioner import solve
 from ..solvers import Batch
+from .bench_step import add_tuning
 from .eager import eager_solve
-from .environment import environment
 from .models import resnet
-from .plot import draw
+from .plot import try_to_draw
+from .records import Results
 from .timing import matrix_rate, microseconds
+from .warm import warm
+
+DAMPING, ITERS = 1e-4, 4
+
+
+def _tiny() -> nn.Module:
+    """Two geometries, for a trial of what uses them."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False),
+        nn.Flatten(),
+        nn.Linear(128, 2),
+    )
+
 
 # Model, examples sampled, image size.
-MODELS: dict[str, tuple[Callable[[], torch.nn.Module], int, int]] = {
+MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "resnet18": (lambda: resnet(18), 64, 32),
     "resnet50": (lambda: resnet(50, 1000, small_images=False), 32, 224),
+    "tiny": (_tiny, 2, 8),
 }
+REAL = ("resnet18", "resnet50")
+"""Those that results are about."""
 
 
 def geometries(name: str, dtype: torch.dtype, gpu: str, formulation: str) -> Cost:
     """Counts of a model's convolutions, one layer of each geometry."""
     build, samples, size = MODELS[name]
-    counted = cost(
-        build(),
-        torch.zeros(1, 3, size, size),
-        sampling="examples",
-        sample_size=samples,
-    )
+    with torch.device("meta"):
+        model, inputs = build(), torch.zeros(1, 3, size, size)
+    counted = cost(model, inputs, sampling="examples", sample_size=samples)
     shapes: dict[LayerShape, LayerShape] = {}
     for line in counted.layers:
         shapes.setdefault(replace(line.layer, name=""), line.layer)
@@ -63,14 +79,21 @@ def geometries(name: str, dtype: torch.dtype, gpu: str, formulation: str) -> Cos
     )
 
 
+def buckets(lines: Sequence[LayerCost], dtype: torch.dtype) -> list[Bucket]:
+    """Geometries as the bench solves them: one layer at a time."""
+    dtypes = (dtype, torch.float32, torch.float32)
+    return [Bucket(line.layer, iters=ITERS, dtypes=dtypes) for line in lines]
+
+
 def problem(
     shape: LayerShape, dtype: torch.dtype, device: str
 ) -> tuple[Batch, ConvMap]:
-    """A random system of one layer's geometry."""
+    """A random system of one layer's geometry; on the device "meta" without numbers."""
     assert shape.image is not None and shape.conv is not None
-    generator = torch.Generator(device).manual_seed(0)
+    meta = device == "meta"
+    generator = None if meta else torch.Generator(device).manual_seed(0)
 
-    def randn(*size: int) -> torch.Tensor:
+    def randn(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, device=device)
 
     one = ConvMap(torch.empty(1, *shape.image, device="meta"), shape.conv, False)
@@ -84,12 +107,17 @@ def problem(
     return Batch([map_], [y.flatten(2)], [m]), map_
 
 
-def products(batch: Batch, damping: float) -> dict[str, Launch]:
+def solved(batch: Batch, formulation: str, iters: int = ITERS) -> Tensor:
+    """Directions of the kernels' solve."""
+    options: dict[str, Any] = {"damping": DAMPING, "cg_iters": iters}
+    solution = solve(triton_ops, batch, formulation=formulation, **options)
+    return solution.rows().weight
+
+
+def products(batch: Batch) -> dict[str, Launch]:
     """Launches of one forward and one adjoint product from the middle of a solve."""
     with recording() as launches:
-        solve(
-            triton_ops, batch, damping=damping, cg_iters=3, formulation="primal"
-        ).rows()
+        solved(batch, "primal", iters=3)
     middle = [a for a in launches if not a.args.get("FIRST", True)]
     named = {
         "forward": [a for a in middle if a.name == "_primal_forward_kernel"],
@@ -106,47 +134,48 @@ def measure(
     shape: LayerShape,
     dtype: torch.dtype,
     formulation: str,
-    rate: float,
+    rate: float | None,
     deadline: float,
 ) -> dict[str, Any]:
-    """Times of one geometry: the solve, its rivals, and the products alone.
+    """Errors and times of one geometry: the solve, its rivals, the products alone.
 
     Args:
         shape: of a convolution without bias.
         dtype: of the samples.
         formulation: of the solve.
-        rate: operations per second that a plain matrix product reaches.
+        rate: operations per second that a plain matrix product reaches; None without a
+            GPU, where the solve is checked and nothing is timed.
         deadline: of `time.monotonic`, after which `torch.compile` is left out.
     """
-    batch, map_ = problem(shape, dtype, "cuda")
-    damping, iters = 1e-4, 4
+    batch, map_ = problem(shape, dtype, "cpu" if rate is None else "cuda")
     spec, m = shape.conv, batch.ms[0].weight
     assert spec is not None
     weight = m.view(shape.rows, -1, *spec.kernel)
     y = batch.ys[0].unflatten(2, map_.output_shape)
 
-    def ours() -> torch.Tensor:
-        options: dict[str, Any] = {"damping": damping, "cg_iters": iters}
-        rows = solve(triton_ops, batch, formulation=formulation, **options).rows()
-        return rows.weight
+    def ours() -> Tensor:
+        return solved(batch, formulation)
 
-    def eager() -> torch.Tensor:
-        return eager_solve(map_.x, y, weight, spec, damping, iters)
+    def eager() -> Tensor:
+        return eager_solve(map_.x, y, weight, spec, DAMPING, ITERS)
 
     expected = eager_solve(
-        map_.x.double(), y.double(), weight.double(), spec, damping, iters
+        map_.x.double(), y.double(), weight.double(), spec, DAMPING, ITERS
     ).view_as(m)
     result: dict[str, Any] = {}
     rivals = {"solve": ours, "eager": eager}
-    if time.monotonic() < deadline:
+    if time.monotonic() < deadline and rate is not None:
         torch._dynamo.reset()  # a graph of its own for each geometry
         rivals["compiled"] = torch.compile(eager, dynamic=False)
     for name, run in rivals.items():
         error = float((run().view_as(m) - expected).norm() / expected.norm())
         if name == "solve" and not error < 0.1:
-            raise RuntimeError(f"{shape.name}: off by {error:.1e}: not timed")
+            raise RuntimeError(f"off by {error:.1e}: not timed")
         result[f"{name}_error"] = error
-        result[f"{name}_us"] = microseconds(run)
+        if rate is not None:
+            result[f"{name}_us"] = microseconds(run)
+    if rate is None:
+        return result
     settings = (spec.stride, spec.padding, spec.dilation, False, [0, 0], spec.groups)
     low = weight.to(dtype)
     backward = torch.ops.aten.convolution_backward
@@ -157,7 +186,7 @@ def measure(
         lambda: backward(y, map_.x, low, None, *settings, (False, True, False))
     )
     operations = 2 * shape.samples * shape.dim * shape.rows
-    for name, found in products(batch, damping).items():
+    for name, found in products(batch).items():
         taken = microseconds(found.run)
         result[f"{name}_us"] = taken
         result[f"{name}_tflops"] = operations / taken / 1e6
@@ -182,62 +211,79 @@ COLUMNS = {
 
 
 def bench(
-    name: str, dtype: torch.dtype, gpu: str, formulation: str, deadline: float
-) -> list[dict[str, Any]]:
-    """Counts for each geometry of a model, and times where there is a GPU."""
+    name: str, args: argparse.Namespace, results: Results, deadline: float
+) -> None:
+    """Counts for each geometry of a model, checks if asked for, times with a GPU.
+
+    Args:
+        name: of the model.
+        args: the command line.
+        results: gets an entry for each geometry.
+        deadline: as `measure`'s.
+    """
     timed = torch.cuda.is_available()
-    rate = matrix_rate(dtype) if timed else 0.0
-    results = []
-    for line in geometries(name, dtype, gpu, formulation).layers:
-        shape = line.layer
-        result: dict[str, Any] = {
-            "model": name,
-            "layer": shape.name,
-            "rows": shape.rows,
-            "dim": shape.dim,
-            "samples": shape.samples,
-            "sample_dtype": str(dtype).removeprefix("torch."),
-            "formulation": line.formulation,
-            "launches": line.launches,
-            "operations": line.operations,
-            "bytes": line.bytes,
-            "floor_us": line.floor_us,
-        }
-        if timed:
-            result["matrix_tflops"] = rate / 1e12
-            result |= measure(shape, dtype, line.formulation, rate, deadline)
-        results.append(result)
-    return results
+    dtype: torch.dtype = getattr(torch, args.dtype)
+    rate = matrix_rate(dtype) if timed else None
+    lines = geometries(name, dtype, args.gpu, args.formulation).layers
+    warm(buckets(lines, dtype), args.formulation)
+    show_header(name, args, timed)
+    for line in lines:
+        names = {"model": name, "layer": line.layer.name, "autotune": args.autotune}
+
+        def work(line: LayerCost = line) -> dict[str, Any]:
+            found = counts(line, dtype)
+            if timed or args.check:
+                how = line.formulation
+                found |= measure(line.layer, dtype, how, rate, deadline)
+            return found if rate is None else found | {"matrix_tflops": rate / 1e12}
+
+        entry = results.add(names, work)
+        if "error" not in entry:
+            show(entry)
 
 
-def show(results: Sequence[dict[str, Any]], gpu: str) -> None:
-    """Print one model's results as a table."""
-    first = results[0]
+def counts(line: LayerCost, dtype: torch.dtype) -> dict[str, Any]:
+    """What a geometry's solve launches, computes and moves at least."""
+    return {
+        "rows": line.layer.rows,
+        "dim": line.layer.dim,
+        "samples": line.layer.samples,
+        "sample_dtype": str(dtype).removeprefix("torch."),
+        "formulation": line.formulation,
+        "launches": line.launches,
+        "operations": line.operations,
+        "bytes": line.bytes,
+        "floor_us": line.floor_us,
+    }
+
+
+def show_header(name: str, args: argparse.Namespace, timed: bool) -> None:
+    """Print the head of a model's table."""
     print(
-        f"\n{first['model']}, samples in {first['sample_dtype']}, k = 4; floors for "
-        f"{gpu}\n{'layer':16} {'R':>5} {'D':>5} {'N':>7} {'solve':7} {'launches':>8} "
-        f"{'GFLOP':>7} {'MB':>7} {'floor us':>8}",
+        f"\n{name}, samples in {args.dtype}, k = {ITERS}; floors for "
+        f"{args.gpu}\n{'layer':16} {'R':>5} {'D':>5} {'N':>7} {'solve':7} "
+        f"{'launches':>8} {'GFLOP':>7} {'MB':>7} {'floor us':>8}",
         end="",
     )
-    timed = "solve_us" in first
     print("".join(f"{heading:>12}" for heading in COLUMNS.values()) if timed else "")
-    for r in results:
-        print(
-            f"{r['layer']:16} {r['rows']:5} {r['dim']:5} {r['samples']:7} "
-            f"{r['formulation']:7} {r['launches']:8} {r['operations'] / 1e9:7.1f} "
-            f"{r['bytes'] / 1e6:7.1f} {r['floor_us']:8.1f}",
-            end="",
-        )
-        print(
-            "".join(f"{r.get(column, math.nan):12.1f}" for column in COLUMNS)
-            if timed
-            else ""
-        )
+
+
+def show(r: Mapping[str, Any]) -> None:
+    """Print a line of the table."""
+    print(
+        f"{r['layer']:16} {r['rows']:5} {r['dim']:5} {r['samples']:7} "
+        f"{r['formulation']:7} {r['launches']:8} {r['operations'] / 1e9:7.1f} "
+        f"{r['bytes'] / 1e6:7.1f} {r['floor_us']:8.1f}",
+        end="",
+    )
+    timed = "".join(f"{r.get(column, math.nan):12.1f}" for column in COLUMNS)
+    checked = f"  off by {r['solve_error']:.1e}" if "solve_error" in r else ""
+    print(timed if "solve_us" in r else checked, flush=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to a parser."""
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(REAL))
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16"
     )
@@ -256,8 +302,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="after which torch.compile, which takes long, is left out",
     )
     parser.add_argument(
-        "--cache-dir", type=Path, metavar="DIR", help="of tuned configurations"
+        "--check",
+        action="store_true",
+        help="check the solve without a GPU, too; needs TRITON_INTERPRET=1",
     )
+    add_tuning(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there")
 
 
@@ -265,33 +314,29 @@ def run(args: argparse.Namespace) -> int:
     """Count, time where there is a GPU, print and write; returns the exit code."""
     if not torch.cuda.is_available():
         print("No GPU here: counts and floors from datasheet rates; no time measured.")
-    results = []
+    try:
+        results = Results(args.json)
+    except OSError as error:
+        print(f"error: {args.json} cannot be written: {error}", file=sys.stderr)
+        return 1
     deadline = time.monotonic() + args.budget
-    tuning = Tuning("cached", args.cache_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for name in args.model:
-        dtype = getattr(torch, args.dtype)
-        with tuning.applied(device, list):
-            found = bench(name, dtype, args.gpu, args.formulation, deadline)
-        show(found, args.gpu)
-        results += found
-    if args.json:
-        content = {"environment": environment(), "results": results}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+    with Tuning(args.autotune, args.cache_dir).applied(device, list):
+        for name in args.model:
+            bench(name, args, results, deadline)
     if args.plot:
         points = [
             (r["layer"], r["operations"], r["bytes"], r.get("solve_us"))
-            for r in results
+            for r in results.good
         ]
         speedups = [
             (r["layer"], r["eager_us"] / r["solve_us"])
-            for r in results
+            for r in results.good
             if "eager_us" in r
         ]
         title = "the solve beside cuDNN's composition"
-        draw(args.plot, title, points, GPUS[args.gpu], speedups)
-    return 0
+        try_to_draw(args.plot, title, points, GPUS[args.gpu], speedups)
+    return results.exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,16 +3,16 @@
     python -m frog_triton.benchmarks.bench_step --model gpt2-small --samples 64
 
 On a GPU: FROG's step beside fused AdamW, SGD and Muon on the same tensors, with random
-gradients and samples, medians and spread. Anywhere else: launches, bytes, operations
-and the floor they imply, and no time.
+gradients and samples, medians and spread; the step is checked first. Anywhere else:
+launches, bytes, operations and the floor they imply, and no time.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +21,43 @@ from torch import nn
 
 from .. import FROG, cost
 from ..autotune.traffic import GPUS, name_here
+from ..autotune.tuning import Tuning
+from ..capture import SAMPLINGS
 from ..launches import LayerShape
-from .environment import environment
-from .plot import draw
-from .shapes import MODELS
+from .plot import try_to_draw
+from .records import Results
+from .shapes import MODELS, REAL, grouped
 from .timing import milliseconds
+from .warm import warm
 
 # Passes over the parameters (4 bytes each): reads and writes of p, g and the state.
 PASSES = {"AdamW (fused)": 7, "SGD (foreach)": 5, "Muon": None}
 
+LIMIT = 1e-3
+"""Of the relative error of FROG's step, beyond which nothing is timed."""
+
 
 class Step:
-    """A model of the given shapes with gradients and samples that are all random."""
+    """A model of the given shapes with gradients and samples that are all random.
+
+    Args:
+        shapes: of its Linear layers.
+        dtype: of the samples.
+        device: of everything.
+        autotune: as FROG's.
+        cache_dir: of tuned configurations.
+    """
 
     def __init__(
         self,
         shapes: Sequence[LayerShape],
         dtype: torch.dtype,
         device: str = "cuda",
+        autotune: str = "cached",
         cache_dir: Path | None = None,
     ) -> None:
         self.device = device
+        self.shapes = list(shapes)
         self.layers = nn.ModuleList(
             nn.Linear(s.dim, s.rows, bias=s.bias, device=device) for s in shapes
         )
@@ -60,15 +76,13 @@ class Step:
             sampling="positions",
             sample_size=shapes[0].samples,
             exclude_output_layer=False,
+            autotune=autotune,
             autotune_dir=cache_dir,
         )
 
     def fill(self) -> None:
         """Hand FROG its samples, as forward and backward passes would."""
-        for i, (x, y) in enumerate(self.samples):
-            name, module = str(i), self.layers[i]
-            self.frog.capture.fired.add(name)
-            self.frog.capture.add(name, module, x, y, len(x))
+        hand_over(self.frog, self.layers, self.samples)
 
     def peers(self) -> dict[str, torch.optim.Optimizer]:
         """What a user would pick instead, on the same parameters."""
@@ -83,45 +97,65 @@ class Step:
         }
 
     def check(self) -> float:
-        """Largest relative error of FROG's step against torch in float64."""
-        layer, (x, y) = self.layers[0], self.samples[0]
-        grad = layer.weight.grad
-        assert isinstance(layer, nn.Linear) and grad is not None
-        twin = nn.Linear(layer.in_features, layer.out_features, device=self.device)
+        """Largest relative error of FROG's first step against torch in float64.
+
+        One layer of each geometry is compared.
+        """
+        first: dict[tuple[int, int, bool], int] = {}
+        for i, s in enumerate(self.shapes):
+            first.setdefault((s.rows, s.dim, s.bias), i)
+        compared = list(first.values())
+        twins = nn.ModuleList(self._twin(i) for i in compared)
+        exact = FROG(
+            twins,
+            backend="torch",
+            sampling="positions",
+            sample_size=self.shapes[0].samples,
+            exclude_output_layer=False,
+        )
+        wide = [tuple(t.double() for t in self.samples[i]) for i in compared]
+        hand_over(exact, twins, wide)
+        before = [_vector(twin).clone() for twin in twins]
+        exact.step()
+        self.fill()
+        self.frog.step()
+        errors = []
+        for i, twin, old in zip(compared, twins, before, strict=True):
+            expected = _vector(twin) - old
+            step = _vector(self.layers[i]).double() - old
+            errors.append(float((step - expected).norm() / expected.norm()))
+        return max(errors)
+
+    def _twin(self, i: int) -> nn.Linear:
+        """A layer in float64, its gradients included."""
+        shape, layer = self.shapes[i], self.layers[i]
+        twin = nn.Linear(shape.dim, shape.rows, bias=shape.bias, device=self.device)
         twin = twin.double()
         twin.load_state_dict({k: v.double() for k, v in layer.state_dict().items()})
         for ours, theirs in zip(layer.parameters(), twin.parameters(), strict=True):
             assert ours.grad is not None
             theirs.grad = ours.grad.double()
-        options: dict[str, Any] = {"sampling": "positions", "sample_size": len(x)}
-        exact = FROG(twin, backend="torch", exclude_output_layer=False, **options)
-        exact.capture.fired.add("weight")
-        exact.capture.add("weight", twin, x.double(), y.double(), len(x))
-        before = layer.weight.detach().double().clone()
-        exact.step()
-        self.fill()
-        self.frog.step()
-        step = layer.weight.detach().double() - before
-        expected = twin.weight.detach() - before
-        return float((step - expected).norm() / expected.norm())
+        return twin
 
 
-def bench(
-    name: str,
-    samples: int,
-    dtype: torch.dtype,
-    gpu: str,
-    repeats: int,
-    cache_dir: Path | None = None,
-) -> Any:
-    """Counts for a model, and times where there is a GPU."""
-    shapes = MODELS[name](samples)
+def hand_over(optimizer: FROG, layers: nn.ModuleList, samples: Sequence[Any]) -> None:
+    """Give an optimizer samples of each layer, all of a batch."""
+    for i, (x, y) in enumerate(samples):
+        optimizer.capture.fired.add(str(i))
+        optimizer.capture.add(str(i), layers[i], x, y, len(x))
+
+
+def _vector(layer: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in layer.parameters()])
+
+
+def counts(
+    shapes: Sequence[LayerShape], dtype: torch.dtype, gpu: str
+) -> dict[str, Any]:
+    """What the steps of FROG and its peers launch, compute and move at least."""
     counted = cost(shapes, sample_dtype=dtype, gpu=gpu)
     params = sum(s.rows * (s.dim + s.bias) for s in shapes)
     result: dict[str, Any] = {
-        "model": name,
-        "samples": samples,
-        "sample_dtype": str(dtype),
         "layers": len(shapes),
         "parameters": params,
         "floor_gpu": gpu,
@@ -142,28 +176,54 @@ def bench(
                 "passes": passes,
                 "floor_us": 1e6 * moved / GPUS[gpu].bandwidth,
             }
-    if torch.cuda.is_available():
-        step = Step(shapes, dtype, cache_dir=cache_dir)
-        error = step.check()
-        if not error < 1e-3:
-            raise RuntimeError(f"FROG's step is off by {error:.1e}: nothing is timed")
-        result["error"] = error
-        runs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-            "FROG": (step.frog.step, step.fill)
-        }
-        for peer, optimizer in step.peers().items():
-            runs[peer] = (optimizer.step, lambda: None)
-        for peer, (run, before) in runs.items():
-            times = milliseconds(run, before, repeats)
-            entry = result.setdefault(peer, {})
-            entry["median_us"] = 1e3 * statistics.median(times)
-            entry["min_us"], entry["max_us"] = 1e3 * min(times), 1e3 * max(times)
+    return result
+
+
+def bench(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Counts for a model, a check if asked for, and times where there is a GPU."""
+    timed = torch.cuda.is_available()
+    dtype: torch.dtype = getattr(torch, args.dtype)
+    shapes = MODELS[name](args.samples)
+    device = "cuda" if timed else "cpu"
+    # Cost and warming up see the table, too: it has formulations in it.
+    with Tuning(args.autotune, args.cache_dir).applied(torch.device(device), list):
+        result = counts(shapes, dtype, args.gpu)
+        warm(grouped(shapes, dtype))
+    if not timed and not args.check:
+        return result
+    step = Step(shapes, dtype, device, args.autotune, args.cache_dir)
+    result["relative_error"] = step.check()
+    if not result["relative_error"] < LIMIT:
+        error = f"FROG's step is off by {result['relative_error']:.1e}"
+        raise RuntimeError(f"{error}: nothing is timed")
+    if timed:
+        for peer, times in _times(step, args.repeats).items():
+            result.setdefault(peer, {}).update(times)
+            entry = result[peer]
             if "floor_us" in entry:
                 entry["percent_of_floor"] = 100 * entry["floor_us"] / entry["median_us"]
     return result
 
 
-def show(result: dict[str, Any]) -> None:
+def _times(step: Step, repeats: int) -> dict[str, dict[str, float]]:
+    """Microseconds of the step of each optimizer."""
+    runs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "FROG": (step.frog.step, step.fill)
+    }
+    for peer, optimizer in step.peers().items():
+        runs[peer] = (optimizer.step, lambda: None)
+    found = {}
+    for peer, (run_, before) in runs.items():
+        times = milliseconds(run_, before, repeats)
+        found[peer] = {
+            "median_us": 1e3 * statistics.median(times),
+            "min_us": 1e3 * min(times),
+            "max_us": 1e3 * max(times),
+        }
+    return found
+
+
+def show(result: Mapping[str, Any]) -> None:
     """Print one model's result as a table."""
     print(
         f"\n{result['model']}: {result['layers']} layers, "
@@ -171,6 +231,8 @@ def show(result: dict[str, Any]) -> None:
         f"samples in {result['sample_dtype'].removeprefix('torch.')}; "
         f"floors for {result['floor_gpu']}"
     )
+    if "relative_error" in result:
+        print(f"FROG's step is off by {result['relative_error']:.1e}")
     print(f"{'':14} {'launches':>8} {'MB':>8} {'passes':>7} {'floor us':>9} {'us':>18}")
     for name, entry in result.items():
         if not isinstance(entry, dict):
@@ -190,8 +252,11 @@ def show(result: dict[str, Any]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to a parser."""
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--samples", type=int, default=64, help="N (default: 64)")
+    size = SAMPLINGS["positions"]
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(REAL))
+    parser.add_argument(
+        "--samples", type=int, default=size, help=f"N (default: FROG's, {size})"
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="bfloat16",
         help="of the samples (default: bfloat16)",
@@ -200,46 +265,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu", choices=GPUS, default=name_here(), help="for the floors"
     )
     parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check the step without a GPU, too; needs TRITON_INTERPRET=1",
+    )
     parser.add_argument("--json", type=Path, help="write the results there, too")
+    add_tuning(parser)
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there")
+
+
+def add_tuning(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which configurations kernels have."""
+    parser.add_argument(
+        "--autotune",
+        choices=("off", "cached"),
+        default="cached",
+        help="default configurations, or tuned ones where there are (default)",
+    )
     parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="of tuned configurations"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Count, time where there is a GPU, print and write; returns the exit code."""
+    if args.samples < 1 or args.repeats < 1:
+        print("error: --samples and --repeats must be positive", file=sys.stderr)
+        return 2
     if not torch.cuda.is_available():
         print("No GPU here: counts and floors from datasheet rates; no time measured.")
-    results = [
-        bench(
-            name,
-            args.samples,
-            getattr(torch, args.dtype),
-            args.gpu,
-            args.repeats,
-            args.cache_dir,
-        )
-        for name in args.model
-    ]
-    for result in results:
-        show(result)
-    if args.json:
-        content = {"environment": environment(), "results": results}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+    try:
+        results = Results(args.json)
+    except OSError as error:
+        print(f"error: {args.json} cannot be written: {error}", file=sys.stderr)
+        return 1
+    for name in args.model:
+        names = {"model": name, "samples": args.samples, "autotune": args.autotune}
+        names["sample_dtype"] = f"torch.{args.dtype}"
+
+        def work(name: str = name) -> dict[str, Any]:
+            return bench(name, args)
+
+        entry = results.add(names, work)
+        if "error" not in entry:
+            show(entry)
     if args.plot:
-        points, speedups = [], []
-        for r in results:
-            ours = r["FROG"]
-            counts = (ours["operations"], ours["bytes"], ours.get("median_us"))
-            points.append((r["model"], *counts))
-            for peer in PASSES:
-                if "median_us" in r.get(peer, {}):
-                    ratio = r[peer]["median_us"] / ours["median_us"]
-                    speedups.append((f"{r['model']}: {peer}", ratio))
-        draw(args.plot, "FROG's step", points, GPUS[args.gpu], speedups)
-    return 0
+        _draw(args, results.good)
+    return results.exit_code
+
+
+def _draw(args: argparse.Namespace, results: Sequence[Mapping[str, Any]]) -> None:
+    points, speedups = [], []
+    for r in results:
+        ours = r["FROG"]
+        counted = (ours["operations"], ours["bytes"], ours.get("median_us"))
+        points.append((r["model"], *counted))
+        for peer in PASSES:
+            if "median_us" in r.get(peer, {}):
+                ratio = r[peer]["median_us"] / ours["median_us"]
+                speedups.append((f"{r['model']}: {peer}", ratio))
+    try_to_draw(args.plot, "FROG's step", points, GPUS[args.gpu], speedups)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..autotune.traffic import GPU
 
+Points = Sequence[tuple[str, int, int, float | None]]
+
+
+def try_to_draw(
+    path: Path,
+    title: str,
+    points: Points,
+    gpu: GPU,
+    speedups: Sequence[tuple[str, float]] = (),
+) -> None:
+    """As `draw`; a picture that cannot be made costs no result, only a warning."""
+    if not points:
+        return
+    try:
+        draw(path, title, points, gpu, speedups)
+    except (ImportError, OSError) as error:
+        print(f"no picture in {path}: {error}", file=sys.stderr)
+
 
 def draw(
     path: Path,
     title: str,
-    points: Sequence[tuple[str, int, int, float | None]],
+    points: Points,
     gpu: GPU,
     speedups: Sequence[tuple[str, float]] = (),
 ) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from ..launches import LayerShape
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+from ..launches import Bucket, LayerShape
 
 
 def gpt2_small(samples: int, blocks: int = 12) -> list[LayerShape]:
@@ -57,4 +62,24 @@ def resnet50(samples: int) -> list[LayerShape]:
     return layers
 
 
-MODELS = {"gpt2-small": gpt2_small, "resnet50": resnet50}
+def tiny(samples: int) -> list[LayerShape]:
+    """Two geometries, with biases and without, for a trial of what uses them."""
+    return [
+        LayerShape("a.0", 24, 40, samples),
+        LayerShape("a.1", 24, 40, samples),
+        LayerShape("b", 18, 24, samples, bias=False),
+    ]
+
+
+MODELS = {"gpt2-small": gpt2_small, "resnet50": resnet50, "tiny": tiny}
+REAL = ("gpt2-small", "resnet50")
+"""Those that results are about."""
+
+
+def grouped(shapes: Iterable[LayerShape], sample_dtype: torch.dtype) -> list[Bucket]:
+    """Layers by geometry, as a step with k = 4 sees them, named after the first."""
+    found: dict[LayerShape, list[LayerShape]] = {}
+    for shape in shapes:
+        found.setdefault(replace(shape, name=""), []).append(shape)
+    dtypes = (sample_dtype, torch.float32, torch.float32)
+    return [Bucket(same[0], len(same), dtypes=dtypes) for same in found.values()]

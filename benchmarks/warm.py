@@ -1,0 +1,61 @@
+"""Kernels compiled side by side, before a bench would compile them one by one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from ..autotune.jobs import Job, compile_jobs
+from ..autotune.traffic import GPU, detect
+from ..formulation import choose
+from ..launches import Bucket, step_launches
+
+SECONDS = 120.0
+"""After which no further kernel is begun: a bench compiles what is missing."""
+
+
+def warm(buckets: Sequence[Bucket], formulation: str = "auto") -> None:
+    """Fill Triton's cache on disk with what steps of these layers will launch.
+
+    Launches take their configurations from the table that is in use. Without a GPU
+    nothing is compiled.
+
+    Args:
+        buckets: the layers.
+        formulation: that the steps are asked for.
+    """
+    gpu = detect(torch.device("cuda")) if torch.cuda.is_available() else None
+    if gpu is None:
+        return
+    begun = time.monotonic()
+    found = jobs(buckets, formulation, gpu)
+    compile_jobs(found, timeout=SECONDS)
+    print(
+        f"{len(found)} kinds of launches compiled in {time.monotonic() - begun:.0f} s",
+        flush=True,
+    )
+
+
+def jobs(buckets: Sequence[Bucket], formulation: str, gpu: GPU) -> list[Job]:
+    """What there is to compile.
+
+    Layers whose keys are equal may differ in what is compiled into a kernel: each
+    brings its own.
+
+    Args:
+        buckets: the layers.
+        formulation: that the steps are asked for.
+        gpu: to compile for.
+    """
+    found: list[Job] = []
+    for bucket in buckets:
+        how = choose(bucket, gpu) if formulation == "auto" else formulation
+        configs = {a.config.key: a.config for a in step_launches(bucket, how)}
+        found += [
+            Job(bucket, how, key, config, gpu.capability)
+            for key, config in configs.items()
+            if key
+        ]
+    return found
