@@ -114,10 +114,10 @@ def _momentum_project_kernel(
             magnitudes = tl.maximum(magnitudes, _magnitude(v))
         largest = tl.max(magnitudes, axis=1)
         if HAS_BIAS:
-            v = m_bias
+            v_bias = m_bias
             if UPDATE:
-                _, v = _decayed(m_bias, g_bias, beta, M_DTYPE, NESTEROV)
-            largest = tl.maximum(largest, _magnitude(v))
+                _, v_bias = _decayed(m_bias, g_bias, beta, M_DTYPE, NESTEROV)
+            largest = tl.maximum(largest, _magnitude(v_bias))
         m_scale = tl.where(is_finite(largest), power_of_two(largest), 1.0)
         if block_n == 0:
             tl.store(m_scale_ptr + scale_at, m_scale, mask=row_ok)
@@ -159,20 +159,20 @@ def _momentum_project_kernel(
             c = tl.dot(x, tl.trans(v), acc=c, input_precision=PRECISION)
 
     if HAS_BIAS:
-        v = m_bias
+        v_bias = m_bias
         if UPDATE:
             g_bias = tl.where(finite, g_bias, 0.0)
-            m, v = _decayed(m_bias, g_bias, beta, M_DTYPE, NESTEROV)
+            kept_bias, v_bias = _decayed(m_bias, g_bias, beta, M_DTYPE, NESTEROV)
             # Several threads may hold the same row: all must have read it first.
             tl.debug_barrier()
-            tl.store(m_bias_ptr + layer_rows, m, mask=row_ok)
+            tl.store(m_bias_ptr + layer_rows, kept_bias, mask=row_ok)
             if NESTEROV:
                 v_bias_ptr = layer_pointer(v_bias_table_ptr, layer, tl.float32, ALIGN)
-                tl.store(v_bias_ptr + layer_rows, v, mask=row_ok)
-        v *= m_scale
-        m_squared += v * v
+                tl.store(v_bias_ptr + layer_rows, v_bias, mask=row_ok)
+        v_bias *= m_scale
+        m_squared += v_bias * v_bias
         if PROJECT:
-            c += v[None, :] * x_scale
+            c += v_bias[None, :] * x_scale
 
     if block_n == 0:
         tl.store(m_squared_ptr + problem * R + rows, m_squared, mask=row_ok)

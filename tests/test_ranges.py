@@ -170,7 +170,7 @@ def test_a_momentum_that_would_overflow_stays_as_it_was(nesterov, formulation, b
     opt = FROG(net, backend=backend, formulation=formulation, **options)
     largest = torch.finfo(F32).max
     counted = 0
-    for step in range(3):
+    for _ in range(3):
         net(randn(8, 4)).square().sum().backward()
         net.weight.grad[1, 2] = 0.7 * largest
         before, state = copy.deepcopy(net), copy.deepcopy(opt.state_dict()["state"])
@@ -229,10 +229,8 @@ def test_powers_of_two(dtype):
 
 def test_ordinary_samples_are_left_as_they_are():
     spec = ConvSpec((3, 3), (1, 1), (1, 1), (1, 1), 2)
-    for map_ in (
-        MatrixMap(randn(5, 6), 2, True),
-        ConvMap(randn(2, 4, 5, 5), spec, True),
-    ):
+    images = ConvMap(randn(2, 4, 5, 5), spec, True)
+    for map_ in (MatrixMap(randn(5, 6), 2, True), images):
         for backend in BACKENDS.values():
             (prepared,), _ = backend.prepare([map_], [randn(5, 2, 1)], F32)
             assert (prepared.scale == 1).all() and prepared.scale.shape == (2,)
