@@ -11,7 +11,6 @@ from frog_triton import cli
 from frog_triton.autotune.cache import Cache, Machine
 from frog_triton.autotune.config import GramConfig
 from frog_triton.autotune.table import Table
-from frog_triton.benchmarks import gpu_report
 from frog_triton.cli import models
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -215,57 +214,3 @@ def test_missing_packages_are_named(capsys, monkeypatch):
     monkeypatch.setattr(cli, "missing_packages", lambda modules: ["sklearn"])
     code, _, err = run(capsys, "demo")
     assert code == 2 and "pip install 'frog-triton[demo]'" in err
-
-
-class TestGPUReport:
-    """Stages are stand-ins: what they run has tests of its own."""
-
-    @pytest.fixture
-    def stages(self, monkeypatch):
-        def planned(out, reference):
-            return [
-                gpu_report.Stage("one", ("-c", "print('ran one')"), 60, ("-c", "")),
-                gpu_report.Stage(
-                    "two", ("-c", ""), 60, ("-c", "raise SystemExit('two failed')")
-                ),
-            ]
-
-        monkeypatch.setattr(gpu_report, "stages", planned)
-
-    def test_it_goes_on_where_it_stopped(self, stages, tmp_path, capsys, monkeypatch):
-        words = ["--rehearse", "--results", str(tmp_path)]
-        assert gpu_report.main(words) == 1
-        (out,) = tmp_path.glob("rehearsal/*")
-        text = (out / "REPORT.md").read_text()
-        assert "Nothing here was timed on a GPU" in text and "two failed" in text
-        first = (out / "one.stage.json").stat().st_mtime_ns
-        failed = (out / "two.stage.json").stat().st_mtime_ns
-        assert gpu_report.main(words) == 1
-        assert (out / "one.stage.json").stat().st_mtime_ns == first
-        assert (out / "two.stage.json").stat().st_mtime_ns > failed
-        # Another commit has a folder of its own.
-        found = {**gpu_report.environment(), "commit": "f" * 40}
-        monkeypatch.setattr(gpu_report, "environment", lambda: found)
-        assert gpu_report.main([*words, "--only", "one"]) == 0
-        assert len(list(tmp_path.glob("rehearsal/*"))) == 2
-        assert gpu_report.main([*words, "--only", "three"]) == 2
-
-    @no_gpu
-    def test_without_a_gpu_it_rehearses_only(self, capsys):
-        assert gpu_report.main([]) == 3
-        assert "--rehearse" in capsys.readouterr().err
-
-    def test_a_stage_that_takes_too_long_is_stopped(self, tmp_path):
-        sleep = ("-c", "import time; print('x', flush=True); time.sleep(60)")
-        stage = gpu_report.Stage("slow", sleep, 1, sleep)
-        record = gpu_report.run_stage(stage, tmp_path, rehearse=True)
-        assert record["exit_code"] == -1 and "stopped after 1 s" in record["printed"]
-
-    def test_every_stage_is_a_command(self, tmp_path):
-        names = [s.name for s in gpu_report.stages(tmp_path, tmp_path / "frog.py")]
-        assert names[0] == "tests"
-        assert names[-2:] == ["reference", "kernel-tests"]
-        assert [n for n in names if n.startswith("autotune")] == [
-            f"autotune-{model}" for model in models.BUILT_IN
-        ]
-        assert sum(s.timeout for s in gpu_report.stages(tmp_path, None)) < 1500

@@ -135,8 +135,13 @@ def _read_tar(source: Path) -> Images:
 
 def _decode(source: Path, files: Iterable[tuple[str, bytes]]) -> Images:
     """Sort encoded images by ``.../<split>/<class>/<name>`` and decode them."""
-    from PIL import Image
-
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ValueError(
+            f"{source}: decoding images needs pillow (pip install pillow); an .npz or "
+            "a torchvision root does not"
+        ) from None
     found: dict[str, list[tuple[str, str, NDArray[np.uint8]]]] = {
         s: [] for s in _SPLITS
     }

@@ -18,7 +18,7 @@ from . import missing_packages, needed
 _BENCHES = {
     "kernels": ("the convolution kernels beside cuDNN", "bench_kernels", ()),
     "step": ("FROG's step beside other optimizers'", "bench_step", ()),
-    "train": ("optimizers on a workload", "train.bench", ("matplotlib", "PIL")),
+    "train": ("optimizers on a workload", "train.bench", ("matplotlib",)),
 }
 
 
