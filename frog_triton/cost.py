@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .autotune.traffic import GPUS, Work
 from .capture import SAMPLINGS
 from .formulation import choose, count_works
-from .launches import Bucket, LayerShape
+from .launches import Bucket, LayerShape, portions
 from .layers import ConvMap, LinearMap, adapter_for
 from .routing import Exclusion, route
 
@@ -155,7 +155,12 @@ def cost(
     dtypes = (sample_dtype, param_dtype, momentum_dtype)
     total = Work()
     floor = 0.0
-    for key, members in buckets.items():
+    together = [
+        (key, some)
+        for key, members in buckets.items()
+        for some in portions(members, key.groups)
+    ]
+    for key, members in together:
         bucket = Bucket(key, len(members), cg_iters, nesterov, dtypes)
         chosen = choose(bucket, GPUS[gpu]) if formulation == "auto" else formulation
         works = count_works(bucket, chosen)

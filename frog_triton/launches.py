@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -110,6 +110,18 @@ class Bucket:
             values["nesterov"],
             (samples, params, momentum),
         )
+
+
+T = TypeVar("T")
+
+MOST_PROBLEMS = 65535
+"""Layers times groups that a launch can hold: CUDA's limit to a grid's second axis."""
+
+
+def portions(layers: Sequence[T], groups: int) -> list[list[T]]:
+    """Layers of one geometry, as many together as a launch can hold."""
+    most = max(1, MOST_PROBLEMS // groups)
+    return [list(layers[i : i + most]) for i in range(0, len(layers), most)]
 
 
 Make = Callable[[tuple[int, ...], torch.dtype], Tensor]

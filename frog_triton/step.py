@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .autotune.tuning import Tuning
-from .launches import Bucket, shape_of
+from .launches import MOST_PROBLEMS, Bucket, portions, shape_of
 from .layers import LinearMap, MatrixMap
 from .ops.types import Rows, stack_rows, written_out
 from .orthogonal import orthogonalize
@@ -95,6 +95,9 @@ def layer_step(
         state: the optimizer's.
         samples: gives a layer's samples, with or without its bias.
         backend: one of `ops.BACKENDS`.
+
+    Raises:
+        ValueError: the layer has more groups than the backend can take.
     """
     weight, bias = layer.weight, layer.bias
     if bias is not None and bias.grad is None:
@@ -116,6 +119,11 @@ def layer_step(
         x = MatrixMap(y.new_empty(y.shape[0] * y.shape[2], 0), bias=True)
         y = written_out(y)
     chosen = ops.resolve(backend, weight.device, momentum.weight.dtype)
+    if chosen.GROUPS_LAYERS and x.groups > MOST_PROBLEMS:
+        raise ValueError(
+            f"{layer.name}: {x.groups} groups are more than a launch can hold, "
+            f"{MOST_PROBLEMS}; build FROG with backend='torch', or exclude the layer"
+        )
     return LayerStep(layer, chosen, x, y, momentum, grads, params)
 
 
@@ -355,11 +363,15 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def _buckets(steps: Iterable[LayerStep]) -> list[list[LayerStep]]:
-    """Those that can share launches together."""
+    """Those that can share launches together, as many as a launch can hold."""
     buckets: dict[Hashable, list[LayerStep]] = {}
     for step in steps:
         buckets.setdefault(step.key, []).append(step)
-    return list(buckets.values())
+    return [
+        some
+        for bucket in buckets.values()
+        for some in portions(bucket, bucket[0].x.groups)
+    ]
 
 
 def narrow(rows: Rows, index: slice) -> Rows:
