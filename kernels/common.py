@@ -77,6 +77,17 @@ def count_anomalies(table_ptr, layer, rows, total_rows, status, finite, mask):
 
 
 @triton.jit
+def sum_of_products(a, b, axis: tl.constexpr):
+    """``sum(a b)`` of which every thread has the same bits.
+
+    A plain product may be fused with the first sum across threads; then each of two
+    threads rounds the other's product and not its own, and they disagree. One that
+    `tl.fma` has rounded cannot be fused again.
+    """
+    return tl.sum(tl.fma(a, b, tl.zeros_like(a)), axis=axis)
+
+
+@triton.jit
 def ordered_sum(partial_ptr, count, stride, offsets, mask):
     """Sum of `count` partial results, always in the same order."""
     total = tl.zeros(offsets.shape, tl.float32)

@@ -11,7 +11,7 @@ The last adjoint is never formed: k - 1 products with K serve k iterations.
 import triton
 import triton.language as tl
 
-from .common import load_scalar, problem_base
+from .common import load_scalar, problem_base, sum_of_products
 
 # Eight roundings of float32, 2^-20. A sum that much below its terms is all rounding.
 ROUNDING: tl.constexpr = tl.constexpr(9.5367432e-07)
@@ -99,9 +99,9 @@ def _gram_cg_kernel(
             c = tl.load(c_ptr + at, mask=mask, other=0.0)
             weights = tl.load(weights_ptr + at, mask=mask, other=0.0)
         t = weights * x_p
-        c_u = tl.sum(c * u_p, axis=0)
-        pp = s_p * (s_p * mm + c_u) + tl.sum(u_p * x_p, axis=0)
-        pap = tl.sum(t * x_p, axis=0) + damping * pp
+        c_u = sum_of_products(c, u_p, axis=0)
+        pp = s_p * (s_p * mm + c_u) + sum_of_products(u_p, x_p, axis=0)
+        pap = sum_of_products(t, x_p, axis=0) + damping * pp
         alpha, active = _step_length(rho, pap, active)
         s += alpha * s_p
         u += alpha[None, :] * u_p
@@ -132,8 +132,8 @@ def _gram_cg_kernel(
                     other=0.0,
                 )
                 x_r = tl.dot(k, part, acc=x_r, input_precision=PRECISION)
-        c_u = tl.sum(c * u_r, axis=0)
-        u_x = tl.sum(u_r * x_r, axis=0)
+        c_u = sum_of_products(c, u_r, axis=0)
+        u_x = sum_of_products(u_r, x_r, axis=0)
         rho, beta, active = _next_direction(rho, s_r, mm, c_u, u_x, active)
         s_p = s_r + beta * s_p
         u_p = u_r + beta[None, :] * u_p
@@ -144,13 +144,13 @@ def _gram_cg_kernel(
     else:
         c = tl.load(c_ptr + at, mask=mask, other=0.0)
         weights = tl.load(weights_ptr + at, mask=mask, other=0.0)
-    c_u = tl.sum(c * u_p, axis=0)
-    pp = s_p * (s_p * mm + c_u) + tl.sum(u_p * x_p, axis=0)
-    pap = tl.sum(weights * x_p * x_p, axis=0) + damping * pp
+    c_u = sum_of_products(c, u_p, axis=0)
+    pp = s_p * (s_p * mm + c_u) + sum_of_products(u_p, x_p, axis=0)
+    pap = sum_of_products(weights * x_p, x_p, axis=0) + damping * pp
     alpha, active = _step_length(rho, pap, active)
     s += alpha * s_p
     u += alpha[None, :] * u_p
-    scale, s = _normaliser(s, tl.sum(c * u, axis=0), mm, status)
+    scale, s = _normaliser(s, sum_of_products(c, u, axis=0), mm, status)
     tl.store(s_ptr + problem * R + rows, s * scale, mask=row_ok)
     u = tl.where((status == 0)[None, :], u * scale[None, :], 0.0)
     tl.debug_barrier()
@@ -235,9 +235,9 @@ def _gram_cg_tiled_kernel(
             tl.store(x_p_ptr + at, x_p, mask=mask)
             c = tl.load(c_ptr + at, mask=mask, other=0.0)
             weights = tl.load(weights_ptr + at, mask=mask, other=0.0)
-            c_u += tl.sum(c * u_p, axis=0)
-            u_x += tl.sum(u_p * x_p, axis=0)
-            txp += tl.sum(weights * x_p * x_p, axis=0)
+            c_u += sum_of_products(c, u_p, axis=0)
+            u_x += sum_of_products(u_p, x_p, axis=0)
+            txp += sum_of_products(weights * x_p, x_p, axis=0)
         tl.debug_barrier()
         pap = txp + damping * (s_p * (s_p * mm + c_u) + u_x)
         alpha, active = _step_length(rho, pap, active)
@@ -257,7 +257,8 @@ def _gram_cg_tiled_kernel(
             u_r = tl.load(u_r_ptr + at, mask=mask, other=0.0)
             u_r -= alpha[None, :] * (t + damping * u_p)
             tl.store(u_r_ptr + at, u_r, mask=mask)
-            c_u += tl.sum(tl.load(c_ptr + at, mask=mask, other=0.0) * u_r, axis=0)
+            c = tl.load(c_ptr + at, mask=mask, other=0.0)
+            c_u += sum_of_products(c, u_r, axis=0)
         tl.debug_barrier()
         if iteration < ITERS - 1:
             u_x = zero
@@ -281,7 +282,7 @@ def _gram_cg_tiled_kernel(
                     x_r = tl.dot(k, part, acc=x_r, input_precision=PRECISION)
                 tl.store(x_r_ptr + at, x_r, mask=mask)
                 u_r = tl.load(u_r_ptr + at, mask=mask, other=0.0)
-                u_x += tl.sum(u_r * x_r, axis=0)
+                u_x += sum_of_products(u_r, x_r, axis=0)
             tl.debug_barrier()
             rho, beta, active = _next_direction(rho, s_r, mm, c_u, u_x, active)
 
@@ -291,7 +292,8 @@ def _gram_cg_tiled_kernel(
         at = n[:, None] * stride_n + rows[None, :]
         mask = (n < N)[:, None] & row_ok[None, :]
         u = tl.load(u_ptr + at, mask=mask, other=0.0)
-        c_u += tl.sum(tl.load(c_ptr + at, mask=mask, other=0.0) * u, axis=0)
+        c = tl.load(c_ptr + at, mask=mask, other=0.0)
+        c_u += sum_of_products(c, u, axis=0)
     scale, s = _normaliser(s, c_u, mm, status)
     tl.store(s_ptr + problem * R + rows, s * scale, mask=row_ok)
     for start in range(0, N, BLOCK_N):

@@ -131,7 +131,7 @@ def _momentum_project_kernel(
             v_ptr = layer_pointer(v_table_ptr, layer, tl.float32, ALIGN)
 
     c = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    m_squared = tl.zeros((BLOCK_R,), tl.float32)
+    squares = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     if PROJECT:
         x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
         x_scale = load_scale(x_scale_table_ptr, layer, group)
@@ -149,7 +149,7 @@ def _momentum_project_kernel(
             if NESTEROV:
                 tl.store(v_ptr + at, v, mask=mask)
         v *= m_scale[:, None]
-        m_squared += tl.sum(v * v, axis=1)
+        squares = tl.fma(v, v, squares)
         if PROJECT:
             x_mask = (n < N)[:, None] & (d < D)[None, :]
             x = tl.load(
@@ -158,6 +158,7 @@ def _momentum_project_kernel(
             x = x.to(tl.float32) * x_scale
             c = tl.dot(x, tl.trans(v), acc=c, input_precision=PRECISION)
 
+    m_squared = tl.sum(squares, axis=1)
     if HAS_BIAS:
         v_bias = m_bias
         if UPDATE:
@@ -170,7 +171,7 @@ def _momentum_project_kernel(
                 v_bias_ptr = layer_pointer(v_bias_table_ptr, layer, tl.float32, ALIGN)
                 tl.store(v_bias_ptr + layer_rows, v_bias, mask=row_ok)
         v_bias *= m_scale
-        m_squared += v_bias * v_bias
+        m_squared = tl.fma(v_bias, v_bias, m_squared)
         if PROJECT:
             c += v_bias[None, :] * x_scale
 

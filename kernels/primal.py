@@ -20,6 +20,7 @@ from .common import (
     load_scale,
     load_scales,
     ordered_sum,
+    sum_of_products,
 )
 from .samples import as_factor, load_window, native_column, outstanding, product
 
@@ -188,6 +189,7 @@ def _primal_forward_kernel(
             xp += (x.to(tl.float32) * x_scale[None, :]) * p[None, :]
     else:
         x_scale = load_scale(x_scale_table_ptr, layer, group)
+        squares = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             mask = row_ok[:, None] & (d < D)[None, :]
@@ -202,7 +204,7 @@ def _primal_forward_kernel(
                 p = tl.load(r_ptr + stored, mask=mask, other=0.0)
                 p += beta[:, None] * tl.load(old_p_ptr + stored, mask=mask, other=0.0)
             tl.store(p_ptr + stored, p, mask=mask & (block_n == 0))
-            pp += tl.sum(p * p, axis=1)
+            squares = tl.fma(p, p, squares)
             mask = (n < N)[:, None] & (d < D)[None, :]
             channel, tap = d, d
             if not POINTWISE:
@@ -233,6 +235,7 @@ def _primal_forward_kernel(
             x = as_factor(x, x_scale, PRECISION)
             p *= outstanding(x_scale, PRECISION)
             xp = product(x, tl.trans(p), xp, PRECISION)
+        pp = tl.sum(squares, axis=1)
     if HAS_BIAS:
         if FIRST:
             m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
@@ -465,7 +468,7 @@ def _primal_adjoint_kernel(
                     POINTWISE,
                 )
                 x = x.to(tl.float32) * x_scale[None, :]
-                ap += tl.sum(t * x, axis=0)[:, None]
+                ap += sum_of_products(t, x, axis=0)[:, None]
                 if HAS_BIAS:
                     ap_bias += tl.sum(t, axis=0)
             else:

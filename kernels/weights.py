@@ -15,6 +15,7 @@ from .common import (
     load_scales,
     power_of_two,
     problem_base,
+    sum_of_products,
 )
 from .samples import load_window
 
@@ -76,7 +77,8 @@ def _fisher_weights_kernel(
         y = tl.load(y_ptr + y_at, mask=mask, other=0.0)
         norms = tl.load(norms_ptr + n * stride_norms_n, mask=n < N, other=0.0)
         scaled = y.to(tl.float32) * scale[None, :]
-        trace += tl.sum(scaled * scaled * norms[:, None], axis=0)
+        norms = tl.broadcast_to(norms[:, None], (BLOCK_N, BLOCK_R))
+        trace += sum_of_products(scaled * scaled, norms, axis=0)
 
     factor = tl.div_rn(row_length * 1.0, trace)
     status = tl.where(is_finite(factor), 0, 1)
@@ -137,7 +139,7 @@ def _row_norms_kernel(
     x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN)
     x_ptr += group * group_channels * stride_xc
     scale = load_scale(x_scale_table_ptr, layer, group)
-    total = tl.zeros((BLOCK_N,), tl.float32)
+    squares = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         mask = (n < N)[:, None] & (d < D)[None, :]
@@ -168,7 +170,8 @@ def _row_norms_kernel(
             POINTWISE,
         )
         x = x.to(tl.float32) * scale
-        total += tl.sum(x * x, axis=1)
+        squares = tl.fma(x, x, squares)
+    total = tl.sum(squares, axis=1)
     if HAS_BIAS:
         total += scale * scale
     tl.store(norms_ptr + layer * N * GROUPS + n * GROUPS + group, total, mask=n < N)
