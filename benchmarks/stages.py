@@ -87,6 +87,7 @@ def _tests(out: Path) -> Stage:
         beside = ("-n", str(workers)) if spread else ()
         # The cache's folder may not be writable, and nothing here needs it.
         options = ("-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"))
+        options += ("--continue-on-collection-errors",)
         return (
             "-m",
             "pytest",
@@ -106,7 +107,7 @@ def _benches(out: Path, suffix: str) -> list[Stage]:
     for bench in ("step", "kernels"):
         name = f"bench-{bench}{suffix}"
         files = ("--json", out / f"{name}.json", "--plot", out / f"{name}.png")
-        tables = ("--autotune", "off")
+        tables: tuple[str, ...] = ("--autotune", "off")
         if suffix:
             tables = ("--autotune", "cached", "--cache-dir", str(out / "tables"))
         command = _module(f"bench_{bench}", *files, *tables)

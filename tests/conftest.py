@@ -55,13 +55,15 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
 
 
+KERNEL_TESTS = ("test_kernels", "test_conv_kernels", "test_ranges")
+"""Modules whose tests run on the GPU where there is one, so that `-m gpu` has them."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
-        for (
-            item
-        ) in items:  # the kernels' own tests run on the GPU, so `-m gpu` has them
-            if item.path.stem in ("test_kernels", "test_conv_kernels"):
+        for item in items:
+            if item.path.stem in KERNEL_TESTS:
                 item.add_marker("gpu")
     else:
         skip = pytest.mark.skip(reason="no NVIDIA GPU here")

