@@ -2,31 +2,28 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import weakref
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
+from layer_shapes import F32, LINEAR, geometry
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from frog_triton import FROG
 from frog_triton.autotune import space, tuner
-from frog_triton.autotune.config import ForwardConfig, GramConfig, SumConfig
+from frog_triton.autotune.config import GramConfig
 from frog_triton.autotune.jobs import (
     CRASHED,
     Failure,
     Job,
     compile_jobs,
-    costliest,
 )
-from frog_triton.autotune.model import occupancy, predict
+from frog_triton.autotune.model import predict
 from frog_triton.autotune.offline import Resources
-from frog_triton.autotune.remake import remade
 from frog_triton.autotune.shortlist import (
     Candidate,
     KeyReport,
@@ -34,251 +31,17 @@ from frog_triton.autotune.shortlist import (
     keys,
     shortlist,
 )
-from frog_triton.autotune.space import SPACES, invalid
-from frog_triton.autotune.table import Table, kernel_key, kernel_of, using
-from frog_triton.autotune.traffic import GPUS, detect, work
+from frog_triton.autotune.space import SPACES
+from frog_triton.autotune.table import Table, using
+from frog_triton.autotune.traffic import GPUS, detect
 from frog_triton.autotune.tuner import Tuner, winner
 from frog_triton.autotune.tuning import Tuning
 from frog_triton.cli.autotune import to_json
 from frog_triton.formulation import choose
-from frog_triton.kernels.common import _sum_splits_kernel
-from frog_triton.launches import Bucket, LayerShape, step_launches
-from frog_triton.layers.conv import ConvSpec
-from frog_triton.ops import launch as launching
-from frog_triton.ops.launch import Launch, recording
+from frog_triton.launches import LayerShape, step_launches
+from frog_triton.ops.launch import recording
 
-F32, BF16 = torch.float32, torch.bfloat16
 H200 = GPUS["h200"]
-LINEAR = LayerShape("linear", 768, 768, 64)
-CONV = LayerShape(
-    "conv",
-    128,
-    1152,
-    4096,
-    bias=False,
-    image=(128, 8, 8),
-    conv=ConvSpec((3, 3), (1, 1), (1, 1), (1, 1), 1),
-)
-DEPTHWISE = LayerShape(
-    "depthwise",
-    64,
-    9,
-    4096,
-    groups=64,
-    image=(64, 8, 8),
-    conv=ConvSpec((3, 3), (1, 1), (1, 1), (1, 1), 64),
-)
-
-
-def geometry(shape, count=2, dtype=BF16):
-    return Bucket(shape, count, 4, False, (dtype, F32, F32))
-
-
-@pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("shape", [LINEAR, CONV, DEPTHWISE], ids=lambda s: s.name)
-def test_pruning_never_drops_the_default(shape, gpu):
-    found = keys([geometry(shape)])
-    assert {kernel_of(asked.key) for asked in found} <= set(SPACES)
-    for asked in found:
-        report = shortlist(asked, GPUS[gpu], top=1)
-        assert asked.launch.config in [c.config for c in report.candidates]
-        assert len(report.candidates) <= 2
-        total = len(list(space.candidates(kernel_of(asked.key), asked.launch.config)))
-        assert sum(report.pruned.values()) + len(report.candidates) == total
-
-
-def test_every_default_is_valid():
-    for shape in (LINEAR, CONV):
-        for asked in keys([geometry(shape)]):
-            launch = asked.launch
-            args = launch.args
-            sizes = {k.lower(): args[k] for k in "NRD" if k in args}
-            kind = "alone" if args.get("PROJECT") is False else ""
-            for gpu in GPUS.values():
-                kernel = kernel_of(asked.key)
-                assert (
-                    invalid(kernel, launch.config, sizes, kind, gpu.capability) is None
-                )
-
-
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        ({"BLOCK_N": 48}, "power of two"),
-        ({"BLOCK_R": 128}, "far beyond"),
-        ({"BLOCK_N": 256, "BLOCK_R": 64, "num_warps": 1}, "too many accumulators"),
-        ({"BLOCK_N": 16, "BLOCK_R": 16, "num_warps": 16}, "fewer accumulators"),
-        ({"BLOCK_D": 8}, "16 and more"),
-        ({"BLOCK_N": 256, "BLOCK_D": 128, "num_stages": 4}, "shared memory"),
-    ],
-)
-def test_what_cannot_serve_is_named(change, why):
-    config = replace(ForwardConfig(num_warps=8), **change)
-    sizes = {"n": 4096, "r": 32, "d": 768}
-    found = invalid("_primal_forward_kernel", config, sizes, "", 80)
-    assert found is not None and why in found
-
-
-def test_keys_hold_for_batches_of_about_the_same_size():
-    sizes = [kernel_key("_gram_kernel", {"n": n}, (BF16,)) for n in (33, 48, 64)]
-    assert set(sizes) == {"gram n64 bfloat16"}
-    assert kernel_key("_gram_kernel", {"n": 65}, (BF16,)) == "gram n128 bfloat16"
-    assert kernel_key("_gram_kernel", {"n": 64}, (F32,)) == "gram n64 float32"
-    assert kernel_of("gram n64 bfloat16") == "_gram_kernel"
-
-
-def test_launches_take_their_configurations_from_the_table():
-    default = {a.config.key: a.config for a in step_launches(geometry(LINEAR), "gram")}
-    key = next(k for k in default if k.startswith("gram n64"))
-    changed = GramConfig(BLOCK_N=32, BLOCK_D=64, programs=512)
-    with using(Table({key: changed})):
-        launches = {a.config.key: a for a in step_launches(geometry(LINEAR), "gram")}
-    assert launches[key].config == changed != default[key]
-    assert launches[key].grid[0] == 4  # tiles of 32 by 32
-    others = [k for k in default if k != key]
-    assert all(launches[k].config == default[k] for k in others if k)
-    with using(Table({key: ForwardConfig()})):  # of another kernel: not taken
-        launches = {a.config.key: a for a in step_launches(geometry(LINEAR), "gram")}
-    assert launches[key].config == default[key]
-
-
-def plain(launch):
-    """A launch without its tensors."""
-    args = {k: v for k, v in launch.args.items() if not isinstance(v, torch.Tensor)}
-    return launch.name, launch.grid, args, launch.config
-
-
-RAGGED = LayerShape("ragged", 300, 700, 200, groups=3, bias=False)
-MANY = LayerShape("many", 64, 900, 1000)
-
-
-@pytest.mark.parametrize(
-    "shape", [LINEAR, CONV, DEPTHWISE, RAGGED, MANY], ids=lambda s: s.name
-)
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_launches_are_foretold_for_every_configuration(shape, nesterov):
-    """The model's grids, splits and arguments are those of the launchers."""
-    bucket = Bucket(shape, 2, 4, nesterov, (BF16, F32, BF16))
-    checked = Counter()
-    for asked in keys([bucket]):
-        kernel = kernel_of(asked.key)
-        found = list(space.candidates(kernel, asked.launch.config))
-        for config in found[:: len(found) // 12 + 1]:
-            with using(Table({asked.key: config})):
-                made = step_launches(bucket, asked.formulation)
-            ours = [a for a in made if a.config.key == asked.key]
-            expected = [plain(a) for a in ours]
-            for launch in remade(asked.launch, config):
-                assert plain(launch) in expected, (asked.key, config)
-            checked[kernel] += 1
-            as_it_is, *_ = remade(asked.launch, asked.launch.config)
-            assert plain(as_it_is) == plain(asked.launch)
-    assert all(checked.values()) and len(checked) >= 4
-
-
-@pytest.mark.parametrize("run", [False, True])
-@pytest.mark.parametrize("grid", [(2**31,), (1, 65536), (1, 1, 65536)])
-def test_grids_that_no_gpu_has_are_refused(grid, run):
-    config = SumConfig()
-    words = rf"_sum_splits_kernel.*{re.escape(str(grid))}.*65535.*layers.*groups"
-    with (
-        recording(run) as made,
-        pytest.raises(ValueError, match=words + ".*backend='torch'"),
-    ):
-        launching.launch(_sum_splits_kernel, grid, config)
-    assert not made
-    with pytest.raises(ValueError, match="CUDA has no grid"):
-        Launch(_sum_splits_kernel, grid, {}, config).run()
-    largest = tuple(n - 1 if n > 1 else 1 for n in grid)
-    with recording(run=False) as made:
-        launching.launch(_sum_splits_kernel, largest, config)
-    assert [a.grid for a in made] == [largest]
-
-
-def test_a_kernel_that_is_not_known_is_no_single_program():
-    launch = step_launches(geometry(LINEAR), "gram")[0]
-    other = next(a for a in step_launches(geometry(MANY), "primal") if "sum" in a.name)
-    assert predict(other, H200).waves >= 1
-    with pytest.raises(KeyError, match="_row_scale_sum_kernel"):
-        predict(other, H200, config=launch.config)
-
-
-def test_sums_of_splits_are_counted_with_all_their_programs():
-    """As few as one program would leave all other processors idle."""
-    made = step_launches(geometry(LayerShape("", 768, 3072, 256), 1), "gram")
-    launch = next(a for a in made if a.name == "_sum_splits_kernel")
-    found = predict(launch, H200)
-    idle = H200.processors / launch.grid[0]
-    assert 1 < idle < 3
-    assert found.time_us == pytest.approx(H200.launch_us + idle * found.floor_us)
-
-
-@pytest.mark.parametrize("n", [64, 100, 128, 200, 256, 1000])
-def test_projections_share_their_samples(n):
-    """Two launches move each sample, and each entry of C, once between them."""
-    shape = LayerShape("", 96, 300, n, groups=2)
-    made = step_launches(geometry(shape), "gram")
-    launches = [a for a in made if a.name == "_momentum_project_kernel"]
-    assert len(launches) == (1 if n <= 128 else 2)
-    rows, entries = 2 * 96, 2 * 96 * (300 + 1)
-    samples = 2 * 2 * 300 * n
-    products = sum(work(launch).operations for launch in launches)
-    assert products == 2 * n * 300 * rows
-    moved = 3 * 4 * entries + 5 * rows  # M in and out, G; |m|^2 and whether finite
-    moved += 4 * entries * (len(launches) - 1)  # M again
-    moved += 2 * samples + 4 * n * rows
-    moved += 4 * rows * len(launches)  # scales of the rows
-    assert sum(work(launch).bytes for launch in launches) == moved
-
-
-def launch_of(shape, kernel, config=None, formulation="primal"):
-    made = step_launches(geometry(shape), formulation)
-    key = next(a.config.key for a in made if a.name == kernel)
-    with using(Table({key: config} if config else {})):
-        made = step_launches(geometry(shape), formulation)
-    return costliest([a for a in made if a.config.key == key])
-
-
-def test_predictions_rank_by_exact_counts():
-    # 4096 positions by 128 rows by 1152 columns: what tiles read again, counted.
-    x, p = 4096 * 1152 * 2, 128 * 1152
-    kernel = "_primal_forward_kernel"
-    predicted = {}
-    for rows, samples in ((16, 64), (64, 64), (128, 128)):
-        config = ForwardConfig(BLOCK_R=rows, BLOCK_N=samples, num_warps=8)
-        launch = launch_of(CONV, kernel, config)
-        found = predict(launch, H200)
-        again = 2 * x * (128 // rows) + 2 * 4 * 2 * p * (4096 // samples - 1)
-        image = 2 * 2 * 64 * 64 * 128
-        least = work(launch).bytes
-        first = not launch.args["FIRST"]
-        expected = again - image + least
-        if not first:
-            expected -= (8 - 4) * 2 * p * (4096 // samples - 1)
-        assert found.cache_bytes == expected
-        assert found.time_us > found.floor_us
-        predicted[rows] = found.cache_bytes
-    assert predicted[16] > predicted[64] > predicted[128]
-
-
-def test_padding_and_spare_processors_cost_time():
-    small = LayerShape("small", 100, 768, 64)
-    times = []
-    for rows in (16, 128):
-        config = ForwardConfig(BLOCK_R=rows, BLOCK_N=64, num_warps=8)
-        launch = launch_of(small, "_primal_forward_kernel", config)
-        found = predict(launch, H200)
-        exact = work(launch).tf32_operations
-        assert found.operations == pytest.approx(exact * -(-100 // rows) * rows / 100)
-        times.append(found.time_us)
-    assert times[0] < times[1]  # more programs, less padding
-
-
-def test_occupancy_follows_the_scarcest_resource():
-    assert occupancy(H200, 8) == 8  # 2048 threads
-    assert occupancy(H200, 8, Resources(255, 0, 0, 0, 0)) == 1
-    assert occupancy(H200, 4, Resources(64, 0, 100 * 1024, 0, 0)) == 2
-    assert occupancy(GPUS["rtx4090"], 8) == 6  # 1536 threads
 
 
 def test_candidates_are_compiled_in_processes_of_their_own():
@@ -291,6 +54,25 @@ def test_candidates_are_compiled_in_processes_of_their_own():
     assert isinstance(found[1], Failure) and len(seen) == 2
     assert "K >= 16" in found[1].reason  # of tl.dot's sides
     assert compile_jobs(jobs, timeout=0.0) == [None, None]
+
+
+def test_all_launches_of_a_key_are_compiled(monkeypatch):
+    """One of them may spill, or need more shared memory, where the others do not."""
+    asked = next(a for a in keys([geometry(LINEAR)]) if "forward" in a.key)
+    job = Job(asked.bucket, "primal", asked.key, asked.launch.config, 90)
+    seen = []
+
+    def compile_launch(launch, capability):
+        assert launch.config.key == asked.key and capability == 90
+        seen.append(launch)
+        first, last = launch.args["FIRST"], launch.args["LAST"]
+        return Resources(100 + 5 * first, 8 * last, 1024 * (1 + first), 1, 1)
+
+    monkeypatch.setattr("frog_triton.autotune.jobs.compile_launch", compile_launch)
+    registers = 100 + 5 * asked.launch.args["FIRST"]
+    found = job.compile()
+    assert len(seen) == 4  # k
+    assert found == Resources(registers, 8, 2048, 1, 1)
 
 
 def test_a_crash_of_the_compiler_is_no_lack_of_time(monkeypatch):

@@ -192,7 +192,7 @@ def test_products_are_timed_from_the_middle_of_a_solve():
     shape = LayerShape("", 6, 36, 4 * 36, 1, False, image, spec)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch, _ = bench_kernels.problem(shape, torch.float32, device)
-    for launch in bench_kernels.products(batch, 1e-4).values():
+    for launch in bench_kernels.products(batch).values():
         assert not launch.args["FIRST"]
         launch.run()
 

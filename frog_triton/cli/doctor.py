@@ -26,6 +26,8 @@ from .output import add_outputs, print_table, write_json
 PACKAGES = (
     ("torch", "everything", ""),
     ("triton", "the kernels", "pip install triton (Linux)"),
+    ("filelock", "keeping tuned tables", "pip install filelock"),
+    ("platformdirs", "their usual folder", "pip install platformdirs"),
     ("matplotlib", "pictures", "pip install 'frog-triton[demo]'"),
     ("scikit-learn", "the demo", "pip install 'frog-triton[demo]'"),
     (

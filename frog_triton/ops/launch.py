@@ -20,7 +20,7 @@ GRID_LIMITS = (2**31 - 1, 65535, 65535)
 """Programs along each axis at most, on every GPU (CUDA's guide)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no equality to build on
 class Launch:
     """One kernel launch.
 
