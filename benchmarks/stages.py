@@ -87,15 +87,8 @@ def _tests(out: Path) -> Stage:
         beside = ("-n", str(workers)) if spread else ()
         # The cache's folder may not be writable, and nothing here needs it.
         options = ("-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"))
-        options += ("--continue-on-collection-errors",)
-        return (
-            "-m",
-            "pytest",
-            *options,
-            f"--junit-xml={out}/tests.xml",
-            *beside,
-            *rest,
-        )
+        kept = ("--continue-on-collection-errors", f"--junit-xml={out}/tests.xml")
+        return ("-m", "pytest", *options, *kept, *beside, *rest)
 
     few = [str(tests / name) for name in ("test_kernels.py", "test_conv_kernels.py")]
     rehearsal = command(2, *few, "-k", "test_gather or signals or same_bits")

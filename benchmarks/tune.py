@@ -2,8 +2,9 @@
 
     python -m frog_triton.benchmarks.tune --budget 150
 
-The benches' steps and kernels are tuned, the costliest layers first, within a budget;
-the table is kept as it grows, and the same command goes on with what is left.
+First the layers of the benches' steps, then those of their kernels, the costliest
+first, within a budget; the table is kept as it grows, and the same command goes on with
+what is left.
 ``frog-triton autotune`` does the same for a model of your own.
 """
 
@@ -11,16 +12,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ..autotune.cache import Cache, Machine, shipped
-from ..autotune.shortlist import keys
+from ..autotune.shortlist import KeyReport, keys
 from ..autotune.table import Table
 from ..autotune.traffic import GPU, GPUS, detect
-from ..autotune.tuner import CudaTimer, Timer, Tuner
+from ..autotune.tuner import CudaTimer, Timer, Tuner, costliest_first
 from ..autotune.tuning import machine_of
 from ..capture import SAMPLINGS
 from ..cli.autotune import show, to_json
@@ -34,24 +36,33 @@ DTYPE = torch.bfloat16
 
 BENCHES = ("step", "kernels")
 
+TOGETHER = 4
+"""Geometries whose candidates are listed together."""
 
-def buckets(benches: Sequence[str], rehearse: bool = False) -> list[Bucket]:
-    """The layers of the benches, as they ask for them.
+
+def buckets(bench: str, rehearse: bool = False) -> list[Bucket]:
+    """The layers of a bench, as it asks for them.
 
     Args:
-        benches: of `BENCHES`.
-        rehearse: only their tiny models.
+        bench: of `BENCHES`.
+        rehearse: only its tiny model.
     """
     found: list[Bucket] = []
-    if "step" in benches:
+    if bench == "step":
         for name in ("tiny",) if rehearse else shapes.REAL:
             size = 20 if rehearse else SAMPLINGS["positions"]
             found += shapes.grouped(shapes.MODELS[name](size), DTYPE)
-    if "kernels" in benches:
-        for name in ("tiny",) if rehearse else bench_kernels.REAL:
-            lines = bench_kernels.geometries(name, DTYPE, "h200", "auto").layers
-            found += bench_kernels.buckets(lines, DTYPE)
+        return found
+    for name in ("tiny",) if rehearse else bench_kernels.REAL:
+        lines = bench_kernels.geometries(name, DTYPE, "h200", "auto").layers
+        found += bench_kernels.buckets(lines, DTYPE)
     return found
+
+
+def in_order(found: Sequence[Bucket], gpu: GPU) -> list[Bucket]:
+    """Layers by what tuning them may gain, the costliest first."""
+    asked = costliest_first(keys(found), gpu)
+    return list(dict.fromkeys([*(a.bucket for a in asked), *found]))
 
 
 def count_launches(groups: Sequence[Sequence[Launch]]) -> list[list[float]]:
@@ -71,7 +82,7 @@ def tune(
     """Tune what the cache lacks, and keep it there.
 
     Args:
-        found: the layers.
+        found: the layers, in order.
         device: to run on.
         gpu: what is tuned for.
         machine: whose table it is.
@@ -79,24 +90,28 @@ def tune(
         timer: see `Timer`.
         args: the command line.
     """
-    known = shipped(machine).merged(cache.load(machine))
     tuner = Tuner(
         gpu,
         device,
         timer,
-        known,
+        shipped(machine).merged(cache.load(machine)),
         args.top,
         args.budget,
-        lambda what, share: print(f"{share:4.0%} {what}", flush=True),
+        lambda what, share: print(what, flush=True),
         compile=not args.rehearse,
         keep=lambda table: cache.store(machine, table),
     )
-    try:
-        return tuner.tune(found)
-    finally:  # an interruption loses no more than what is under way
+    reports: list[KeyReport] = []
+    # Some at a time: candidates are listed for no more than the budget can time.
+    for first in range(0, len(found), TOGETHER):
+        if time.monotonic() > tuner.deadline:
+            break
+        tuner.tune(found[first : first + TOGETHER])
         show(tuner.reports, gpu)
+        reports += tuner.reports
         if args.json:
-            write_json(args.json, to_json(tuner.reports, gpu))
+            write_json(args.json, to_json(reports, gpu))
+    return tuner.table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,7 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         here = detect(device)
         assert here is not None
         gpu, machine, timer = here, machine_of(device), CudaTimer(device)
-    found = buckets(args.bench, args.rehearse)
+    found: list[Bucket] = []
+    for bench in args.bench:
+        found += in_order(buckets(bench, args.rehearse), gpu)
     cache = Cache(args.cache_dir)
     table = tune(found, device, gpu, machine, cache, timer, args)
     left = sum(asked.key not in table.configs for asked in keys(found))

@@ -114,7 +114,7 @@ def asked(launches):
 @pytest.mark.parametrize("name", shapes.REAL)
 def test_the_tuner_tunes_what_the_step_asks_for(name):
     """The bench's own step, on tensors without memory."""
-    tuned = {a.key for a in keys(tune.buckets(["step"]))}
+    tuned = {a.key for a in keys(tune.buckets("step"))}
     wanted = shapes.MODELS[name](SAMPLINGS["positions"])
     step = bench_step.Step(wanted, BF16, "meta", "off")
     step.fill()
@@ -127,7 +127,7 @@ def test_the_tuner_tunes_what_the_step_asks_for(name):
 @no_gpu
 @pytest.mark.parametrize("name", bench_kernels.REAL)
 def test_the_tuner_tunes_what_the_kernels_bench_asks_for(name):
-    tuned = {a.key for a in keys(tune.buckets(["kernels"]))}
+    tuned = {a.key for a in keys(tune.buckets("kernels"))}
     found = set()
     for line in bench_kernels.geometries(name, BF16, "h200", "auto").layers:
         batch, _ = bench_kernels.problem(line.layer, BF16, "meta")
@@ -148,6 +148,14 @@ def test_what_a_step_launches_is_compiled_beforehand():
 
 
 class TestTune:
+    def test_the_costliest_layers_come_first(self):
+        found = tune.buckets("step")
+        ordered = tune.in_order(found, GPUS["h100"])
+        assert sorted(ordered, key=repr) == sorted(found, key=repr)
+        names = [bucket.shape.name for bucket in ordered]
+        assert names[0] == "h.0.mlp.down"
+        assert names.index("conv1") > names.index("layer4.1.conv2")
+
     @no_gpu
     def test_what_did_not_fit_is_left_to_the_next_call(self, tmp_path, capsys):
         """With a timer that times nothing; candidates are really checked."""
@@ -158,6 +166,8 @@ class TestTune:
         assert "are left" in capsys.readouterr().out
         assert tune.main([*words, "300"]) == 0
         content = json.loads(out.read_text())
+        wanted = {a.key for a in keys(tune.buckets("step", rehearse=True))}
+        assert {key["key"] for key in content["keys"]} == wanted
         assert content["keys"] and all(key["chosen"] for key in content["keys"])
         assert "nothing was timed" in capsys.readouterr().out
         (table,) = tables.glob("*.json")
