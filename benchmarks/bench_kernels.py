@@ -136,6 +136,7 @@ def measure(
     formulation: str,
     rate: float | None,
     deadline: float,
+    device: str,
 ) -> dict[str, Any]:
     """Errors and times of one geometry: the solve, its rivals, the products alone.
 
@@ -146,8 +147,9 @@ def measure(
         rate: operations per second that a plain matrix product reaches; None without a
             GPU, where the solve is checked and nothing is timed.
         deadline: of `time.monotonic`, after which `torch.compile` is left out.
+        device: to run on.
     """
-    batch, map_ = problem(shape, dtype, "cpu" if rate is None else "cuda")
+    batch, map_ = problem(shape, dtype, device)
     spec, m = shape.conv, batch.ms[0].weight
     assert spec is not None
     weight = m.view(shape.rows, -1, *spec.kernel)
@@ -233,8 +235,8 @@ def bench(
         def work(line: LayerCost = line) -> dict[str, Any]:
             found = counts(line, dtype)
             if timed or args.check:
-                how = line.formulation
-                found |= measure(line.layer, dtype, how, rate, deadline)
+                how, device = line.formulation, "cuda" if timed else "cpu"
+                found |= measure(line.layer, dtype, how, rate, deadline, device)
             return found if rate is None else found | {"matrix_tflops": rate / 1e12}
 
         entry = results.add(names, work)

@@ -197,12 +197,17 @@ def bench(name: str, args: argparse.Namespace) -> dict[str, Any]:
         error = f"FROG's step is off by {result['relative_error']:.1e}"
         raise RuntimeError(f"{error}: nothing is timed")
     if timed:
-        for peer, times in _times(step, args.repeats).items():
-            result.setdefault(peer, {}).update(times)
-            entry = result[peer]
-            if "floor_us" in entry:
-                entry["percent_of_floor"] = 100 * entry["floor_us"] / entry["median_us"]
+        add_times(result, step, args.repeats)
     return result
+
+
+def add_times(result: dict[str, Any], step: Step, repeats: int) -> None:
+    """Time the step of each optimizer, and set it beside the floor."""
+    for peer, times in _times(step, repeats).items():
+        entry = result.setdefault(peer, {})
+        entry.update(times)
+        if "floor_us" in entry:
+            entry["percent_of_floor"] = 100 * entry["floor_us"] / entry["median_us"]
 
 
 def _times(step: Step, repeats: int) -> dict[str, dict[str, float]]:

@@ -24,6 +24,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import Queue
+from threading import Event
 from typing import Any
 
 import torch
@@ -210,10 +211,12 @@ def run_cases(
     """
     count = min(len(names), os.cpu_count() or 1)
     outcomes: Queue[Outcome | None] = Queue()
+    over = Event()
 
     def serve(share: list[str]) -> None:
         try:
-            while share:  # a process ends with the first case that fails
+            # A process ends with the first case that fails.
+            while share and not over.is_set():
                 done = _run_process(share, wrapper, kernel, seconds)
                 for outcome in done:
                     outcomes.put(outcome)
@@ -223,8 +226,11 @@ def run_cases(
 
     with ThreadPoolExecutor(count) as pool:
         shares = [pool.submit(serve, list(names[i::count])) for i in range(count)]
-        for _ in shares:
-            yield from iter(outcomes.get, None)
+        try:
+            for _ in shares:
+                yield from iter(outcomes.get, None)
+        finally:
+            over.set()
         for share in shares:
             share.result()
 

@@ -99,6 +99,43 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_is_run(
     assert "cannot be written" in capsys.readouterr().err
 
 
+@no_gpu
+@pytest.mark.parametrize("name", ["tiny"])
+def test_the_step_is_timed_beside_every_peer(monkeypatch, name):
+    """With a clock that stands still."""
+
+    def milliseconds(run, before, repeats):
+        before()
+        run()
+        return [1.0, 3.0, 2.0]
+
+    monkeypatch.setattr(bench_step, "milliseconds", milliseconds)
+    step = bench_step.Step(shapes.MODELS[name](9), BF16, "cpu", "off")
+    result = bench_step.counts(step.shapes, BF16, "h100")
+    bench_step.add_times(result, step, 1)
+    for peer in ("FROG", *bench_step.PASSES):
+        assert result[peer]["median_us"] == 2000.0
+    assert result["FROG"]["percent_of_floor"] == pytest.approx(
+        100 * result["FROG"]["floor_us"] / 2000.0
+    )
+
+
+@no_gpu
+def test_the_solve_is_timed_beside_cudnn(monkeypatch):
+    def microseconds(run):
+        run()
+        return 2.0
+
+    monkeypatch.setattr(bench_kernels, "microseconds", microseconds)
+    for line in bench_kernels.geometries("tiny", BF16, "h100", "primal").layers:
+        shape = line.layer
+        found = bench_kernels.measure(shape, BF16, "primal", 1e12, 0.0, "cpu")
+        timed = {name for name in bench_kernels.COLUMNS if name != "compiled_us"}
+        assert timed <= set(found) and found["solve_us"] == 2.0
+        operations = 2 * shape.samples * shape.dim * shape.rows
+        assert found["forward_tflops"] == operations / 2e6
+
+
 def test_the_step_has_the_defaults_of_frog():
     size = SAMPLINGS["positions"]
     parser = bench_step.argparse.ArgumentParser()
@@ -154,7 +191,7 @@ class TestTune:
         assert sorted(ordered, key=repr) == sorted(found, key=repr)
         names = [bucket.shape.name for bucket in ordered]
         assert names[0] == "h.0.mlp.down"
-        assert names.index("conv1") > names.index("layer4.1.conv2")
+        assert names.index("conv1") > names.index("layer4.0.conv2")
 
     @no_gpu
     def test_what_did_not_fit_is_left_to_the_next_call(self, tmp_path, capsys):
