@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from ..autotune.jobs import Job, compile_jobs
+from ..autotune.offline import Resources
 from ..autotune.traffic import GPU, detect
 from ..formulation import choose
 from ..launches import Bucket, step_launches
 
-SECONDS = 120.0
+SECONDS = 60.0
 """After which no further kernel is begun: a bench compiles what is missing."""
 
 
@@ -30,10 +31,16 @@ def warm(buckets: Sequence[Bucket], formulation: str = "auto") -> None:
     if gpu is None:
         return
     begun = time.monotonic()
-    found = jobs(buckets, formulation, gpu)
-    compile_jobs(found, timeout=SECONDS)
+    try:
+        found = jobs(buckets, formulation, gpu)
+        made = compile_jobs(found, timeout=SECONDS)
+    except Exception as error:  # it only saves time
+        print(f"nothing was compiled beforehand: {error!r}", flush=True)
+        return
+    good = sum(isinstance(usage, Resources) for usage in made)
     print(
-        f"{len(found)} kinds of launches compiled in {time.monotonic() - begun:.0f} s",
+        f"{good} of {len(found)} kinds of launches compiled in "
+        f"{time.monotonic() - begun:.0f} s",
         flush=True,
     )
 

@@ -184,6 +184,23 @@ def test_what_a_step_launches_is_compiled_beforehand():
     assert len({(job.bucket, job.key) for job in jobs}) == len(jobs)
 
 
+@no_gpu
+def test_warming_up_costs_no_result(monkeypatch, capsys):
+    buckets = shapes.grouped(shapes.tiny(20), BF16)
+    warm.warm(buckets)
+    assert capsys.readouterr().out == ""  # there is nothing to compile for
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(warm, "detect", lambda device: GPUS["h100"])
+    monkeypatch.setattr(
+        warm, "compile_jobs", lambda jobs, timeout: [None for _ in jobs]
+    )
+    warm.warm(buckets)
+    assert capsys.readouterr().out.startswith("0 of ")
+    monkeypatch.setattr(warm, "compile_jobs", lambda jobs, timeout: 1 / 0)
+    warm.warm(buckets)
+    assert "nothing was compiled beforehand" in capsys.readouterr().out
+
+
 class TestTune:
     def test_the_costliest_layers_come_first(self):
         found = tune.buckets("step")
