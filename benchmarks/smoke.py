@@ -269,6 +269,9 @@ def _run_process(
     outcomes = {o.case: o for o in (Outcome(**json.loads(line)) for line in lines)}
     last = next(reversed(outcomes.values()), Outcome(names[0], []))
     if code != 0 and last.verdict == "ok":
+        under_way = last.kernels and last.error is None
+        if outcomes and not under_way and len(outcomes) < len(names):
+            last = Outcome(names[len(outcomes)], [])
         told = [line for line in out.splitlines() if line not in lines]
         told += err.splitlines()
         last.verdict = f"exit code {code}: {told[-1] if told else ''}"[:200]

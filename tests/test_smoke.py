@@ -87,6 +87,22 @@ def test_a_process_that_dies_leaves_the_other_cases(tmp_path, monkeypatch):
     assert outcomes["positions"].verdict == "ok"
 
 
+def test_a_case_that_dies_before_it_begins_is_not_taken_for_the_one_before(tmp_path):
+    """A process whose second case brings it down; the third runs in another."""
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text(
+        '#!/bin/sh\ncase "$*" in *"gram positions"*)\n'
+        """echo '{"case": "gram", "kernels": ["a"]}'\n"""
+        """echo '{"case": "gram", "kernels": ["a"], "error": 1e-7}'\n"""
+        'echo "no such table" >&2; exit 3;; esac\nexec "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    names = ["gram", "positions", "primal"]
+    first, second = smoke._run_process(names, [str(wrapper)], None, None)
+    assert (first.case, first.verdict) == ("gram", "ok")
+    assert (second.case, second.verdict) == ("positions", "exit code 3: no such table")
+
+
 def test_the_sanitizer_is_skipped_where_it_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(sanitize, "find", lambda: None)
     assert sanitize.main([]) == 0
