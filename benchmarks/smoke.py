@@ -339,17 +339,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nkernels:")
         show(found)
     wanted = names if args.kernel is None else [args.kernel]
+    if args.case != list(CASES):
+        wanted = sorted(found)
     missing = [name for name in wanted if name not in found]
-    if missing and args.case == list(CASES):
+    if missing:
         print(f"not launched: {', '.join(missing)}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
-    bad = [name for name, (_, verdict) in found.items() if verdict != "ok"]
+    right = [name for name, (_, verdict) in found.items() if verdict == "ok"]
     wrong = [outcome for outcome in outcomes if outcome.verdict != "ok"]
-    left_out = bool(missing) and args.case == list(CASES)
-    print(f"{len(found) - len(bad)} of {len(found)} kernels are right")
-    return int(bool(bad or left_out or (wrong and args.kernel is None)))
+    print(
+        f"{len(right)} of {len(wanted)} kernels are right, "
+        f"{len(wrong)} of {len(outcomes)} cases failed"
+    )
+    return int(len(right) < len(wanted) or bool(wrong))
 
 
 def _here(names: Sequence[str], kernel: str | None) -> int:
