@@ -89,6 +89,14 @@ def test_a_crash_of_the_compiler_is_no_lack_of_time(monkeypatch):
     assert compile_jobs([job, job], workers=1) == [CRASHED, CRASHED]
 
 
+def test_a_process_that_does_not_start_is_no_crash(monkeypatch, tmp_path):
+    asked = next(a for a in keys([geometry(LINEAR)]) if a.key.startswith("gram n"))
+    job = Job(asked.bucket, "gram", asked.key, GramConfig(), 90)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.warns(UserWarning, match="did not start"):
+        assert compile_jobs([job, job], workers=2) == [None, None]
+
+
 def test_what_does_not_compile_is_never_launched(monkeypatch):
     fine, broken = Resources(32, 0, 1024, 1, 1), Failure("no such instruction")
     launched = set()

@@ -48,6 +48,14 @@ class SumConfig(Config):
 
 
 @dataclass(frozen=True)
+class LargestConfig(Config):
+    """`_largest_kernel`."""
+
+    num_warps: int = 8
+    BLOCK: int = 4096
+
+
+@dataclass(frozen=True)
 class WeightsConfig(Config):
     """`_fisher_weights_kernel`."""
 
@@ -167,7 +175,7 @@ def project_config(n: int) -> ProjectConfig:
         return ProjectConfig(BLOCK_N=block_n, BLOCK_R=16, num_stages=3)
     if block_n == 64:
         return ProjectConfig(num_warps=8)
-    return ProjectConfig(BLOCK_N=block_n, BLOCK_D=16, num_warps=8, num_stages=3)
+    return ProjectConfig(BLOCK_N=block_n, BLOCK_D=16, num_warps=8)
 
 
 def gram_config(n: int) -> GramConfig:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from queue import Empty, Queue
@@ -109,6 +110,7 @@ def compile_jobs(
     for i in range(len(jobs)):
         queue.put(i)
     deadline = time.monotonic() + timeout
+    unstarted: list[int] = []
 
     def serve() -> None:
         process = None
@@ -120,6 +122,9 @@ def compile_jobs(
                     break
                 if process is None:
                     process = _start()
+                if process is None:
+                    unstarted.append(i)
+                    break
                 results[i] = found = _ask(process, jobs[i])
                 if found == CRASHED:  # the next job gets a new process
                     process.kill()
@@ -138,18 +143,34 @@ def compile_jobs(
         thread.start()
     for thread in threads:
         thread.join()
+    if unstarted:
+        warnings.warn(
+            "a process to compile candidates in did not start (what it said is on "
+            "standard error); those left are not compiled ahead",
+            stacklevel=2,
+        )
     return results
 
 
-def _start() -> subprocess.Popen[str]:
+READY = "ready"
+"""First line of a process, so that one that cannot start is no compiler's crash."""
+
+
+def _start() -> subprocess.Popen[str] | None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", __name__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=environment,
     )
+    assert process.stdout is not None
+    if process.stdout.readline().strip() == READY:
+        return process
+    process.kill()
+    process.wait()
+    return None
 
 
 def _ask(process: subprocess.Popen[str], job: Job) -> Resources | Failure:
@@ -196,9 +217,9 @@ def serve(lines: Iterable[str]) -> None:
     # The compiler may print to standard output; answers have a channel of their own.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    print(READY, file=channel, flush=True)
     for line in lines:
-        channel.write(answer(line) + "\n")
-        channel.flush()
+        print(answer(line), file=channel, flush=True)
 
 
 if __name__ == "__main__":
