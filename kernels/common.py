@@ -10,6 +10,12 @@ recompile.
 import triton
 import triton.language as tl
 
+PARTS: tl.constexpr = tl.constexpr(64)
+"""Parts of a group's samples whose largest entries are found side by side."""
+
+REACH: tl.constexpr = tl.constexpr(40)
+"""See `frog_triton.ops.scales`, which has it for torch."""
+
 
 @triton.jit
 def layer_pointer(table_ptr, layer, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
@@ -33,14 +39,25 @@ def load_scalar(scalars_ptr, index):
 @triton.jit
 def load_scale(table_ptr, layer, group):
     """What a group's samples are multiplied by, the 1 that stands for a bias, too."""
-    return tl.load(layer_pointer(table_ptr, layer, tl.float32, 4) + group)
+    largest_ptr = layer_pointer(table_ptr, layer, tl.float32, 16) + group * PARTS
+    return _sample_scale(tl.max(tl.load(largest_ptr + tl.arange(0, PARTS)), axis=0))
 
 
 @triton.jit
 def load_scales(table_ptr, layer, groups, mask):
     """The same of several groups."""
-    scales_ptr = layer_pointer(table_ptr, layer, tl.float32, 4)
-    return tl.load(scales_ptr + groups, mask=mask, other=0.0)
+    largest_ptr = layer_pointer(table_ptr, layer, tl.float32, 16)
+    at = groups[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
+    largest = tl.load(largest_ptr + at, mask=mask[:, None], other=1.0)
+    return _sample_scale(tl.max(largest, axis=1))
+
+
+@triton.jit
+def _sample_scale(largest):
+    """The power of two that brings `largest` to between 2^-REACH and 2^(REACH + 1)."""
+    exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+    near = tl.minimum(tl.maximum(exponent, -REACH), REACH)
+    return ((127 - exponent + near) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from .common import layer_pointer, load_scale
 @triton.jit
 def _gram_kernel(
     x_table_ptr,
-    x_scale_table_ptr,
+    x_largest_table_ptr,
     k_ptr,
     N,
     D,
@@ -38,7 +38,7 @@ def _gram_kernel(
     i = (tl.program_id(0) // blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     j = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
-    scale = load_scale(x_scale_table_ptr, layer, group)
+    scale = load_scale(x_largest_table_ptr, layer, group)
 
     k = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     begin = split * split_length

@@ -35,7 +35,7 @@ def _momentum_project_kernel(
     m_table_ptr,
     v_table_ptr,
     x_table_ptr,
-    x_scale_table_ptr,
+    x_largest_table_ptr,
     g_bias_table_ptr,
     m_bias_table_ptr,
     v_bias_table_ptr,
@@ -134,7 +134,7 @@ def _momentum_project_kernel(
     squares = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     if PROJECT:
         x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
-        x_scale = load_scale(x_scale_table_ptr, layer, group)
+        x_scale = load_scale(x_largest_table_ptr, layer, group)
     for start in range(0, D, BLOCK_D):
         d = start + d_range
         mask = row_ok[:, None] & (d < D)[None, :]

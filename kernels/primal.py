@@ -46,7 +46,7 @@ def _step_length(
 @triton.jit
 def _primal_forward_kernel(
     x_table_ptr,
-    x_scale_table_ptr,
+    x_largest_table_ptr,
     y_table_ptr,
     m_table_ptr,
     m_bias_table_ptr,
@@ -151,7 +151,7 @@ def _primal_forward_kernel(
     stored_rows = (layer * GROUPS * R + layer_rows) * D
     if DEPTHWISE:
         channel = (rows // multiplier)[None, :]
-        x_scale = load_scales(x_scale_table_ptr, layer, rows // multiplier, row_ok)
+        x_scale = load_scales(x_largest_table_ptr, layer, rows // multiplier, row_ok)
         for tap in range(TAPS):
             if FIRST:
                 p = tl.load(m_ptr + layer_rows * D + tap, mask=row_ok, other=0.0)
@@ -188,7 +188,7 @@ def _primal_forward_kernel(
             )
             xp += (x.to(tl.float32) * x_scale[None, :]) * p[None, :]
     else:
-        x_scale = load_scale(x_scale_table_ptr, layer, group)
+        x_scale = load_scale(x_largest_table_ptr, layer, group)
         squares = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
@@ -341,7 +341,7 @@ def _advance(
 @triton.jit
 def _primal_adjoint_kernel(
     x_table_ptr,
-    x_scale_table_ptr,
+    x_largest_table_ptr,
     m_table_ptr,
     m_bias_table_ptr,
     m_scale_ptr,
@@ -433,9 +433,9 @@ def _primal_adjoint_kernel(
         t_ptr += layer * N * GROUPS * R
         if DEPTHWISE:
             channel = rows // multiplier
-            x_scale = load_scales(x_scale_table_ptr, layer, channel, row_ok)
+            x_scale = load_scales(x_largest_table_ptr, layer, channel, row_ok)
         else:
-            x_scale = load_scale(x_scale_table_ptr, layer, group)
+            x_scale = load_scale(x_largest_table_ptr, layer, group)
         begin = split * split_length
         end = tl.minimum(begin + split_length, N)
         for start in range(begin, end, BLOCK_N):

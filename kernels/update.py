@@ -19,7 +19,7 @@ def _update_kernel(
     theta_table_ptr,
     m_table_ptr,
     x_table_ptr,
-    x_scale_table_ptr,
+    x_largest_table_ptr,
     theta_bias_table_ptr,
     m_bias_table_ptr,
     counts_table_ptr,
@@ -62,7 +62,7 @@ def _update_kernel(
     d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = row_ok[:, None] & (d < D)[None, :]
     x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
-    x_scale = load_scale(x_scale_table_ptr, layer, group)
+    x_scale = load_scale(x_largest_table_ptr, layer, group)
     u_ptr += problem_base(problem, GROUPS, N, R)
 
     z = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)

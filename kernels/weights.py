@@ -102,7 +102,7 @@ def _fisher_weights_kernel(
 @triton.jit
 def _row_norms_kernel(
     x_table_ptr,
-    x_scale_table_ptr,
+    x_largest_table_ptr,
     norms_ptr,
     N,
     D,
@@ -138,7 +138,7 @@ def _row_norms_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN)
     x_ptr += group * group_channels * stride_xc
-    scale = load_scale(x_scale_table_ptr, layer, group)
+    scale = load_scale(x_largest_table_ptr, layer, group)
     squares = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -180,7 +180,7 @@ def _row_norms_kernel(
 @triton.jit
 def _row_scale_kernel(
     x_table_ptr,
-    x_scale_table_ptr,
+    x_largest_table_ptr,
     y_table_ptr,
     norms_ptr,
     largest_ptr,
@@ -236,6 +236,9 @@ def _row_scale_kernel(
     begin = split * split_length
     end = tl.minimum(begin + split_length, N)
 
+    if DEPTHWISE:
+        channel = rows // multiplier
+        x_scale = load_scales(x_largest_table_ptr, layer, channel, row_ok)
     largest = tl.zeros((BLOCK_R,), tl.float32)
     trace = tl.zeros((BLOCK_R,), tl.float32)
     scale = power_of_two(largest)
@@ -249,13 +252,11 @@ def _row_scale_kernel(
         y = y.to(tl.float32)
         if DEPTHWISE:
             norms = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-            channel = (rows // multiplier)[None, :]
-            x_scale = load_scales(x_scale_table_ptr, layer, channel, row_ok[None, :])
             for tap in range(TAPS):
                 x = load_window(
                     x_ptr,
                     n[:, None],
-                    channel,
+                    channel[None, :],
                     tap,
                     mask,
                     HEIGHT,
@@ -275,10 +276,10 @@ def _row_scale_kernel(
                     DILATION_W,
                     POINTWISE,
                 )
-                x = x.to(tl.float32) * x_scale
+                x = x.to(tl.float32) * x_scale[None, :]
                 norms += x * x
             if HAS_BIAS:
-                norms += x_scale * x_scale
+                norms += (x_scale * x_scale)[None, :]
         else:
             norms_at = layer * N * GROUPS + n * GROUPS + group
             norms = tl.load(norms_ptr + norms_at, mask=n < end, other=0.0)[:, None]

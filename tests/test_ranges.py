@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from frog_triton import FROG, ops, precondition
+from frog_triton.kernels import common
 from frog_triton.layers import ConvMap, MatrixMap
 from frog_triton.layers.conv import ConvSpec
 from frog_triton.ops import torch_ops, triton_ops
@@ -227,13 +228,46 @@ def test_powers_of_two(dtype):
     assert torch.equal(power_of_two(far, REACH), expected)
 
 
+def images(how, dtype=F32, groups=2):
+    x = randn(3, 4, 5, 6, dtype=dtype)
+    x[1, 3, 4, 2], x[2, 1, 0, 5] = -50.0, 7.0  # of the second group, of the first
+    if how == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif how == "spread":
+        x = torch.stack([x, 100 + x], -1)[..., 0]
+    elif how == "signals":
+        x = x.flatten(2)
+    kernel = (3,) * (x.ndim - 2)
+    spec = ConvSpec(kernel, *[(1,) * len(kernel)] * 3, groups)
+    return ConvMap(x, spec, True)
+
+
+@pytest.mark.parametrize("how", ["dense", "channels_last", "spread", "signals"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_largest_entry_of_each_group(how, dtype):
+    map_ = images(how, dtype)
+    (one, two), _ = triton_ops.prepare([map_, map_], [randn(3, 2, 5)] * 2, F32)
+    for prepared in (one, two):
+        assert prepared.largest.amax(1).tolist() == [7, 50]
+    (whole,), _ = triton_ops.prepare([images(how, dtype, 1)], [randn(3, 2, 5)], F32)
+    assert whole.largest.amax(1).tolist() == [50]
+
+
+@pytest.mark.parametrize("size", [1, 4095, 4097, 300_000])
+def test_the_largest_entry_wherever_it_lies(size):
+    x = torch.full((2, size), 0.25, device=DEVICE)
+    x[0, size // 3], x[1, -1] = 3.0, 5.0
+    maps = [MatrixMap(row[None]) for row in x]
+    prepared, _ = triton_ops.prepare(maps, [randn(1, 1, 1)] * 2, F32)
+    assert [float(m.largest.amax()) for m in prepared] == [3.0, 5.0]
+    assert all(m.largest.isfinite().all() for m in prepared)
+
+
 def test_ordinary_samples_are_left_as_they_are():
-    spec = ConvSpec((3, 3), (1, 1), (1, 1), (1, 1), 2)
-    images = ConvMap(randn(2, 4, 5, 5), spec, True)
-    for map_ in (MatrixMap(randn(5, 6), 2, True), images):
-        for backend in BACKENDS.values():
-            (prepared,), _ = backend.prepare([map_], [randn(5, 2, 1)], F32)
-            assert (prepared.scale == 1).all() and prepared.scale.shape == (2,)
+    for map_ in (MatrixMap(randn(5, 6), 2, True), images("dense")):
+        (prepared,), _ = torch_ops.prepare([map_], [randn(5, 2, 1)], F32)
+        assert (prepared.scale == 1).all() and prepared.scale.shape == (2,)
+    assert common.REACH.value == REACH
 
 
 def test_backends_are_those_of_the_package():

@@ -184,12 +184,16 @@ def _adjoint(s: Sizes, values: Mapping[str, int]) -> float:
 
 
 def _project(s: Sizes, values: Mapping[str, int]) -> float:
+    again = 0
+    if s.args["MEASURE"]:  # the rows are read once ahead
+        again = s.row_entries * s.size("M_DTYPE")
+        again += s.row_entries * s.size("G_DTYPE") * s.args["UPDATE"]
     if not s.args["PROJECT"]:
-        return 0.0
+        return again
     rows = blocks(s.args["R"], values["BLOCK_R"])
-    x = s.x_entries * s.size("X_DTYPE") * (rows - 1)
+    again += s.x_entries * s.size("X_DTYPE") * (rows - 1)
     samples = blocks(s.n, values["BLOCK_N"])
-    return x + s.row_entries * s.size("M_DTYPE") * (samples - 1)
+    return again + s.row_entries * s.size("M_DTYPE") * (samples - 1)
 
 
 def _gram(s: Sizes, values: Mapping[str, int]) -> float:

@@ -208,6 +208,11 @@ def _project(s: Sizes) -> tuple[int, int]:
     return s.products, moved + s.x_entries * s.size("X_DTYPE") + 4 * s.nr
 
 
+def _largest(s: Sizes) -> tuple[int, int]:
+    found = s.args["largest_ptr"].numel()
+    return 0, s.args["ENTRIES"] * s.problems * s.size("X_DTYPE") + 4 * found
+
+
 def _gram(s: Sizes) -> tuple[int, int]:
     splits = -(-s.args["D"] // max(1, s.args["split_length"])) or 1
     operations = 2 * s.n * s.n * s.args["D"] * s.problems
@@ -284,6 +289,7 @@ def _finish(s: Sizes) -> tuple[int, int]:
 
 _COUNTS: dict[str, Callable[[Sizes], tuple[int, int]]] = {
     "_fisher_weights_kernel": _weights,
+    "_largest_kernel": _largest,
     "_momentum_project_kernel": _project,
     "_gram_kernel": _gram,
     "_sum_splits_kernel": _sum,

@@ -64,6 +64,8 @@ class LinearMap(ABC):
         x: the samples as captured, channels (of a matrix: columns) in dimension 1.
         scale: what the samples of each group, the homogeneous coordinate included, are
             to be multiplied by, ``(groups,)``; None for one. See `ops.scales`.
+        largest: their largest entries, ``(groups, parts)``, for kernels that find the
+            scale themselves; None where they are not known.
         window: of a convolution in one or two dimensions over whole examples; None
             for all other maps.
         output_shape: spatial shape of the output.
@@ -77,6 +79,7 @@ class LinearMap(ABC):
     pointwise: bool
     x: Tensor
     scale: Tensor | None = None
+    largest: Tensor | None = None
     window: Window | None = None
     output_shape: tuple[int, ...] = ()
 
@@ -85,6 +88,12 @@ class LinearMap(ABC):
         other = copy(self)
         other.__dict__.pop("scaled_x", None)
         other.scale = scale
+        return other
+
+    def with_largest(self, largest: Tensor | None) -> Self:
+        """The same samples, knowing their largest entries."""
+        other = copy(self)
+        other.largest = largest
         return other
 
     @cached_property
@@ -130,7 +139,8 @@ class LinearMap(ABC):
 
     def explicit(self, x: Tensor) -> MatrixMap:
         """The same map, given its rows ``(N, groups * D)``."""
-        return MatrixMap(x, self.groups, self.bias).scaled(self.scale)
+        explicit = MatrixMap(x, self.groups, self.bias).scaled(self.scale)
+        return explicit.with_largest(self.largest)
 
     @abstractmethod
     def narrow_groups(self, start: int, stop: int) -> LinearMap:

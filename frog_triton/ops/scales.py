@@ -78,7 +78,4 @@ def sample_scales(xs: Sequence[SampleMap], dtype: torch.dtype) -> list[Tensor]:
     largest = largest.to(dtype)
     if bias:
         largest = largest.clamp(min=1)
-    scales = power_of_two(largest, REACH)
-    # Each layer's begin at a multiple of 16 bytes, as its samples do.
-    padded = torch.nn.functional.pad(scales, (0, -groups % 4))
-    return [layer[:groups] for layer in padded]
+    return list(power_of_two(largest, REACH))

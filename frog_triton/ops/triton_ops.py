@@ -44,7 +44,8 @@ from .triton_common import (
     empty_rows,
     flat,
     flat_samples,
-    scales_of,
+    largest_of,
+    with_largest,
     write_back,
 )
 from .triton_primal import PrimalState
@@ -85,9 +86,9 @@ def prepare(
 ) -> tuple[list[SampleMap], list[Tensor]]:
     """See `torch_ops.prepare`: 16-bit samples stay so, images where they lie.
 
-    Samples are not multiplied by their scales: the kernels do that as they read.
-    Windows in three dimensions go through torch's convolutions, unless they have one
-    tap.
+    Samples are not multiplied by their scales: the kernels do that as they read, from
+    what one launch finds. Windows in three dimensions go through torch's convolutions,
+    unless they have one tap.
     """
     xs, ys = list(xs), list(ys)
     for i, x in enumerate(xs):
@@ -96,7 +97,9 @@ def prepare(
         if not serves(x) or x.dtype not in DTYPES:
             x = x.to(dtype)
         xs[i] = x
-    return scaled(xs, torch.float32), ys
+    if not all(map(serves, xs)):
+        return scaled(xs, torch.float32), ys
+    return with_largest(xs), ys
 
 
 def momentum_(
@@ -136,16 +139,16 @@ def _momentum(
     vs: Sequence[Rows] = momenta
     if grads and nesterov:
         vs = empty_rows(momenta)[1]
-    samples = sample_scales = [m.weight for m in momenta]  # not read without samples
+    samples = largest = [m.weight for m in momenta]  # not read without samples
     if xs is not None:
-        samples, sample_scales = flat_samples(xs)[1], scales_of(xs)
+        samples, largest = flat_samples(xs)[1], largest_of(xs)
     tables = Tables(
         [
             [g.weight for g in gs],
             [m.weight for m in momenta],
             [v.weight for v in vs],
             samples,
-            sample_scales,
+            largest,
             biases(gs),
             biases(momenta),
             biases(vs),
@@ -176,7 +179,7 @@ def _momentum(
             m_table_ptr=tables[row],
             v_table_ptr=tables[2],
             x_table_ptr=tables[3],
-            x_scale_table_ptr=tables[4],
+            x_largest_table_ptr=tables[4],
             g_bias_table_ptr=tables[5],
             m_bias_table_ptr=tables[row + 5],
             v_bias_table_ptr=tables[7],
@@ -296,14 +299,14 @@ def gram(xs: Sequence[SampleMap]) -> Tensor:
     splits = max(1, min(chosen.programs // (tiles * problems), x.dim // 256))
     length = triton.cdiv(triton.cdiv(x.dim, splits), chosen.BLOCK_D) * chosen.BLOCK_D
     splits = triton.cdiv(x.dim, max(length, 1)) or 1
-    tables = Tables([samples, scales_of(xs)])
+    tables = Tables([samples, largest_of(xs)])
     partial = samples[0].new_empty(splits, layers, x.groups, n, n, dtype=torch.float32)
     launch(
         _gram_kernel,
         (tiles, problems, splits),
         chosen,
         x_table_ptr=tables[0],
-        x_scale_table_ptr=tables[1],
+        x_largest_table_ptr=tables[1],
         k_ptr=partial,
         N=n,
         D=x.dim,
@@ -431,7 +434,7 @@ def _gram_step(
             [theta.weight for theta in thetas],
             [m.weight for m in ms],
             samples,
-            scales_of(xs),
+            largest_of(xs),
             biases(thetas),
             biases(ms),
             counts or samples,
@@ -452,7 +455,7 @@ def _gram_step(
         theta_table_ptr=tables[0],
         m_table_ptr=tables[1],
         x_table_ptr=tables[2],
-        x_scale_table_ptr=tables[3],
+        x_largest_table_ptr=tables[3],
         theta_bias_table_ptr=tables[4],
         m_bias_table_ptr=tables[5],
         counts_table_ptr=tables[6],

@@ -72,7 +72,7 @@ def row_weights(
         return y.new_empty(shape, dtype=dtype)
 
     norms = empty(layers, s.n, s.map.groups) if not s.depthwise else empty(1)
-    tables = Tables([s.tensors, s.scales, ys])
+    tables = Tables([s.tensors, s.largest, ys])
     problems = layers * s.groups
     if not s.depthwise:
         chosen = tuned(
@@ -87,7 +87,7 @@ def row_weights(
             (triton.cdiv(s.n, chosen.BLOCK_N), problems),
             chosen,
             x_table_ptr=tables[0],
-            x_scale_table_ptr=tables[1],
+            x_largest_table_ptr=tables[1],
             norms_ptr=norms,
             N=s.n,
             D=s.map.dim,
@@ -116,7 +116,7 @@ def row_weights(
         (blocks_r, problems, splits),
         scaling,
         x_table_ptr=tables[0],
-        x_scale_table_ptr=tables[1],
+        x_largest_table_ptr=tables[1],
         y_table_ptr=tables[2],
         norms_ptr=norms,
         largest_ptr=largest,
@@ -266,13 +266,13 @@ def forward(
     chosen = state.forward
     blocks_r = triton.cdiv(s.problem_rows, chosen.BLOCK_R)
     ms = [m.weight for m in state.ms]
-    tables = Tables([s.tensors, s.scales, weights.ys, ms, biases(state.ms)])
+    tables = Tables([s.tensors, s.largest, weights.ys, ms, biases(state.ms)])
     launch(
         _primal_forward_kernel,
         (blocks_r * state.pap.shape[0], len(state.ms) * s.groups),
         chosen,
         x_table_ptr=tables[0],
-        x_scale_table_ptr=tables[1],
+        x_largest_table_ptr=tables[1],
         y_table_ptr=tables[2],
         m_table_ptr=tables[3],
         m_bias_table_ptr=tables[4],
@@ -327,7 +327,7 @@ def adjoint(state: PrimalState, damping: float | Tensor) -> None:
     problems = len(state.ms) * s.groups
     splits, length = _adjoint_splits(s, chosen, blocks_d)
     ms = [m.weight for m in state.ms]
-    tables = Tables([s.tensors, s.scales, ms, biases(state.ms)], [0.0, damping])
+    tables = Tables([s.tensors, s.largest, ms, biases(state.ms)], [0.0, damping])
     partial = z if state.ap is None else state.ap
 
     def run(multiply: bool, advance: bool, count: int) -> None:
@@ -336,7 +336,7 @@ def adjoint(state: PrimalState, damping: float | Tensor) -> None:
             (blocks, problems, count),
             chosen,
             x_table_ptr=tables[0],
-            x_scale_table_ptr=tables[1],
+            x_largest_table_ptr=tables[1],
             m_table_ptr=tables[2],
             m_bias_table_ptr=tables[3],
             m_scale_ptr=state.scales,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .precision import tf32_convolutions
-from .triton_common import PRECISION, interpreted, scales_of
+from .triton_common import PRECISION, interpreted, largest_of
 from .types import SampleMap
 
 # Names of the arguments that say where activations lie, and how the window moves.
@@ -36,7 +36,7 @@ class Samples:
     Attributes:
         map: of the first layer, for its sizes.
         tensors: activations of each layer, all of the same shape and strides.
-        scales: what each layer's are to be multiplied by, ``(groups,)``.
+        largest: what the scale of each layer's is found from, ``(groups, PARTS)``.
         depthwise: rows a channel where each row sees one channel of an image, else 0.
         n: positions, of all examples.
         rows: R.
@@ -45,7 +45,7 @@ class Samples:
 
     map: SampleMap
     tensors: list[Tensor]
-    scales: list[Tensor]
+    largest: list[Tensor]
     depthwise: int
     n: int
     rows: int
@@ -150,7 +150,7 @@ def samples(xs: Sequence[SampleMap], rows: int) -> Samples:
     described |= dict(zip(_WINDOW, window, strict=True))
     # One value for all matrices, so that they share a compiled kernel.
     described |= {"CHANNELS": 1 if spec is None else channels, "TAPS": taps}
-    return Samples(x, tensors, scales_of(xs), depthwise, n, rows, described)
+    return Samples(x, tensors, largest_of(xs), depthwise, n, rows, described)
 
 
 def _two(values: Sequence[int], filler: int) -> tuple[int, int]:

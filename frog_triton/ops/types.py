@@ -121,6 +121,7 @@ class SampleMap(Protocol):
     pointwise: bool
     x: Tensor
     scale: Tensor | None
+    largest: Tensor | None
     window: Window | None
     output_shape: tuple[int, ...]
 
@@ -130,6 +131,9 @@ class SampleMap(Protocol):
 
     def scaled(self, scale: Tensor | None) -> Self:
         """The same samples with another scale."""
+
+    def with_largest(self, largest: Tensor) -> Self:
+        """The same samples, knowing their largest entries."""
 
     def one(self, count: int) -> Tensor | float:
         """The homogeneous coordinate of `count` rows or problems, scaled."""
