@@ -85,7 +85,6 @@ def _momentum_project_kernel(
     d_range = tl.arange(0, BLOCK_D)
     m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
 
-    beta = 1.0
     if UPDATE:
         beta = load_scalar(scalars_ptr, 0)
         g_ptr = layer_pointer(g_table_ptr, layer, G_DTYPE, ALIGN)

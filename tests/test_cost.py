@@ -32,8 +32,8 @@ from frog_triton.solvers import FORMULATIONS
 )
 def test_gpt2_takes_as_many_launches_whatever_its_depth(blocks, samples, launches):
     counted = frog_triton.cost(gpt2_small(samples, blocks), formulation="gram")
-    # The largest samples, weights, Gram and (up to 256 samples) the sum of its splits, momentum and
-    # projection (twice beyond 128), CG, update.
+    # The largest samples, weights, Gram and (up to 256 samples) the sum of its splits,
+    # momentum and projection (twice beyond 128), CG, update.
     assert counted.launches <= 4 * launches
     assert all(line.launches <= launches for line in counted.layers)
     assert all(line.shared_by == blocks for line in counted.layers)
@@ -46,7 +46,8 @@ def test_a_linear_step_moves_less_than_adamw(rows, dim):
     n = 64
     counted = frog_triton.cost([LayerShape("", rows, dim, n, bias=False)])
     elements = counted.bytes / 4
-    # X four times (its largest, Gram, projection, update); Y, Lambda, C and u in and out.
+    # X four times (its largest, Gram, projection, update); Y, Lambda, C and u in and
+    # out.
     assert elements <= 6 * rows * dim + 8 * n * (dim + rows)
     assert elements < 7 * rows * dim  # fused AdamW: p, g, m, v in, p, m, v out
     assert counted.state_bytes == 4 * rows * dim

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ def tf32_convolutions() -> bool:
     Asked of the operator itself: reading `torch.backends.cudnn.allow_tf32` raises as
     soon as precision was set by operator, or for all backends.
     """
-    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
+    cudnn: Any = torch.backends.cudnn
+    return bool(cudnn.conv.fp32_precision == "tf32")
 
 
 @contextmanager
@@ -28,7 +30,7 @@ def exact_convolutions(x: Tensor) -> Iterator[None]:
     if not x.is_cuda:
         yield
         return
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
     rounded, deterministic = tf32_convolutions(), cudnn.deterministic
     if rounded:
         cudnn.conv.fp32_precision = "ieee"

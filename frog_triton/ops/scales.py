@@ -68,8 +68,8 @@ def sample_scales(xs: Sequence[SampleMap], dtype: torch.dtype) -> list[Tensor]:
     if samples[0].numel() == 0:
         largest = samples[0].new_ones(len(xs), groups)
     elif groups == 1:
-        norms = torch._foreach_norm(samples, float("inf"))
-        largest = torch.stack(list(norms)).unsqueeze(1)
+        norms = list(torch._foreach_norm(samples, float("inf")))
+        largest = torch.stack(norms).unsqueeze(1)
     else:
         split = [x.unflatten(1, (groups, -1)) for x in samples]
         others = [0, *range(2, split[0].ndim)]
