@@ -646,7 +646,8 @@ class FROG(Optimizer):
         Returns:
             For each layer that had any: ``nonfinite_samples``, rows that took the
             identity Fisher because of samples that were not finite, and
-            ``nonfinite_gradients``, rows left as they were because of their gradient.
+            ``nonfinite_gradients``, rows left as they were because their gradient was
+            not finite, or their momentum would not have been.
         """
         counts = {
             name: value.sum(1).tolist() for name, value in self._anomalies.items()
