@@ -9,11 +9,11 @@ from operator import mul
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 from ..autotune import config
-from ..kernels.common import PARTS, _sum_splits_kernel
+from ..kernels.common import PARTS
 from ..kernels.largest import _largest_kernel
+from .interpreter import bear_new_numpy, interpreted
 from .launch import launch
 from .tables import Tables
 from .types import Rows, SampleMap
@@ -24,13 +24,11 @@ DTYPES = {
     torch.float16: tl.float16,
 }
 
+if interpreted():
+    bear_new_numpy()
+
 PRECISION = "tf32x3"
 """Of products with float32 operands: three tensor-core products, float32's accuracy."""
-
-
-def interpreted() -> bool:
-    """Whether the kernels were built for Triton's interpreter (TRITON_INTERPRET=1)."""
-    return isinstance(_sum_splits_kernel, InterpretedFunction)
 
 
 def largest_of(xs: Sequence[SampleMap]) -> list[Tensor]:

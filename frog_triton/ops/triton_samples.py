@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .interpreter import interpreted
 from .precision import tf32_convolutions
-from .triton_common import PRECISION, interpreted, largest_of
+from .triton_common import PRECISION, largest_of
 from .types import SampleMap
 
 # Names of the arguments that say where activations lie, and how the window moves.
