@@ -14,7 +14,7 @@ from frog_triton import kernels
 from frog_triton.autotune.config import GramConfig
 from frog_triton.autotune.jobs import Job, compile_jobs
 from frog_triton.autotune.shortlist import keys
-from frog_triton.autotune.space import shared_limit
+from frog_triton.autotune.space import SMALL_SPILL, shared_limit
 from frog_triton.launches import Bucket, LayerShape
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +52,7 @@ def check(results):
     assert results
     for r in results:
         what = f"{r['kernel']} on sm_{r['capability']}, {r['samples']} {r['dtype']}"
-        assert r["spilled"] == 0, what
+        assert r["spilled"] <= SMALL_SPILL, what
         assert r["shared"] <= shared_limit(r["capability"]), what
         assert r["tensor_core"] > 0 or not r["multiplies"], what
         assert not r["inexact"], what

@@ -157,7 +157,7 @@ RESIDENT_SAMPLES = 128
 A tuned configuration whose BLOCK_N is no less than N does so for more."""
 
 # The defaults below were chosen by offline compilation for sm_80, 86, 89, 90, 100 and
-# 120: they fit the smallest of them, and do not spill. No time has been measured.
+# 120: they fit the smallest of them, and hardly spill. No time has been measured.
 
 
 def weights_config(n: int) -> WeightsConfig:
