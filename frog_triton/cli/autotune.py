@@ -28,7 +28,7 @@ from ..autotune.traffic import GPU, GPUS, detect
 from ..autotune.tuning import machine_of, progress_bar
 from ..capture import SAMPLINGS
 from ..cost import LayerCost
-from ..launches import Bucket, LayerShape
+from ..launches import Bucket, LayerShape, portions
 from . import models
 from .describe import add_model, count
 from .errors import CommandError
@@ -101,7 +101,9 @@ def grouped(
         shapes.setdefault(replace(line.layer, name=""), []).append(line.layer)
     dtypes = (sample_dtype, torch.float32, torch.float32)
     return [
-        Bucket(found[0], len(found), iters, False, dtypes) for found in shapes.values()
+        Bucket(some[0], len(some), iters, False, dtypes)
+        for found in shapes.values()
+        for some in portions(found, found[0].groups)
     ]
 
 

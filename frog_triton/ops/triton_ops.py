@@ -44,12 +44,10 @@ from .triton_common import (
     empty_rows,
     flat,
     flat_samples,
-    largest_of,
-    with_largest,
     write_back,
 )
 from .triton_primal import PrimalState
-from .triton_samples import matrix_view, serves
+from .triton_samples import largest_of, matrix_view, serves, with_largest
 from .types import Rows, SampleMap, Window, written_out
 
 __all__ = [

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..autotune import config
+from ..kernels.common import PARTS
+from ..kernels.largest import _largest_kernel
 from .interpreter import interpreted
+from .launch import launch
 from .precision import tf32_convolutions
-from .triton_common import PRECISION, largest_of
+from .tables import Tables
+from .triton_common import DTYPES, PRECISION
 from .types import SampleMap
 
 # Names of the arguments that say where activations lie, and how the window moves.
@@ -115,6 +122,65 @@ def matrix_view(x: SampleMap) -> Tensor | None:
         return None
     rows = x.x.movedim(1, -1)
     return rows.view(-1, rows.shape[-1]) if rows.is_contiguous() else None
+
+
+def largest_of(xs: Sequence[SampleMap]) -> list[Tensor]:
+    """What kernels find the scale of each layer's samples from; see `with_largest`.
+
+    Samples that have not been prepared count as near one.
+    """
+    largest = [x.largest for x in xs if x.largest is not None]
+    if len(largest) == len(xs):
+        return largest
+    return [xs[0].x.new_ones(xs[0].groups, PARTS.value, dtype=torch.float32)] * len(xs)
+
+
+def with_largest(xs: Sequence[SampleMap]) -> list[SampleMap]:
+    """The same samples, with the largest entries of parts of each group; one launch."""
+    x, samples = xs[0], [m.x for m in xs]
+    if len({t.stride() for t in samples}) > 1:
+        samples = [t.contiguous() for t in samples]
+    first = samples[0]
+    layers, groups, parts = len(xs), x.groups, int(PARTS.value)
+    channels, entries = first.shape[1] // groups, first.numel() // groups
+    sizes = [first.shape[0], channels, *first.shape[2:]]
+    order = sorted(range(len(sizes)), key=first.stride)
+    filler = 4 - len(sizes)
+    strides = [first.stride(i) for i in order] + [0] * filler
+    ordered = [sizes[i] for i in order] + [1] * filler
+    # In one piece, whatever the order of its dimensions?
+    steps = accumulate([1, *ordered], mul)
+    dense = groups == 1 and all(
+        size == 1 or stride == step
+        for size, stride, step in zip(ordered, strides, steps, strict=False)
+    )
+    chosen = config.LargestConfig()
+    tables = Tables([samples])
+    largest = first.new_empty(layers, groups, parts, dtype=torch.float32)
+    programs = max(1, min(parts, -(-entries // chosen.BLOCK)))
+    launch(
+        _largest_kernel,
+        (programs, layers * groups),
+        chosen,
+        x_table_ptr=tables[0],
+        largest_ptr=largest,
+        ENTRIES=entries,
+        part_length=-(-entries // programs),
+        GROUPS=groups,
+        SIZE_0=ordered[0],
+        SIZE_1=ordered[1],
+        SIZE_2=ordered[2],
+        stride_0=strides[0],
+        stride_1=strides[1],
+        stride_2=strides[2],
+        stride_3=strides[3],
+        stride_group=channels * first.stride(1),
+        ALIGN=tables.align,
+        X_DTYPE=DTYPES[first.dtype],
+        DENSE=dense,
+        HAS_BIAS=x.bias,
+    )
+    return [m.with_largest(parts) for m, parts in zip(xs, largest, strict=True)]
 
 
 def samples(xs: Sequence[SampleMap], rows: int) -> Samples:
