@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 
-import torch
-
 from .autotune.table import Table, active, layer_key, tuned_formulation, using
 from .autotune.traffic import GPU, GPUS, Work, detect, work
 from .launches import Bucket, shape_of, step_launches
+from .ops.precision import tf32_convolutions
 from .solvers import FORMULATIONS, Batch
 
 
@@ -102,7 +101,7 @@ def predict(
         bucket: the layers.
         gpu: whose rates.
         table: says into how many launches and splits a product falls.
-        allow_tf32: what `torch.backends.cudnn.allow_tf32` is now: it sets the price
+        allow_tf32: what `ops.precision.tf32_convolutions` says now: it sets the price
             of images in float32.
     """
     times = {}
@@ -126,7 +125,7 @@ def choose(bucket: Bucket, gpu: GPU) -> str:
     known = tuned_formulation(layer_key(bucket))
     if known is not None:
         return known
-    times = predict(bucket, gpu, active(), torch.backends.cudnn.allow_tf32)
+    times = predict(bucket, gpu, active(), tf32_convolutions())
     return min(times, key=lambda name: times[name])
 
 

@@ -37,7 +37,7 @@ def check(switch, rounded):
     # A step, in both backends.
     for backend in ("torch", "triton"):
         net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(36, 2))
-        opt = FROG(net, backend=backend, sampling="examples", formulation="primal")
+        opt = FROG(net, backend=backend, sampling="examples")
         before = net[0].weight.detach().clone()
         net(torch.randn(4, 2, 5, 5)).square().sum().backward()
         opt.step()
