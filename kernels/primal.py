@@ -189,7 +189,6 @@ def _primal_forward_kernel(
             xp += (x.to(tl.float32) * x_scale[None, :]) * p[None, :]
     else:
         x_scale = load_scale(x_largest_table_ptr, layer, group)
-        squares = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             mask = row_ok[:, None] & (d < D)[None, :]
@@ -204,7 +203,7 @@ def _primal_forward_kernel(
                 p = tl.load(r_ptr + stored, mask=mask, other=0.0)
                 p += beta[:, None] * tl.load(old_p_ptr + stored, mask=mask, other=0.0)
             tl.store(p_ptr + stored, p, mask=mask & (block_n == 0))
-            squares = tl.fma(p, p, squares)
+            pp += sum_of_products(p, p, axis=1)
             mask = (n < N)[:, None] & (d < D)[None, :]
             channel, tap = d, d
             if not POINTWISE:
@@ -235,7 +234,6 @@ def _primal_forward_kernel(
             x = as_factor(x, x_scale, PRECISION)
             p *= outstanding(x_scale, PRECISION)
             xp = product(x, tl.trans(p), xp, PRECISION)
-        pp = tl.sum(squares, axis=1)
     if HAS_BIAS:
         if FIRST:
             m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)

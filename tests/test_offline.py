@@ -14,13 +14,16 @@ from frog_triton import kernels
 from frog_triton.autotune.config import GramConfig
 from frog_triton.autotune.jobs import Job, compile_jobs
 from frog_triton.autotune.shortlist import keys
-from frog_triton.autotune.space import SMALL_SPILL, shared_limit
+from frog_triton.autotune.space import shared_limit
 from frog_triton.launches import Bucket, LayerShape
 
 ROOT = Path(__file__).parents[1]
 OLDEST_TRITON = ROOT / ".venv" / "triton-3.6"
 SMALL_CHIPS = ("86", "89", "120")
 """With 99 KiB of shared memory a block."""
+SET_ASIDE = 8
+"""Bytes a thread: two registers, which the assembler stores once, outside the innermost
+loops, to fit another block on these chips. Measured: in 2 of 2,040 launches, sm_120."""
 
 
 def run(*arguments, path=None, **environment):
@@ -52,7 +55,8 @@ def check(results):
     assert results
     for r in results:
         what = f"{r['kernel']} on sm_{r['capability']}, {r['samples']} {r['dtype']}"
-        assert r["spilled"] <= SMALL_SPILL, what
+        small = str(r["capability"]) in SMALL_CHIPS
+        assert r["spilled"] <= (SET_ASIDE if small else 0), what
         assert r["shared"] <= shared_limit(r["capability"]), what
         assert r["tensor_core"] > 0 or not r["multiplies"], what
         assert not r["inexact"], what

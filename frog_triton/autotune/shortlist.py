@@ -17,7 +17,7 @@ from .config import Config
 from .jobs import Failure, Job, compile_jobs, costliest
 from .model import predict
 from .offline import Resources
-from .space import SMALL_SPILL, candidates, invalid, shared_limit
+from .space import candidates, invalid, shared_limit
 from .table import kernel_of
 from .traffic import GPU
 
@@ -221,4 +221,4 @@ def _unusable(candidate: Candidate, gpu: GPU) -> str:
         return ""
     if usage.shared > shared_limit(gpu.capability):
         return "shared memory"
-    return "spills" if usage.spilled > SMALL_SPILL else ""
+    return "spills" if usage.spilled else ""

@@ -145,11 +145,6 @@ THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 103: 2048, 120: 15
 REGISTERS = 65536
 """32-bit registers of a multiprocessor."""
 
-SMALL_SPILL = 8
-"""Bytes a thread that may be spilled: a register or two, which the assembler sets aside
-so that a multiprocessor holds another program. Seen in the disassembly of four kernels:
-written once and read once or twice, never in an innermost loop."""
-
 LARGEST_ACCUMULATOR = 128
 """Entries a thread: with as many registers again for operands, more would spill."""
 
