@@ -165,7 +165,7 @@ def with_largest(xs: Sequence[SampleMap]) -> list[SampleMap]:
         x_table_ptr=tables[0],
         largest_ptr=largest,
         ENTRIES=entries,
-        part_length=-(-entries // programs),
+        part_length=16 * -(-entries // (16 * programs)),  # whole vectors of any type
         GROUPS=groups,
         SIZE_0=ordered[0],
         SIZE_1=ordered[1],
