@@ -170,7 +170,7 @@ def weights_config(n: int) -> WeightsConfig:
 def project_config(n: int) -> ProjectConfig:
     """Up to 128 samples beside a block of rows; without any, long pieces of rows."""
     if n == 0:
-        return ProjectConfig(BLOCK_N=16, BLOCK_R=8, BLOCK_D=128, num_warps=8)
+        return ProjectConfig(BLOCK_N=16, BLOCK_R=8, BLOCK_D=64)
     block_n = min(power_of_two(n), 128)
     if block_n <= 32:
         return ProjectConfig(BLOCK_N=block_n, BLOCK_R=16, num_stages=3)
