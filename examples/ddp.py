@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 examples/ddp.py [--shard]
 """
 
+import gc
 import sys
 
 import torch
@@ -28,13 +29,20 @@ def build(device: torch.device, shard: bool) -> nn.Module:
 
 
 def main(shard: bool) -> None:
-    """Learn the distance of two points in eight dimensions."""
+    """Train, and leave the others in order."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend)
     device = torch.device("cpu")
     if backend == "nccl":
         device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
         torch.cuda.set_device(device)
+    train(device, shard)
+    gc.collect()  # what still holds process groups must go before they do
+    dist.destroy_process_group()
+
+
+def train(device: torch.device, shard: bool) -> None:
+    """Learn the distance of two points in eight dimensions."""
     model = build(device, shard)
     optimizer = FROG(model, fallback="adamw")  # the wrapped model; no more to do
 
@@ -50,7 +58,6 @@ def main(shard: bool) -> None:
     if dist.get_rank() == 0:
         optimizer.describe()
         print(f"loss {loss.item() / dist.get_world_size():.3f}")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
