@@ -23,26 +23,17 @@ def build(device: torch.device, shard: bool) -> nn.Module:
         *(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU()),
         nn.Linear(32, 1),
     ).to(device)
-    if shard:
-        return fully_shard(model)
-    return DistributedDataParallel(model)
+    return fully_shard(model) if shard else DistributedDataParallel(model)
 
 
 def main(shard: bool) -> None:
-    """Train, and leave the others in order."""
+    """Learn the distance of two points in eight dimensions."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend)
     device = torch.device("cpu")
     if backend == "nccl":
         device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    train(device, shard)
-    gc.collect()  # what still holds process groups must go before they do
-    dist.destroy_process_group()
-
-
-def train(device: torch.device, shard: bool) -> None:
-    """Learn the distance of two points in eight dimensions."""
     model = build(device, shard)
     optimizer = FROG(model, fallback="adamw")  # the wrapped model; no more to do
 
@@ -58,6 +49,9 @@ def train(device: torch.device, shard: bool) -> None:
     if dist.get_rank() == 0:
         optimizer.describe()
         print(f"loss {loss.item() / dist.get_world_size():.3f}")
+    del model, optimizer, loss  # what holds process groups goes before they do
+    gc.collect()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
