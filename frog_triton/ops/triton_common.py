@@ -17,11 +17,12 @@ DTYPES = {
     torch.float16: tl.float16,
 }
 
-if interpreted():
-    bear_new_numpy()
-
 PRECISION = "tf32x3"
 """Of products with float32 operands: three tensor-core products, float32's accuracy."""
+
+
+if interpreted():
+    bear_new_numpy()
 
 
 def flat_samples(xs: Sequence[SampleMap]) -> tuple[SampleMap, list[Tensor]]:
