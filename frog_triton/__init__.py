@@ -5,7 +5,8 @@ from importlib.metadata import version
 from .cost import cost
 from .optimizer import FROG
 from .preconditioner import precondition
+from .presets import PAPER
 
-__all__ = ["FROG", "__version__", "cost", "precondition"]
+__all__ = ["FROG", "PAPER", "__version__", "cost", "precondition"]
 
 __version__ = version("frog-triton")

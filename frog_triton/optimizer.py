@@ -52,6 +52,10 @@ if TYPE_CHECKING:
     from .distributed.ranks import Ranks
 
 
+ADAMW_LR = 3e-3
+"""Of parameters that AdamW updates beside FROG, unless `fallback_lr` says otherwise."""
+
+
 class FROG(Optimizer):
     """Fisher row-wise preconditioning, Algorithm 1, for the layers of a model.
 
@@ -164,17 +168,17 @@ class FROG(Optimizer):
         lr: float | Tensor = 2e-2,
         *,
         momentum: float = 0.9,
-        nesterov: bool = False,
-        orthogonalize: bool = False,
-        weight_decay: float = 1e-5,
-        damping: float = 1e-4,
+        nesterov: bool = True,
+        orthogonalize: bool = True,
+        weight_decay: float = 1e-2,
+        damping: float = 1.0,
         cg_iters: int = 4,
         sample_size: int | None = None,
         sampling: str = "positions",
         params: Iterable[Any] | None = None,
         exclude: Sequence[Exclusion] = (),
         exclude_output_layer: bool = True,
-        fallback: str = "sgd",
+        fallback: str = "adamw",
         fallback_lr: float | Tensor | None = None,
         momentum_dtype: torch.dtype | None = None,
         seed: int = 0,
@@ -202,7 +206,7 @@ class FROG(Optimizer):
                 f"fallback must be one of {tuple(FALLBACKS)}, got {fallback!r}"
             )
         if fallback_lr is None:
-            fallback_lr = lr if fallback == "sgd" else 1e-3
+            fallback_lr = lr if fallback == "sgd" else ADAMW_LR
         if momentum_dtype is not None and momentum_dtype not in MOMENTUM_DTYPES:
             raise ValueError(
                 f"momentum_dtype must be one of {MOMENTUM_DTYPES} or None, got "
