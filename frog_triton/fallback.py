@@ -2,8 +2,8 @@
 
 Weight decay is decoupled and left off biases and norms (parameters of fewer than two
 dimensions), so both kinds are torch's functions called without a decay of their own.
-Where no step may wait for the device (``capturable``), AdamW is torch's fused one and
-SGD a few lines here.
+Where no step may wait for the device (on a GPU, or ``capturable``), AdamW is torch's
+fused one, and an SGD whose step may have to be skipped is a few lines here.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Fallback(ABC):
     defaults: dict[str, Any]
 
     @abstractmethod
-    def init_state(self, param: nn.Parameter, capturable: bool) -> dict[str, Tensor]:
-        """Fresh state of one parameter; `capturable` keeps counters on its device."""
+    def init_state(self, param: nn.Parameter) -> dict[str, Tensor]:
+        """Fresh state of one parameter, all of it on the parameter's device."""
 
     @abstractmethod
     def update(
@@ -54,8 +54,7 @@ class Fallback(ABC):
             params: all of one group.
             states: theirs.
             group: hyperparameters.
-            found_inf: a GradScaler's, for capturable groups only: nothing changes
-                where it is not 0.
+            found_inf: where it is not 0, nothing changes. None takes the step.
         """
         if not params:
             return
@@ -73,9 +72,7 @@ class SGD(Fallback):
 
     defaults: dict[str, Any] = {}  # noqa: RUF012
 
-    def init_state(  # noqa: D102
-        self, param: nn.Parameter, capturable: bool
-    ) -> dict[str, Tensor]:
+    def init_state(self, param: nn.Parameter) -> dict[str, Tensor]:  # noqa: D102
         return {"momentum_buffer": torch.zeros_like(param)}
 
     def update(  # noqa: D102
@@ -87,7 +84,7 @@ class SGD(Fallback):
         found_inf: Tensor | None,
     ) -> None:
         buffers = [state["momentum_buffer"] for state in states]
-        if group["capturable"]:
+        if group["capturable"] or found_inf is not None:
             _sgd_on_device(params, grads, buffers, group, found_inf)
             return
         sgd(
@@ -137,11 +134,9 @@ class AdamW(Fallback):
 
     defaults: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}  # noqa: RUF012
 
-    def init_state(  # noqa: D102
-        self, param: nn.Parameter, capturable: bool
-    ) -> dict[str, Tensor]:
+    def init_state(self, param: nn.Parameter) -> dict[str, Tensor]:  # noqa: D102
         return {
-            "step": step_counter(param, capturable),
+            "step": step_counter(param.device),
             "exp_avg": torch.zeros_like(param),
             "exp_avg_sq": torch.zeros_like(param),
         }
@@ -155,6 +150,7 @@ class AdamW(Fallback):
         found_inf: Tensor | None,
     ) -> None:
         beta1, beta2 = group["betas"]
+        on_device = group["capturable"] or found_inf is not None or params[0].is_cuda
         adamw(
             params,
             grads,
@@ -169,7 +165,7 @@ class AdamW(Fallback):
             weight_decay=0.0,
             eps=group["eps"],
             maximize=False,
-            fused=group["capturable"] or None,
+            fused=on_device or None,
             capturable=group["capturable"],
             found_inf=found_inf,
         )

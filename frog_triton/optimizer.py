@@ -19,6 +19,7 @@ from .capture import SAMPLINGS, SampleCapture
 from .diagnostics import Diagnostics, memory_usage
 from .distributed import check_placements, find_ranks
 from .fallback import FALLBACKS
+from .gradients import GradientWatch
 from .groups import check_group, entries, param_list, user_groups
 from .guards import is_capturing, no_autocast, problem_with_grads
 from .ops.launch import capturable as without_host_copies
@@ -41,6 +42,7 @@ from .step import (
     Samples,
     directions,
     layer_step,
+    local,
     no_samples,
     step_along,
     step_layers,
@@ -240,6 +242,7 @@ class FROG(Optimizer):
         self._layer_of: dict[nn.Parameter, Layer] = {}
         self._anomalies: dict[str, Tensor] = {}
         self._warned: set[str] = set()
+        self._gradients = GradientWatch()
         self._solved: dict[str, str] = {}
         self._stepped = False
         self._process_group = process_group
@@ -334,7 +337,7 @@ class FROG(Optimizer):
         self, param: nn.Parameter, group: dict[str, Any]
     ) -> dict[str, Tensor]:
         if group["updated_by"] != "frog":
-            return FALLBACKS[group["updated_by"]].init_state(param, self.capturable)
+            return FALLBACKS[group["updated_by"]].init_state(param)
         is_weight = self._layer_of[param].weight is param
         return row_state(
             param, self._momentum_dtype, step=is_weight, capturable=self.capturable
@@ -377,6 +380,8 @@ class FROG(Optimizer):
             RuntimeError: a gradient is sparse, there has been no backward pass yet, or
                 `close` has been called, or a CUDA graph is being captured without
                 `capturable`. Nothing has been changed then.
+
+        A step in which a gradient is not finite changes nothing; `anomalies` counts it.
         """
         if self.capture.closed:
             raise RuntimeError(
@@ -394,16 +399,27 @@ class FROG(Optimizer):
             self._verify(self._ranks, problem)
         if problem is not None:
             raise RuntimeError(problem)
+        found_inf = self._found_inf()
         if self._ranks is not None:
-            layers = list(self._plan.layers.values())
-            self.capture.fired |= self._ranks.agree(layers, self.capture)
+            found_inf = self._agree(self._ranks, found_inf)
+        if found_inf is not None and not found_inf.is_cuda and not self.capturable:
+            if found_inf:
+                self.capture.clear()
+                return loss
+            found_inf = None
         self._let_go_of_unhooked()
+        self._step(found_inf)
+        self.capture.clear()
+        self._stepped = True
+        return loss
+
+    def _step(self, found_inf: Tensor | None) -> None:
+        """Step; where `found_inf` is not 0, change nothing."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            move_state(self.state, params, self.capturable)
+            move_state(self.state, group, params)
         # Products in a lower precision are for the model, not for its optimizer.
         with no_autocast(self.param_groups), self._no_waiting():
-            found_inf = self._unscale()
             # All is gathered before anything is changed.
             if self._ranks is not None:
                 self._ranks.send_samples(self._with_gradient(self.param_groups))
@@ -418,19 +434,41 @@ class FROG(Optimizer):
                     states = [self.state[p] for p in params]
                     fallback = FALLBACKS[group["updated_by"]]
                     fallback.step(params, states, group, found_inf)
-        self.capture.clear()
-        self._stepped = True
-        return loss
 
-    def _unscale(self) -> Tensor | None:
-        """Divide by a GradScaler's scale, if it left that to us; its ``found_inf``."""
+    def _found_inf(self) -> Tensor | None:
+        """Not 0 where a gradient is not finite, so that the step is to be skipped.
+
+        A GradScaler that leaves its work to us has looked already.
+        """
+        named = {
+            self._plan.names[p]: local(p.grad)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        }
         found_inf = getattr(self, "found_inf", None)
-        if not isinstance(found_inf, Tensor):
+        if isinstance(found_inf, Tensor):
+            unscale_(named.values(), getattr(self, "grad_scale", None))
+            return found_inf
+        largest = self._gradients.look(named)
+        if largest is None:
             return None
-        params = [p for group in self.param_groups for p in group["params"]]
-        grads = [p.grad for p in params if p.grad is not None]
-        unscale_(grads, getattr(self, "grad_scale", None))
+        if not self.capturable:
+            self._gradients.warn_of_growth(largest)
+        found_inf = (~torch.isfinite(largest)).float()
+        if self._ranks is None:
+            self._gradients.count_skipped(found_inf)
         return found_inf
+
+    def _agree(self, ranks: Ranks, found_inf: Tensor | None) -> Tensor:
+        """The same of all ranks, on the host; they also say what samples they bring."""
+        layers = list(self._plan.layers.values())
+        bad = found_inf is not None and bool(found_inf)
+        fired, bad = ranks.agree(layers, self.capture, bad)
+        self.capture.fired |= fired
+        skipped = torch.tensor(float(bad))
+        self._gradients.count_skipped(skipped)
+        return skipped
 
     def _step_rows(
         self,
@@ -455,7 +493,9 @@ class FROG(Optimizer):
             self._solved |= solved
         for step in steps:
             counter = self.state[step.layer.weight]["step"]
-            counter += steps_taken(found_inf, counter.device)
+            # The host's counts calls: it does not wait to hear of a skipped step.
+            skipped = found_inf if self.capturable else None
+            counter += steps_taken(skipped, counter.device)
 
     def _here(self, gathered: Gathered) -> Gathered:
         """What this rank solves of it."""
@@ -643,24 +683,26 @@ class FROG(Optimizer):
         return self._plan.reasons[param] + (f"; {solved}" if solved else "")
 
     def anomalies(self) -> dict[str, dict[str, int]]:
-        """Rows met so far that were not finite; reading them waits for the device.
+        """What was not finite so far; reading it waits for the device.
 
-        On several ranks each counts the rows that it solves.
+        A step in which any gradient is not finite changes nothing. On several ranks
+        each counts what it holds, and all skip together.
 
         Returns:
-            For each layer that had any: ``nonfinite_samples``, rows that took the
-            identity Fisher because of samples that were not finite, and
-            ``nonfinite_gradients``, rows left as they were because their gradient was
-            not finite, or their momentum would not have been.
+            Only what there was: under ``"model"`` the ``skipped_steps``; under the name
+            of a parameter, in how many steps its gradient held values that are not
+            finite, ``nonfinite_gradients``; and under that of a layer
+            ``nonfinite_samples``, rows that took the identity Fisher because of
+            samples that were not finite, and ``overflowing_momenta``, rows left as
+            they were because their momentum would not have been finite.
         """
-        counts = {
-            name: value.sum(1).tolist() for name, value in self._anomalies.items()
-        }
-        return {
-            name: {"nonfinite_samples": samples, "nonfinite_gradients": gradients}
-            for name, (samples, gradients) in counts.items()
-            if samples or gradients
-        }
+        found = self._gradients.counts()
+        kinds = ("nonfinite_samples", "overflowing_momenta")
+        for name, value in self._anomalies.items():
+            rows = dict(zip(kinds, value.sum(1).tolist(), strict=True))
+            if any(rows.values()):
+                found[name] = found.get(name, {}) | rows
+        return found
 
     @contextmanager
     def diagnose(self) -> Iterator[Diagnostics]:

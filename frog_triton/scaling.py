@@ -1,9 +1,9 @@
-"""What a GradScaler asks of an optimizer that steps without waiting for it.
+"""Steps of which only the device knows whether they are taken.
 
-To an optimizer that supports it, the scaler hands ``grad_scale`` and ``found_inf`` as
-tensors on the device. Whether the step is taken is then known there only: rows of
-which no step is to be taken get a gradient that is not finite for as long as the step
-lasts, and the solvers leave such rows, and their momentum, as they are.
+To an optimizer that supports it, a GradScaler hands ``grad_scale`` and ``found_inf`` as
+tensors on the device; without one, FROG finds its own. Rows of which no step is to be
+taken get a gradient that is not finite for as long as the step lasts, and the solvers
+leave such rows, and their momentum, as they are.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def steps_taken(found_inf: Tensor | None, device: torch.device) -> float | Tenso
     """1, or a tensor of 0 where the step is to be skipped.
 
     Args:
-        found_inf: the scaler's; None takes every step.
+        found_inf: not 0 where the step is to be skipped; None takes every step.
         device: where the answer is wanted.
     """
     if found_inf is None:
@@ -64,7 +64,7 @@ def skipping(
     Args:
         grads: rows that the step will read; whole again afterwards.
         counts: int32, of anomalies; what is counted in a skipped step is taken back.
-        found_inf: the scaler's; None takes every step.
+        found_inf: not 0 where the step is to be skipped; None takes every step.
     """
     if found_inf is None or not grads:
         yield
@@ -72,8 +72,7 @@ def skipping(
     taken = found_inf == 0
     # One entry that is not finite is enough for a row.
     entries = [g.weight[:, 0] if g.bias is None else g.bias for g in grads]
-    kept = [entry.clone() for entry in entries]
-    before = [count.clone() for count in counts]
+    kept, before = _copies(entries), _copies(counts)
     multiply_(entries, torch.where(taken, 1.0, float("nan")))
     try:
         yield
@@ -83,3 +82,18 @@ def skipping(
         torch._foreach_sub_(held, before)
         multiply_(held, taken.to(torch.int32))
         torch._foreach_add_(held, before)
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A copy of each; one launch for all of a device and dtype."""
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        alike.setdefault((tensor.device, tensor.dtype), []).append(i)
+    copies: dict[int, Tensor] = {}
+    for places in alike.values():
+        flat = torch.cat([tensors[i].reshape(-1) for i in places])
+        parts = flat.split([tensors[i].numel() for i in places])
+        copies |= {
+            i: p.view(tensors[i].shape) for i, p in zip(places, parts, strict=True)
+        }
+    return [copies[i] for i in range(len(tensors))]

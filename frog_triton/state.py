@@ -30,30 +30,34 @@ def row_state(
     buffer = torch.zeros_like(param, dtype=dtype, memory_format=fmt)
     if not step:
         return {"momentum_buffer": buffer}
-    return {"momentum_buffer": buffer, "step": step_counter(param, capturable)}
+    counter = step_counter(param.device if capturable else torch.device("cpu"))
+    return {"momentum_buffer": buffer, "step": counter}
 
 
-def step_counter(param: nn.Parameter, capturable: bool) -> Tensor:
-    """A counter at 0, on the parameter's device if it must never be waited for."""
-    device = param.device if capturable else "cpu"
+def step_counter(device: torch.device) -> Tensor:
+    """A counter at 0."""
     return torch.zeros((), dtype=torch.float32, device=device)
 
 
 def move_state(
     state: Mapping[Any, dict[str, Any]],
+    group: Mapping[str, Any],
     params: Iterable[nn.Parameter],
-    capturable: bool,
 ) -> None:
     """Follow parameters that were moved to another device.
 
+    The step counters of preconditioned layers stay on the host, where hooks read them,
+    unless the group is capturable.
+
     Args:
         state: of all parameters.
+        group: of these parameters.
         params: whose state is to be where they are.
-        capturable: whether the step counters go along; otherwise the host has them.
     """
+    on_host = group["updated_by"] == "frog" and not group["capturable"]
     for param in params:
         for key, value in state[param].items():
-            stays = key == "step" and not capturable
+            stays = key == "step" and on_host
             device = torch.device("cpu") if stays else param.device
             if value.device != device:
                 state[param][key] = value.to(device)
@@ -108,12 +112,12 @@ def restore(
         state_dict: as it was saved.
         capturable: of this optimizer.
     """
-    for group in optimizer.param_groups:
-        group["capturable"] = capturable
     saved = [i for group in state_dict["param_groups"] for i in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for index, param in zip(saved, params, strict=True):
         for key, value in state_dict["state"].get(index, {}).items():
             if isinstance(value, Tensor):
                 optimizer.state[param][key] = value.to(param.device, copy=True)
-    move_state(optimizer.state, params, capturable)
+    for group in optimizer.param_groups:
+        group["capturable"] = capturable
+        move_state(optimizer.state, group, group["params"])

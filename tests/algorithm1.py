@@ -11,7 +11,7 @@ class Algorithm1:
 
     Args:
         module: the layer; its parameters at this moment are the start.
-        options: the optimizer's, by its names.
+        options: the optimizer's, by its names and with its defaults.
     """
 
     def __init__(self, module, **options):
@@ -19,10 +19,10 @@ class Algorithm1:
         self.options = dict(
             lr=2e-2,
             momentum=0.9,
-            nesterov=False,
-            orthogonalize=False,
-            weight_decay=1e-5,
-            damping=1e-4,
+            nesterov=True,
+            orthogonalize=True,
+            weight_decay=1e-2,
+            damping=1.0,
             cg_iters=4,
         )
         self.options |= options

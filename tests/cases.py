@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+import frog_triton
+
+PAPER = {**frog_triton.PAPER, "sampling": "positions"}
+"""Algorithm 1 itself; tests that are about the sampling choose it."""
+
 CASES = {
     "linear": (lambda: nn.Linear(7, 5), (6, 7)),
     "linear-nobias": (lambda: nn.Linear(7, 5, bias=False), (6, 7)),

@@ -9,6 +9,7 @@ import oracles
 import pytest
 import torch
 from algorithm1 import Algorithm1
+from cases import PAPER
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -78,11 +79,12 @@ def test_pooling_keeps_every_candidate_with_equal_chance():
     torch.testing.assert_close(counts / 200, expected, rtol=0.1, atol=0)
 
 
-def test_algorithm_1_with_a_module_called_twice():
+@pytest.mark.parametrize("options", [{}, PAPER])
+def test_algorithm_1_with_a_module_called_twice(options):
     layer, head = nn.Linear(3, 3).double(), nn.Linear(3, 2).double()
     net = nn.ModuleList([layer, head])
-    opt = FROG(net, sample_size=1000)
-    model = Algorithm1(layer)
+    opt = FROG(net, sample_size=1000, **options)
+    model = Algorithm1(layer, **options)
     x = torch.randn(5, 3).double()
     seen = []
 
@@ -100,13 +102,14 @@ def test_algorithm_1_with_a_module_called_twice():
     assert oracles.relative_error(layer.weight, model.weight) < 1e-12
 
 
-def test_algorithm_1_with_a_shared_weight():
+@pytest.mark.parametrize("options", [{}, PAPER])
+def test_algorithm_1_with_a_shared_weight(options):
     a, b, head = (nn.Linear(3, 3).double() for _ in range(3))
     b.weight, b.bias = a.weight, a.bias
     net = nn.ModuleList([a, b, head])
-    opt = FROG(net, sample_size=1000)
+    opt = FROG(net, sample_size=1000, **options)
     assert len(opt.describe()) == 4
-    model = Algorithm1(a)
+    model = Algorithm1(a, **options)
     x = torch.randn(5, 3).double()
     first = a(x)
     second_in = torch.tanh(first)
@@ -153,7 +156,7 @@ def test_nothing_is_kept_outside_training(mode):
 
 
 def test_training_goes_on_in_eval_mode_with_the_identity():
-    net, opt = two_layers()
+    net, opt = two_layers(**PAPER)
     net.eval()
     net(torch.randn(5, 3).double()).square().sum().backward()
     grad = torch.cat([net[0].weight.grad, net[0].bias.grad[:, None]], 1)
@@ -235,7 +238,7 @@ def test_layer_used_without_its_module_falls_back_with_a_warning():
     assert "attention.out_proj.weight" in opt.describe().updated_by("frog")
     x = torch.randn(3, 5, 4)
     net(x).square().sum().backward()
-    with pytest.warns(UserWarning, match=r"attention\.out_proj: .*sgd updates it"):
+    with pytest.warns(UserWarning, match=r"attention\.out_proj: .*adamw updates it"):
         opt.step()
     table = opt.describe()
     assert table.updated_by("frog") == ["inner.weight", "inner.bias"]
@@ -251,6 +254,6 @@ def test_layer_used_without_its_module_falls_back_with_a_warning():
     second = FROG(other)
     second.load_state_dict(opt.state_dict())
     assert second.describe().updated_by("frog") == ["inner.weight", "inner.bias"]
-    buffer = opt.state[net.attention.out_proj.weight]["momentum_buffer"]
-    twin = second.state[other.attention.out_proj.weight]["momentum_buffer"]
-    assert torch.equal(buffer, twin)
+    average = opt.state[net.attention.out_proj.weight]["exp_avg"]
+    twin = second.state[other.attention.out_proj.weight]["exp_avg"]
+    assert torch.equal(average, twin)

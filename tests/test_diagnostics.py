@@ -4,6 +4,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from cases import PAPER
 from torch import nn
 
 from frog_triton import FROG
@@ -19,9 +20,8 @@ def make(**options):
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("formulation", ["primal", "gram"])
 def test_values_are_those_of_the_dense_systems(formulation, nesterov):
-    net, opt = make(
-        formulation=formulation, nesterov=nesterov, damping=1e-2, weight_decay=0.0
-    )
+    options = PAPER | {"nesterov": nesterov, "damping": 1e-2, "weight_decay": 0.0}
+    net, opt = make(formulation=formulation, **options)
     conv, seen = net[0], {}
 
     def watch(module, args, output):
@@ -89,16 +89,19 @@ def test_a_step_that_is_looked_at_is_the_step_that_is_not():
     assert torch.equal(*weights)
 
 
+@pytest.mark.parametrize("fallback", ["sgd", "adamw"])
 @pytest.mark.parametrize(
     ("sampling", "kept"),
     # Activations and output gradients; patches of three pixels of two channels.
     [("examples", 6 * 2 * 5 + 6 * 4 * 5), ("positions", 30 * 6 + 30 * 4)],
 )
-def test_bytes(sampling, kept):
-    net, opt = make(sampling=sampling)
+def test_bytes(sampling, kept, fallback):
+    net, opt = make(sampling=sampling, fallback=fallback)
     count = sum(p.numel() for p in net.parameters())
     usage = opt.memory_usage()
-    assert usage["state"] == 8 * count + 4  # one step counter
+    # One step counter; AdamW has a second average and a counter of its own.
+    rest = [p.numel() for p in net[3].parameters()] if fallback == "adamw" else []
+    assert usage["state"] == 8 * count + 4 + sum(8 * n + 4 for n in rest)
     assert usage["counters"] == 4 * 2 * 4
     assert usage["samples"] == 0
     net(torch.randn(6, 2, 5).double()).sum().backward()

@@ -5,6 +5,7 @@ import io
 import oracles
 import torch
 from algorithm1 import Algorithm1
+from cases import PAPER
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -77,7 +78,7 @@ def test_random_events_are_algorithm_1(data):
     choose = data.draw
     kinds = choose(st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=3))
     dtype = choose(st.sampled_from([torch.float64, torch.float32]))
-    options = {
+    options = PAPER | {
         "momentum": choose(st.sampled_from([0.5, 0.9])),
         "nesterov": choose(st.booleans()),
         "weight_decay": choose(st.sampled_from([0.0, 0.1])),
@@ -94,7 +95,7 @@ def test_random_events_are_algorithm_1(data):
     torch.manual_seed(0)
     net = Net(kinds, bias=choose(st.booleans())).to(dtype)
     generator = torch.Generator().manual_seed(choose(st.integers(0, 99)))
-    opt = FROG(net, **options, **build)
+    opt = FROG(net, **(options | build))
     models = [Algorithm1(layer, **options) for layer in net.layers]
     watches = [Watch(layer) for layer in net.layers]
 

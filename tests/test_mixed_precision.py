@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from algorithm1 import Algorithm1
+from cases import PAPER
 from torch import nn
 
 from frog_triton import FROG
@@ -49,10 +50,13 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sampling", ["examples", "positions"])
-def test_autocast_is_algorithm_1_on_what_the_layers_saw(dtype, sampling):
+@pytest.mark.parametrize("options", [{}, PAPER])
+def test_autocast_is_algorithm_1_on_what_the_layers_saw(options, dtype, sampling):
     net = Net()
-    opt = FROG(net, sample_size=1000, sampling=sampling)
-    models = {name: Algorithm1(getattr(net, name)) for name in ("conv", "fc")}
+    options = options | {"sampling": sampling}
+    opt = FROG(net, sample_size=1000, **options)
+    layers = {name: net.get_submodule(name) for name in ("conv", "fc")}
+    models = {name: Algorithm1(m, **options) for name, m in layers.items()}
     seen = {}
 
     def watch(name):
@@ -84,9 +88,10 @@ def test_autocast_is_algorithm_1_on_what_the_layers_saw(dtype, sampling):
     assert opt.state[net.fc.weight]["momentum_buffer"].dtype == torch.float32
 
 
-def test_a_bfloat16_model_keeps_its_momentum_in_float32():
+@pytest.mark.parametrize("options", [{}, PAPER])
+def test_a_bfloat16_model_keeps_its_momentum_in_float32(options):
     net = Net().bfloat16()
-    opt = FROG(net, sample_size=1000)
+    opt = FROG(net, sample_size=1000, **options)
     seen = {}
     net.fc.register_forward_hook(
         lambda module, args, output: (
@@ -94,7 +99,7 @@ def test_a_bfloat16_model_keeps_its_momentum_in_float32():
             output.register_hook(lambda g: seen.__setitem__("y", g)),
         )[0]
     )
-    model = Algorithm1(net.fc)
+    model = Algorithm1(net.fc, **options)
     for step in range(3):
         x, y = batch(step)
         opt.zero_grad()
@@ -111,18 +116,14 @@ def test_a_bfloat16_model_keeps_its_momentum_in_float32():
     assert net.fc.weight.dtype == torch.bfloat16
 
 
-def train(scaler, capturable, clip=None, steps=4, fallback="sgd"):
+def train(scaler, clip, **options):
     """Train, with or without a scaler; the scale changes from step to step."""
     torch.manual_seed(0)
     net = Net().double()
-    opt = FROG(
-        net,
-        sampling="examples",  # three positions alone would leave rounding over tau
-        sample_size=3,
-        capturable=capturable,
-        fallback=fallback,
-    )
-    for step in range(steps):
+    # Examples: with PAPER, three positions alone would leave rounding over tau.
+    options |= {"sampling": "examples", "sample_size": 3}
+    opt = FROG(net, **options)
+    for step in range(4):
         x, y = batch(step)
         opt.zero_grad()
         loss = F.cross_entropy(net(x.double()), y)
@@ -152,11 +153,13 @@ CLIPS = {
 @pytest.mark.parametrize("fallback", ["sgd", "adamw"])
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("clip", CLIPS)
-def test_a_loss_scale_leaves_no_trace(clip, capturable, fallback):
+@pytest.mark.parametrize("options", [{}, PAPER])
+def test_a_loss_scale_leaves_no_trace(options, clip, capturable, fallback):
+    options = options | {"capturable": capturable, "fallback": fallback}
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
-    scaled = train(scaler, capturable, CLIPS[clip], fallback=fallback)
+    scaled = train(scaler, CLIPS[clip], **options)
     assert scaler.get_scale() == 2.0**12
-    plain = train(None, capturable, CLIPS[clip], fallback=fallback)
+    plain = train(None, CLIPS[clip], **options)
     for a, b in zip(scaled.parameters(), plain.parameters(), strict=True):
         # Powers of two are exact but for the norm's and the scaler's own rounding:
         # measured 1.4e-7 of the largest entry.

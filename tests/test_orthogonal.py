@@ -4,6 +4,7 @@ import oracles
 import pytest
 import torch
 from algorithm1 import Algorithm1
+from cases import PAPER
 from torch import nn
 
 from frog_triton import FROG
@@ -115,12 +116,14 @@ def test_singular_values_are_near_one():
     assert values.min() > 0.6 and values.max() < 1.3  # measured 0.68 to 1.13
 
 
+@pytest.mark.parametrize(
+    "options", [{}, PAPER | {"orthogonalize": True, "damping": 1e-2}]
+)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_step_in_either_layout(layout):
+def test_a_step_in_either_layout(layout, options):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(6, 2)).double()
     net[0].weight.data = net[0].weight.data.to(memory_format=layout)
-    options = {"orthogonalize": True, "damping": 1e-2}
     model = Algorithm1(net[0], **options)
     opt, *seen = first_step(net, **options)
     model.step(*seen)

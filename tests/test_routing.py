@@ -92,8 +92,8 @@ def test_weights_shared_with_something_else():
     )
     net["proj"].weight = net["embed"].weight
     found = routes(FROG(net, exclude_output_layer=False))
-    assert found["embed.weight"] == ("sgd", "weight shared with Embedding")
-    assert found["proj.bias"] == ("sgd", "weight shared with Embedding")
+    assert found["embed.weight"] == ("adamw", "weight shared with Embedding")
+    assert found["proj.bias"] == ("adamw", "weight shared with Embedding")
 
 
 def test_shared_weight_with_biases_of_their_own():
@@ -105,7 +105,7 @@ def test_shared_weight_with_biases_of_their_own():
         found["a.bias"]
         == found["b.bias"]
         == (
-            "sgd",
+            "adamw",
             "bias not shared like its weight",
         )
     )
@@ -122,7 +122,8 @@ def test_shared_weight_in_another_geometry():
     net["b"].weight = net["a"].weight
     with pytest.warns(UserWarning, match="preconditions no parameter"):
         found = routes(FROG(net))
-    assert found["a.weight"] == ("sgd", "weight shared by layers of different geometry")
+    reason = "weight shared by layers of different geometry"
+    assert found["a.weight"] == ("adamw", reason)
 
 
 def test_computed_weights_and_overridden_forwards():
@@ -151,7 +152,7 @@ def test_bias_in_another_group():
     opt = FROG(net, params=[{"params": weights}, {"params": biases, "weight_decay": 0}])
     found = routes(opt)
     assert found["stem.weight"] == ("frog", "Linear")
-    assert found["stem.bias"] == ("sgd", "in another group than its weight")
+    assert found["stem.bias"] == ("adamw", "in another group than its weight")
     net["stem"](torch.randn(4, 3)).square().sum().backward()
     opt.step()
 
@@ -160,7 +161,7 @@ def test_bias_of_another_dtype():
     net = body()
     net["stem"].weight.data = net["stem"].weight.data.bfloat16()
     found = routes(FROG(net))
-    assert found["stem.bias"] == ("sgd", "of another dtype than its weight")
+    assert found["stem.bias"] == ("adamw", "of another dtype than its weight")
 
 
 def test_the_model_may_be_a_layer():

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import PAPER
 from torch import nn
 
 from frog_triton import FROG
 
 OPTIONS = [
     {},
-    {"fallback": "adamw", "sampling": "positions"},
-    {"capturable": True, "momentum_dtype": torch.bfloat16, "nesterov": True},
+    PAPER,
+    PAPER | {"fallback": "adamw"},
+    {"capturable": True, "momentum_dtype": torch.bfloat16},
+    PAPER | {"capturable": True, "momentum_dtype": torch.bfloat16, "nesterov": True},
 ]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from algorithm1 import Algorithm1
+from cases import PAPER
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -81,10 +82,11 @@ def test_checkpointing_is_the_run_without(reentrant, micro_batches, sample_size)
     assert_close(net, twin)
 
 
-def test_a_layer_skipped_in_some_steps_is_algorithm_1_in_the_others():
+@pytest.mark.parametrize("options", [{}, PAPER])
+def test_a_layer_skipped_in_some_steps_is_algorithm_1_in_the_others(options):
     net = Net().double()
-    opt = FROG(net, sample_size=EVERYTHING)
-    model = Algorithm1(net.second)
+    opt = FROG(net, sample_size=EVERYTHING, **options)
+    model = Algorithm1(net.second, **options)
     seen = {}
 
     def watch(module, args, output):
@@ -125,15 +127,16 @@ def test_a_frozen_layer_stays_and_moves_again_when_unfrozen():
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_layer_put_in_the_place_of_another():
+@pytest.mark.parametrize("options", [{}, PAPER])
+def test_a_layer_put_in_the_place_of_another(options):
     net = Net().double()
-    opt = FROG(net, sample_size=EVERYTHING)
+    opt = FROG(net, sample_size=EVERYTHING, **options)
     net(batch(0)).square().sum().backward()
     opt.step()
     old, net.second = net.second, nn.Linear(5, 5).double()
     opt.add_param_group({"params": net.second.parameters()})
     assert not old._forward_hooks
-    model, seen = Algorithm1(net.second), {}
+    model, seen = Algorithm1(net.second, **options), {}
 
     def watch(module, args, output):
         seen["x"] = args[0].detach()

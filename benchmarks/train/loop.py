@@ -28,6 +28,18 @@ def _schedule(name: str) -> Callable[[Callable[[int, int], float]], Any]:
     return register
 
 
+@_schedule("constant")
+def _constant(step: int, total: int) -> float:
+    """The same all the time."""
+    return 1.0
+
+
+@_schedule("cosine")
+def _cosine(step: int, total: int) -> float:
+    """Down to zero along half a wave."""
+    return 0.5 + 0.5 * math.cos(math.pi * step / total)
+
+
 @_schedule("one-cycle")
 def _one_cycle(step: int, total: int) -> float:
     """Up over a tenth of the steps, then down to zero."""

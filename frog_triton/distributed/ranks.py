@@ -84,10 +84,12 @@ class Ranks:
             )
         self.verified = True
 
-    def agree(self, layers: Sequence[Layer], capture: SampleCapture) -> set[str]:
+    def agree(
+        self, layers: Sequence[Layer], capture: SampleCapture, bad: bool
+    ) -> tuple[set[str], bool]:
         """See `SampleExchange.agree`."""
         self._row_bytes, self._gathers = {}, 0
-        return self._exchange.agree(layers, capture)
+        return self._exchange.agree(layers, capture, bad)
 
     def send_samples(self, layers: Sequence[Layer]) -> None:
         """See `SampleExchange.send`."""

@@ -102,34 +102,36 @@ class SampleExchange:
         self.notice_bytes = 0
         self.sample_bytes: dict[str, int] = {}
 
-    def agree(self, layers: Sequence[Layer], capture: SampleCapture) -> set[str]:
+    def agree(
+        self, layers: Sequence[Layer], capture: SampleCapture, bad: bool
+    ) -> tuple[set[str], bool]:
         """Tell the others what this rank brings, and hear what they bring.
 
         Args:
             layers: all that are preconditioned, the same on all ranks.
             capture: holds this rank's samples.
+            bad: whether a gradient here is not finite.
 
         Returns:
-            Names of the layers whose modules have been called on any rank.
+            Names of the layers whose modules have been called on any rank; and whether
+            a gradient is not finite on any.
 
         Raises:
             RuntimeError: a layer has a gradient on some ranks only; on all ranks.
         """
         self._held, self._samples, self.sample_bytes = {}, {}, {}
-        if not layers:
-            return set()
-        notices = []
+        notices = [[int(bad), *(0,) * (_WIDTH - 1)]]
         for layer in layers:
             held = _hold(layer, capture)
             if held is not None:
                 self._held[layer.name] = held
             notices.append(_notice(layer, held, layer.name in capture.fired).pack())
-        values = torch.tensor(notices, dtype=torch.int64).view(len(layers), _WIDTH)
+        values = torch.tensor(notices, dtype=torch.int64)
         heard = collectives.all_gather_ints(
             values, self._division.group, self._division.device(layers)
         )
         self.notice_bytes = 8 * values.numel() * (self._division.size - 1)
-        by_layer = zip(*heard.tolist(), strict=True)
+        first, *by_layer = zip(*heard.tolist(), strict=True)
         self._notices = {
             layer.name: [_Notice.unpack(values) for values in ranks]
             for layer, ranks in zip(layers, by_layer, strict=True)
@@ -141,7 +143,8 @@ class SampleExchange:
                         f"{name} has a gradient on only one of ranks 0 and {rank}; "
                         "gradients must be averaged over all ranks before step()"
                     )
-        return {n for n, ranks in self._notices.items() if any(r.fired for r in ranks)}
+        fired = {n for n, ranks in self._notices.items() if any(r.fired for r in ranks)}
+        return fired, any(values[0] for values in first)
 
     def send(self, layers: Sequence[Layer]) -> None:
         """Send each rank X, and the columns of Y that belong to its rows.
