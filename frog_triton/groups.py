@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,28 +11,86 @@ from torch import Tensor, nn
 from .preconditioner import check_solver_options
 
 
-def param_list(params: Any) -> list[nn.Parameter]:
-    """One tensor, tensors, or ``(name, tensor)`` pairs, as a list of tensors."""
-    if isinstance(params, Tensor):
-        params = [params]
-    return [p[1] if isinstance(p, tuple) else p for p in params]
-
-
 def user_groups(model: nn.Module, params: Iterable[Any] | None) -> list[dict[str, Any]]:
-    """`params` in any of torch's forms, or all of the model's, as a list of groups."""
+    """`params` in any of torch's forms, or all of the model's, as a list of groups.
+
+    Raises:
+        TypeError: it is none of those forms.
+        ValueError: it is empty, or names are missing.
+    """
+    if isinstance(params, Tensor | set | str):
+        raise TypeError(
+            "params must be a list of tensors, (name, tensor) pairs or dicts, got "
+            f"{type(params).__name__}"
+        )
     entries = list(model.parameters() if params is None else params)
+    if params is not None and not entries:
+        raise ValueError("params is empty; leave it out to optimize all parameters")
     if entries and isinstance(entries[0], dict):
-        return [{**group, "params": param_list(group["params"])} for group in entries]
-    return [{"params": param_list(entries)}]
+        return [user_group(group) for group in entries]
+    return [user_group({"params": entries})]
+
+
+def user_group(group: Any) -> dict[str, Any]:
+    """One torch-style group with its tensors in a list.
+
+    Names that come with the tensors go to ``"param_names"``, where torch keeps them.
+
+    Raises:
+        TypeError: it is no group, or holds what is no tensor.
+        ValueError: some tensors have names and some have none.
+    """
+    if not isinstance(group, dict) or "params" not in group:
+        raise TypeError(f"a parameter group must be a dict with params, got {group!r}")
+    params = group["params"]
+    if isinstance(params, set):
+        raise TypeError(
+            "the order of a set changes between runs, and state goes by order: "
+            "pass the group's params as a list"
+        )
+    entries = [params] if isinstance(params, Tensor) else list(params)
+    pairs = [entry for entry in entries if isinstance(entry, tuple)]
+    if pairs and len(pairs) < len(entries):
+        raise ValueError("some params of a group have names and some have none")
+    tensors = [pair[1] for pair in pairs] or entries
+    for entry in tensors:
+        if not isinstance(entry, Tensor):
+            raise TypeError(
+                f"FROG optimizes tensors, but params holds a {type(entry).__name__}"
+            )
+    named = {"param_names": [pair[0] for pair in pairs]} if pairs else {}
+    return {**group, "params": tensors, **named}
+
+
+def part_of(group: dict[str, Any], params: Collection[Tensor]) -> dict[str, Any]:
+    """A group with only some of its parameters, and their names if it has names."""
+    kept = [i for i, param in enumerate(group["params"]) if param in params]
+    return {**group, **chosen(group, kept)}
+
+
+def chosen(group: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
+    """A group's lists, of the parameters in these places and in this order."""
+    lists = [key for key in ("params", "param_names") if key in group]
+    return {key: [group[key][i] for i in places] for key in lists}
 
 
 def check_group(group: dict[str, Any]) -> None:
     """Raise ValueError for a group entry that no step can use."""
     if group["capturable"]:
         _check_places(group)
+    for name, value in group.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(
+                f"{name} must be one number, got a tensor of {value.numel()}"
+            )
     for name in ("lr", "momentum", "weight_decay"):
-        if not group[name] >= 0:
-            raise ValueError(f"{name} must not be negative, got {group[name]}")
+        if not 0 <= group[name] < math.inf:
+            raise ValueError(
+                f"{name} must not be negative or infinite, got {group[name]}"
+            )
+    for beta in group.get("betas", ()):
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas must lie in [0, 1), got {group['betas']}")
     if group["nesterov"] and group["momentum"] == 0:
         raise ValueError("nesterov needs a momentum above 0")
     check_solver_options(group["damping"], group["cg_iters"], "auto", "auto")

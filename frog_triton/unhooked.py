@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from .groups import chosen
 from .routing import Plan
 
 REASON = "used without calling its module"
@@ -39,10 +40,13 @@ def names_of(plan: Plan, groups: Iterable[Mapping[str, Any]]) -> list[str]:
 def move(groups: Sequence[dict[str, Any]], param: nn.Parameter) -> dict[str, Any]:
     """Move a parameter to its group's other half, which follows; returns that."""
     for group, rest in itertools.pairwise(groups):
-        kept = [p for p in group["params"] if p is not param]
-        if len(kept) < len(group["params"]):
-            group["params"] = kept
-            rest["params"].append(param)
+        places = range(len(group["params"]))
+        kept = [i for i in places if group["params"][i] is not param]
+        if len(kept) < len(places):
+            (gone,) = set(places) - set(kept)
+            for key, moved in chosen(group, [gone]).items():
+                rest[key] += moved
+            group |= chosen(group, kept)
             return rest
     raise KeyError("the parameter is in no group")
 
@@ -61,6 +65,7 @@ def order_like(
     """
     order = {name: i for i, name in enumerate(unhooked)}
     for group in groups:
-        late = [p for p in group["params"] if names[p] in order]
-        first = [p for p in group["params"] if names[p] not in order]
-        group["params"] = first + sorted(late, key=lambda p: order[names[p]])
+        place_of = {names[p]: i for i, p in enumerate(group["params"])}
+        first = [i for name, i in place_of.items() if name not in order]
+        late = sorted(place_of.keys() & order, key=lambda name: order[name])
+        group |= chosen(group, first + [place_of[name] for name in late])

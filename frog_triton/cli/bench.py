@@ -3,6 +3,7 @@
     frog-triton bench kernels --model resnet18 --json kernels.json --plot kernels.png
     frog-triton bench step --model gpt2-small --samples 64
     frog-triton bench train cifar10-small --data DIR
+    frog-triton bench stability --case overfit-mlp gan
 
 Without a GPU, kernels and step print counts and floors, and time nothing.
 """
@@ -19,6 +20,7 @@ _BENCHES = {
     "kernels": ("the convolution kernels beside cuDNN", "bench_kernels", ()),
     "step": ("FROG's step beside other optimizers'", "bench_step", ()),
     "train": ("optimizers on a workload", "train.bench", ("matplotlib",)),
+    "stability": ("which optimizers survive", "train.stability", ("sklearn",)),
 }
 
 
