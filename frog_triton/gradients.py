@@ -1,0 +1,150 @@
+"""What a step's gradients tell before anything is changed.
+
+One pass over all gradients finds the largest magnitude of each. A step in which any of
+them is not finite is skipped whole; one that is a thousand times what it was a few
+steps ago earns a warning. Nothing here waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+RECENT = 10
+"""Steps that "a few steps ago" may mean."""
+
+GROWTH = 1000.0
+"""Growth of the largest gradient that a healthy training does not show."""
+
+
+class GradientWatch:
+    """Looks at the gradients of each step, and remembers what was wrong with them."""
+
+    def __init__(self) -> None:
+        self._skipped: dict[torch.device, Tensor] = {}
+        # Counts of the parameters that had a gradient together, on one device.
+        self._nonfinite: dict[tuple[str, ...], Tensor] = {}
+        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._peak = 0.0
+        self._warned = False
+        self._mail = _Mail()
+
+    def look(self, grads: Mapping[str, Tensor]) -> Tensor | None:
+        """Find the largest magnitudes, and count what is not finite.
+
+        Args:
+            grads: dense gradients by parameter, of any devices and floating dtypes.
+
+        Returns:
+            The largest magnitude of all, on the first one's device: NaN or infinite if
+            any gradient is. None without gradients.
+        """
+        by_device: dict[torch.device, dict[str, Tensor]] = {}
+        for name, grad in grads.items():
+            if grad.numel():
+                by_device.setdefault(grad.device, {})[name] = grad
+        found = []
+        for there in by_device.values():
+            sizes = _magnitudes(list(there.values()))
+            names = tuple(there)
+            if names not in self._nonfinite:
+                self._nonfinite[names] = torch.zeros_like(sizes, dtype=torch.int32)
+            self._nonfinite[names] += ~torch.isfinite(sizes)
+            found.append(sizes.amax())
+        if not found:
+            return None
+        device = found[0].device
+        moved = [size.to(device, non_blocking=True) for size in found]
+        return torch.stack(moved).amax() if len(moved) > 1 else moved[0]
+
+    def count_skipped(self, skipped: Tensor) -> None:
+        """Count a step.
+
+        Args:
+            skipped: 1 if it was skipped, else 0; on any device.
+        """
+        device = skipped.device
+        if device not in self._skipped:
+            self._skipped[device] = torch.zeros_like(skipped, dtype=torch.int32)
+        self._skipped[device] += skipped.to(torch.int32)
+
+    def warn_of_growth(self, largest: Tensor) -> None:
+        """Warn, once, if gradients have run away.
+
+        A GPU's number is read when a later step finds that it has arrived.
+
+        Args:
+            largest: from `look`.
+        """
+        if self._warned:
+            return
+        for size in self._mail.exchange(largest):
+            if not math.isfinite(size):
+                continue
+            before = max(self._recent, default=math.inf)
+            if size > GROWTH * before and size > self._peak:
+                self._warned = True
+                warnings.warn(
+                    f"the largest gradient is {size:.2g}, {size / before:.2g} times "
+                    "what it was a few steps ago and the largest of this training: it "
+                    "may be running away; lower lr or fallback_lr, or clip gradients "
+                    "(torch.nn.utils.clip_grad_norm_)",
+                    stacklevel=4,
+                )
+            self._recent.append(size)
+            self._peak = max(self._peak, size)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """What was counted, as `FROG.anomalies` reports it; waits for the device."""
+        found: dict[str, dict[str, int]] = {}
+        skipped = sum(int(count) for count in self._skipped.values())
+        if skipped:
+            found["model"] = {"skipped_steps": skipped}
+        for names, counts in self._nonfinite.items():
+            for name, count in zip(names, counts.tolist(), strict=True):
+                if count:
+                    entry = found.setdefault(name, {"nonfinite_gradients": 0})
+                    entry["nonfinite_gradients"] += count
+        return found
+
+
+def _magnitudes(grads: Sequence[Tensor]) -> Tensor:
+    """Largest magnitude of each, NaN if it holds one; all on one device."""
+    if grads[0].is_cuda:
+        norms = torch._foreach_norm(list(grads), math.inf)
+        dtypes = {n.dtype for n in norms}
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
+        return torch.stack([n.to(wide) for n in norms])
+    # On a CPU torch's largest norm takes fifteen times as long.
+    ends = [end for grad in grads for end in torch.aminmax(grad)]
+    wide = max((end.dtype for end in ends), key=lambda dtype: dtype.itemsize)
+    wide = torch.promote_types(wide, torch.float32)
+    return torch.stack([end.to(wide) for end in ends]).abs().view(-1, 2).amax(1)
+
+
+class _Mail:
+    """Brings numbers from a GPU to the host without waiting, one at a time."""
+
+    def __init__(self) -> None:
+        self._sent: tuple[torch.cuda.Event, Tensor] | None = None
+
+    def exchange(self, number: Tensor) -> list[float]:
+        """Send a number, and take what has arrived: a CPU's at once."""
+        if not number.is_cuda:
+            return [float(number)]
+        arrived = []
+        if self._sent is not None and self._sent[0].query():
+            arrived.append(float(self._sent[1]))
+            self._sent = None
+        if self._sent is None:
+            copy = torch.empty((), dtype=number.dtype, pin_memory=True)
+            copy.copy_(number, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._sent = event, copy
+        return arrived
