@@ -94,7 +94,7 @@ class GradientWatch:
                     "what it was a few steps ago and the largest of this training: it "
                     "may be running away; lower lr or fallback_lr, or clip gradients "
                     "(torch.nn.utils.clip_grad_norm_)",
-                    stacklevel=4,
+                    stacklevel=6,
                 )
             self._recent.append(size)
             self._peak = max(self._peak, size)

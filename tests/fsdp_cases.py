@@ -164,14 +164,22 @@ def anomalies():
     F.cross_entropy(net(mine(x)), mine(y)).backward()
     if dist.get_rank() == dist.get_world_size() - 1:
         opt.capture.calls("fc")[0].y[0, 1] = float("nan")
+    opt.step()
+    finite = all(bool(torch.isfinite(whole(p)).all()) for p in net.parameters())
+    samples = opt.anomalies().get("fc", {}).get("nonfinite_samples", 0)
+    opt.zero_grad()
+    F.cross_entropy(net(mine(x)), mine(y)).backward()
     if dist.get_rank() == 0:  # who holds row 0 of conv2
         net.conv2.weight.grad.to_local()[0] = float("inf")
-    before = whole(net.conv2.weight.detach()).clone()
+    held = [*net.parameters(), *(t for s in opt.state.values() for t in s.values())]
+    before = [local(t.detach()).clone() for t in held]
     opt.step()
-    after = whole(net.conv2.weight.detach())
-    kept = (after == before).flatten(1).all(1).tolist()
-    finite = all(bool(torch.isfinite(whole(p)).all()) for p in net.parameters())
-    return finite, kept, opt.anomalies()
+    unchanged = all(map(torch.equal, before, map(local, held)))
+    return finite, samples, unchanged, opt.anomalies()
+
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def fallback_on_shards(fallback):

@@ -303,7 +303,7 @@ def ddp_disagreements():
 
 
 def ddp_anomalies(options):
-    """NaN in the samples of one rank, and in the gradient of all."""
+    """NaN in the samples of one rank; then in the gradient of one."""
     net = nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 2)).double()
     twin = DistributedDataParallel(net)
     opt = FROG(twin, **options)
@@ -312,17 +312,28 @@ def ddp_anomalies(options):
     if dist.get_rank() == 1:
         (call,) = opt.capture.calls("module.0")
         call.y[0, 2] = float("nan")
-    net[0].weight.grad[5, 1] = float("inf")
-    net[0].bias.grad[5] = 1.0
-    before = [p.detach().clone() for p in net[0].parameters()]
     opt.step()
-    kept = [
-        torch.equal(p[5], b[5])
-        for p, b in zip(net[0].parameters(), before, strict=True)
-    ]
-    kept.append(bool(torch.isfinite(net[0].weight).all()))
-    counts = opt.anomalies().get("module.0", {})
-    return bits(net.parameters()), kept, counts
+    finite = all(bool(torch.isfinite(p).all()) for p in net.parameters())
+    samples = opt.anomalies().get("module.0", {}).get("nonfinite_samples", 0)
+    before = copy.deepcopy((net.state_dict(), opt.state_dict()["state"]))
+    opt.zero_grad()
+    twin(x).square().sum().backward()
+    if dist.get_rank() == dist.get_world_size() - 1:
+        net[0].weight.grad[5, 1] = float("inf")
+    opt.step()
+    after = (net.state_dict(), opt.state_dict()["state"])
+    unchanged = same(before, after)
+    skipped = opt.anomalies()["model"]
+    return bits(net.parameters()), finite, samples, unchanged, skipped
+
+
+def same(one, other):
+    """Whether nested values are equal, tensors bit for bit."""
+    if isinstance(one, dict):
+        return all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def ddp_dtypes(backend, dtype, sampling, **options):

@@ -1,0 +1,214 @@
+"""A bad batch costs one batch, and gradients that run away are reported."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import PAPER
+from torch import nn
+
+from frog_triton import FROG
+from frog_triton.gradients import GradientWatch
+
+KINDS = {"defaults": {}, "paper": PAPER}
+BAD = [float("nan"), float("inf"), float("-inf")]
+
+
+class Net(nn.Module):
+    """A parameter of every kind: embedding, norm, rows, output layer, a scalar."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 6)
+        self.norm = nn.LayerNorm(6)
+        self.fc = nn.Linear(6, 5)
+        self.middle = nn.Linear(5, 4)
+        self.head = nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        x = self.norm(self.embedding(x))
+        x = torch.tanh(self.middle(torch.tanh(self.fc(x))))
+        return self.head(x) * self.scale
+
+
+NAMES = [name for name, _ in Net().named_parameters()]
+
+
+def backward(net, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 7, (8,), generator=generator)
+    y = torch.randint(0, 3, (8,), generator=generator)
+    net.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+
+
+def everything(net, opt):
+    tensors = [*net.parameters(), *(t for s in opt.state.values() for t in s.values())]
+    return [t.detach().clone() for t in tensors]
+
+
+def pair(**options):
+    net = Net()
+    twin = copy.deepcopy(net)
+    return (net, FROG(net, **options)), (twin, FROG(twin, **options))
+
+
+def step(net, opt, seed):
+    opt.zero_grad()
+    backward(net, seed)
+    opt.step()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_bad_entry_anywhere_leaves_everything_as_it_was(kind, capturable, name):
+    """And the next batch trains as if the bad one had never been."""
+    (net, opt), (twin, twin_opt) = pair(capturable=capturable, **KINDS[kind])
+    step(net, opt, 0)
+    step(twin, twin_opt, 0)
+    for count, bad in enumerate(BAD, 1):
+        opt.zero_grad()
+        backward(net, count)
+        net.get_parameter(name).grad.view(-1)[-1] = bad
+        before = everything(net, opt)
+        opt.step()
+        for a, b in zip(everything(net, opt), before, strict=True):
+            assert torch.equal(a, b)
+        assert opt.anomalies() == {
+            "model": {"skipped_steps": count},
+            name: {"nonfinite_gradients": count},
+        }
+    step(net, opt, 9)
+    step(twin, twin_opt, 9)
+    pairs = zip(everything(net, opt), everything(twin, twin_opt), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("formulation", ["primal", "gram"])
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_where_only_the_device_knows(orthogonalize, formulation, backend):
+    """As on a GPU: every step is made, and a bad one changes nothing."""
+    options = {"orthogonalize": orthogonalize, "formulation": formulation}
+    (net, opt), (twin, twin_opt) = pair(backend=backend, capturable=True, **options)
+    for seed in range(3):
+        step(net, opt, seed)
+        step(twin, twin_opt, seed)
+        opt.zero_grad()
+        backward(net, 5)
+        net.fc.weight.grad[1, 2] = float("nan")
+        grads = [p.grad.clone() for p in net.parameters()]
+        before = everything(net, opt)
+        opt.step()
+        for a, b in zip(everything(net, opt), before, strict=True):
+            assert torch.equal(a, b)
+        for p, grad in zip(net.parameters(), grads, strict=True):
+            torch.testing.assert_close(p.grad, grad, rtol=0, atol=0, equal_nan=True)
+    pairs = zip(everything(net, opt), everything(twin, twin_opt), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert set(opt.anomalies()) == {"model", "fc.weight"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_that_is_not_finite(kind):
+    (net, opt), _ = pair(**KINDS[kind])
+    (net(torch.arange(7)).sum() * float("nan")).backward()
+    before = everything(net, opt)
+    opt.step()
+    pairs = zip(everything(net, opt), before, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert opt.anomalies()["model"] == {"skipped_steps": 1}
+    assert not list(opt.capture.tensors())  # the samples went with the batch
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype):
+    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2)).to(dtype)
+    opt = FROG(net)
+    for bad in BAD:
+        opt.zero_grad()
+        net(torch.randn(6, 4).to(dtype)).square().sum().backward()
+        net[1].bias.grad[1] = bad
+        before = [p.detach().clone() for p in net.parameters()]
+        opt.step()
+        pairs = zip(net.parameters(), before, strict=True)
+        assert all(torch.equal(p, b) for p, b in pairs)
+    assert opt.anomalies()["1.bias"] == {"nonfinite_gradients": 3}
+
+
+def test_gradients_that_come_and_go_are_counted_by_name():
+    watch = GradientWatch()
+    nan, one = torch.full((2,), float("nan")), torch.ones(3)
+    assert watch.look({}) is None
+    assert watch.look({"a": one, "empty": torch.ones(0)}) == 1
+    assert watch.look({"a": nan, "b": one.double()}).isnan()
+    assert watch.look({"b": -3 * one}) == 3
+    assert watch.look({"a": nan}).isnan()
+    assert watch.look({"t": torch.arange(6.0).view(2, 3).T}) == 5
+    assert watch.counts() == {"a": {"nonfinite_gradients": 2}}
+
+
+def warned(sizes):
+    watch = GradientWatch()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for size in sizes:
+            watch.warn_of_growth(torch.tensor(size))
+    return [str(w.message) for w in caught]
+
+
+def test_gradients_that_run_away_are_reported_once():
+    (message,) = warned([1.0, 0.5, 0.2, 400.0, 900.0, 1e7, 1e12])
+    assert "the largest gradient is 1e+07, 1.1e+04 times what it was" in message
+    # As it was before, a hard example after easy ones, a bad batch, slow growth.
+    assert not warned([5.0, *[1e-6] * 20, 4.0])
+    assert not warned([1.0, float("nan"), 1.0, float("inf"), 2.0])
+    assert not warned([1.3**i for i in range(60)])
+    assert not warned([0.0, 0.0, 0.0])
+
+
+def test_the_warning_points_at_the_training_loop():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    opt = FROG(net)
+    x = torch.randn(5, 3)
+    for factor in (1.0, 1.0, 1e5):
+        opt.zero_grad()
+        (factor * net(x).square().sum()).backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            opt.step()
+    (warning,) = caught
+    assert warning.filename == __file__ and "may be running away" in str(
+        warning.message
+    )
+
+
+def test_inner_derivatives_can_be_kept_out_of_the_samples():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1))
+    opt = FROG(net, sample_size=64)
+    x = torch.randn(8, 2, requires_grad=True)
+
+    def residual():
+        u = net(x)
+        (du,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return u, du
+
+    u, du = residual()
+    inner = len(opt.capture.calls("0"))
+    opt.drop_samples()
+    assert inner and not opt.capture.calls("0")
+    u.retain_grad()
+    (du.square().mean() + u.square().mean()).backward()
+    calls = opt.capture.calls("0")
+    kept = sum(call.y.shape[0] for call in calls)
+    opt.zero_grad()
+    u, du = residual()
+    (du.square().mean() + u.square().mean()).backward()
+    assert kept < sum(call.y.shape[0] for call in opt.capture.calls("0"))
+    assert all(p.grad is not None for p in net.parameters())
+    opt.step()
