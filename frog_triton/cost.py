@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from .autotune.traffic import GPUS, Work
 from .capture import SAMPLINGS
+from .eager import eager_work
 from .formulation import choose, count_works
 from .launches import Bucket, LayerShape, portions
 from .layers import ConvMap, LinearMap, adapter_for
+from .ops.types import Rows
+from .orthogonal import orthogonalize as directions
 from .routing import Exclusion, route
 
 
@@ -97,7 +100,8 @@ def cost(
     sample_size: int | None = None,
     sampling: str = "positions",
     cg_iters: int = 4,
-    nesterov: bool = False,
+    nesterov: bool = True,
+    orthogonalize: bool = True,
     formulation: str = "auto",
     sample_dtype: torch.dtype = torch.float32,
     param_dtype: torch.dtype = torch.float32,
@@ -108,9 +112,9 @@ def cost(
 ) -> Cost:
     """Count what `FROG`'s step costs with the Triton backend; needs no GPU.
 
-    The parameters of the fallback are not counted, nor is drawing the samples, which
-    happens in the forward and backward passes, nor are the products of `orthogonalize`
-    (see `FROG`), which takes a launch to write directions out in place of the update.
+    The look at the gradients before a step is counted, and so are the operations of
+    `orthogonalize`, which are torch's. The parameters of the fallback are not, nor is
+    drawing the samples, which happens in the forward and backward passes.
 
     Args:
         model_or_layers: a model, or shapes of layers.
@@ -120,6 +124,7 @@ def cost(
         sampling: as for `FROG`.
         cg_iters: as for `FROG`.
         nesterov: as for `FROG`.
+        orthogonalize: as for `FROG`.
         formulation: as for `FROG`.
         sample_dtype: of activations and output gradients.
         param_dtype: of parameters and gradients.
@@ -163,7 +168,8 @@ def cost(
     for key, members in together:
         bucket = Bucket(key, len(members), cg_iters, nesterov, dtypes)
         chosen = choose(bucket, GPUS[gpu]) if formulation == "auto" else formulation
-        works = count_works(bucket, chosen)
+        works = count_works(bucket, chosen, orthogonalize)
+        works += _beside_the_kernels(bucket, orthogonalize)
         done = sum(works, Work())
         time = sum(w.floor(GPUS[gpu]) for w in works)
         total, floor = total + done, floor + time
@@ -195,6 +201,24 @@ def cost(
         sum(line.sample_bytes for line in ordered),
         floor,
     )
+
+
+def _beside_the_kernels(bucket: Bucket, orthogonalize: bool) -> list[Work]:
+    """Torch's operations: the look at gradients, and orthogonalization."""
+    shape, (_, param, momentum) = bucket.shape, bucket.dtypes
+
+    def rows(*sizes: int, dtype: torch.dtype) -> Rows:
+        weight = torch.empty(*sizes, shape.dim, dtype=dtype, device="meta")
+        return Rows(weight, weight.new_empty(sizes) if shape.bias else None)
+
+    entries = bucket.count * shape.rows * shape.row_length
+    works = [Work(bytes=entries * param.itemsize, launches=1)]
+    if orthogonalize:
+        wide = torch.promote_types(momentum, torch.float32)
+        z = rows(bucket.count, shape.rows, dtype=wide)
+        finite = z.weight.new_empty(z.weight.shape[:2], dtype=torch.bool)
+        works.append(eager_work(lambda: directions(z, finite, shape.groups)))
+    return works
 
 
 _GEOMETRY = ("rows", "dim", "samples", "groups", "bias", "image", "conv")

@@ -74,12 +74,15 @@ def count_gram(n: int, d: int, r: int, groups: int, iters: int) -> Count:
     )
 
 
-def count_works(bucket: Bucket, formulation: str) -> list[Work]:
+def count_works(
+    bucket: Bucket, formulation: str, orthogonalize: bool = False
+) -> list[Work]:
     """What each launch of a step does, for layers of one geometry.
 
     Args:
         bucket: the layers.
         formulation: ``"primal"`` or ``"gram"``.
+        orthogonalize: as for `FROG`; its own products are not counted here.
     """
     shape = bucket.shape
     if shape.volume and formulation == "primal":
@@ -87,7 +90,7 @@ def count_works(bucket: Bucket, formulation: str) -> list[Work]:
         done = count_primal(shape.samples, shape.row_length, shape.rows, bucket.iters)
         operations = bucket.count * done.operations
         return [Work(operations, operations, bucket.count * 4 * done.elements, 0)]
-    launches = step_launches(bucket, formulation)
+    launches = step_launches(bucket, formulation, orthogonalize)
     return [work(launch) for launch in launches]
 
 

@@ -14,6 +14,7 @@ from .layers import ConvMap, LinearMap, MatrixMap
 from .layers.conv import ConvSpec
 from .ops.launch import Launch, capturable, recording
 from .ops.types import Rows
+from .orthogonal import orthogonal_update_
 from .solvers import FORMULATIONS, Batch
 
 
@@ -145,14 +146,18 @@ class Problem:
     formulation: str
     iters: int
 
-    def step(self, backend: ModuleType) -> None:
+    def step(self, backend: ModuleType, orthogonalize: bool = False) -> None:
         """Momentum, solve and update, as `FROG.step` makes them."""
         rows = self.batch.ms[0].weight
         dtype = torch.promote_types(rows.dtype, torch.float32)
         xs, ys = backend.prepare(self.batch.xs, self.batch.ys, dtype)
         batch = replace(self.batch, xs=xs, ys=ys)
         solution = FORMULATIONS[self.formulation](backend, batch, 1e-4, self.iters)
-        solution.update_(self.params, self.counts, 2e-2, 1e-5)
+        rest = (self.params, self.counts, 2e-2, 1e-2)
+        if orthogonalize:
+            orthogonal_update_(backend, solution, xs[0].groups, *rest)
+        else:
+            solution.update_(*rest)
 
 
 def step_problem(bucket: Bucket, formulation: str, make: Make) -> Problem:
@@ -194,12 +199,15 @@ def step_problem(bucket: Bucket, formulation: str, make: Make) -> Problem:
     return Problem(batch, params, counts, formulation, bucket.iters)
 
 
-def step_launches(bucket: Bucket, formulation: str) -> list[Launch]:
+def step_launches(
+    bucket: Bucket, formulation: str, orthogonalize: bool = False
+) -> list[Launch]:
     """The launches of a step for layers of one geometry; their tensors have no memory.
 
     Args:
         bucket: the layers.
         formulation: ``"primal"`` or ``"gram"``.
+        orthogonalize: as for `FROG`.
     """
     from .ops import triton_ops  # Triton need not be installed for torch's backend
 
@@ -209,5 +217,5 @@ def step_launches(bucket: Bucket, formulation: str) -> list[Launch]:
         lambda size, dtype: torch.empty(size, dtype=dtype, device="meta"),
     )
     with capturable(False), recording(run=False) as launches:
-        problem.step(triton_ops)
+        problem.step(triton_ops, orthogonalize)
     return launches

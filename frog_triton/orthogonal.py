@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from .ops.types import Rows
+from .solvers import Solution
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """K. Jordan's polynomial (Muon, 2024): steep at zero, so that five iterations bring
@@ -34,38 +38,70 @@ def orthogonalize(rows: Rows, finite: Tensor, groups: int = 1) -> Rows:
     matrix = (
         rows.weight if bias is None else torch.cat([rows.weight, bias[..., None]], -1)
     )
-    kept = finite & torch.isfinite(matrix).all(-1)
+    low, high = matrix.aminmax(dim=-1)
+    kept = finite & torch.isfinite(low) & torch.isfinite(high)
     matrix = torch.where(kept.unsqueeze(-1), matrix, 0)
-    matrix = newton_schulz(matrix.unflatten(1, (groups, -1)))
-    matrix = matrix.flatten(1, 2).to(rows.weight.dtype)
+    matrix = newton_schulz(matrix.unflatten(1, (groups, -1))).flatten(1, 2)
+    dtype = rows.weight.dtype
     if bias is None:
-        return Rows(matrix, None)
-    return Rows(matrix[..., :-1], matrix[..., -1])
+        return Rows(matrix.to(dtype).contiguous(), None)
+    weight, bias = matrix[..., :-1], matrix[..., -1]
+    return Rows(weight.to(dtype).contiguous(), bias.to(dtype).contiguous())
+
+
+def orthogonal_update_(
+    backend: ModuleType,
+    solution: Solution,
+    groups: int,
+    params: Sequence[Rows],
+    counts: Sequence[Tensor],
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+) -> None:
+    """Step along orthogonalized directions, in place; see `Solution.update_`.
+
+    Args:
+        backend: a module of `frog_triton.ops`.
+        solution: of layers of one geometry.
+        groups: theirs.
+        params: theta of each layer.
+        counts: of each layer, int32 ``(2, R)``.
+        lr: eta.
+        weight_decay: rho.
+    """
+    status, finite = solution.status, solution.finite
+    rows = orthogonalize(solution.rows(), finite, groups)
+    backend.direction_update_(params, rows, status, finite, counts, lr, weight_decay)
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:
     """``U V^T``, roughly, of ``U S V^T``, times ``sqrt(max(1, rows / columns))``.
 
-    Products of float32 are in bfloat16 on a GPU, as Muon's are; all others in the
-    matrix's own dtype.
+    On a GPU products of float32 are in bfloat16, as Muon's are, and so is the result;
+    all others are in the matrix's own dtype.
 
     Args:
         matrix: ``(..., rows, columns)``.
     """
     rows, columns = matrix.shape[-2:]
-    x = matrix.mT if rows > columns else matrix
-    for norm in (_largest, torch.linalg.matrix_norm):  # squares could overflow
-        size = norm(x)[..., None, None]
-        x = x / torch.where(size > 0, size, 1)
-    if x.is_cuda and x.dtype != torch.float64:
-        x = x.to(torch.bfloat16)
+    x = matrix.reshape(-1, rows, columns)
+    x = x.mT if rows > columns else x
+    narrow = x.device.type != "cpu" and x.dtype != torch.float64
+    low, high = x.flatten(1).aminmax(dim=1)
+    # The largest entry first: squares could overflow. Written as it is narrowed.
+    scaled = torch.empty_like(x, dtype=torch.bfloat16 if narrow else x.dtype)
+    x = torch.div(x, _divisor(torch.maximum(-low, high)), out=scaled)
+    x = x / _divisor(torch.linalg.matrix_norm(x))
     a, b, c = QUINTIC
     for _ in range(ITERATIONS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    x = x * max(1, rows / columns) ** 0.5
-    return x.mT if rows > columns else x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    if rows > columns:
+        x = x.mT * (rows / columns) ** 0.5
+    return x.reshape(matrix.shape)
 
 
-def _largest(x: Tensor) -> Tensor:
-    return x.abs().amax((-2, -1))
+def _divisor(sizes: Tensor) -> Tensor:
+    """One for each matrix; zeros stay zeros."""
+    return torch.where(sizes > 0, sizes, 1)[:, None, None]

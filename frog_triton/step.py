@@ -16,7 +16,7 @@ from .autotune.tuning import Tuning
 from .launches import MOST_PROBLEMS, Bucket, portions, shape_of
 from .layers import LinearMap, MatrixMap
 from .ops.types import Rows, stack_rows, written_out
-from .orthogonal import orthogonalize
+from .orthogonal import orthogonal_update_, orthogonalize
 from .preconditioner import solve
 from .routing import Layer
 from .solvers import Batch, Solution
@@ -166,10 +166,9 @@ def step_layers(
         lr, weight_decay = group["lr"], group["weight_decay"]
         if group["orthogonalize"]:
             backend, groups = bucket[0].backend, bucket[0].layer.geometry.groups
-            finite = solution.finite
-            rows = orthogonalize(solution.rows(), finite, groups)
-            backend.count_(dense, solution.status, finite)
-            backend.step_along_(params, rows, finite, lr, weight_decay)
+            orthogonal_update_(
+                backend, solution, groups, params, dense, lr, weight_decay
+            )
         else:
             solution.update_(params, dense, lr, weight_decay)
         for part, counter in counters:

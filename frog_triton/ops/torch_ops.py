@@ -468,6 +468,30 @@ def step_along_(
                 theta.copy_(wide)
 
 
+def direction_update_(
+    params: Sequence[Rows],
+    direction: Rows,
+    status: Tensor,
+    finite: Tensor,
+    counts: Sequence[Tensor],
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+) -> None:
+    """Equation (5) along directions that are written out; see `gram_update_`.
+
+    Args:
+        params: theta of each layer, updated in place.
+        direction: z ``(L, R, D)``.
+        status: of the rows, from `fisher_weights`, ``(L, R)``.
+        finite: rows to update ``(L, R)``; the others stay as they are.
+        counts: of each layer, int32 ``(2, R)``.
+        lr: eta.
+        weight_decay: rho.
+    """
+    count_(counts, status, finite)
+    step_along_(params, direction, finite, lr, weight_decay)
+
+
 def count_(counts: Sequence[Tensor], status: Tensor, finite: Tensor) -> None:
     """Count rows that were not finite; see `gram_update_`."""
     for i, count in enumerate(counts):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,7 +29,7 @@ from . import torch_ops, triton_primal
 from .launch import launch
 from .scales import scaled
 from .tables import Tables
-from .torch_ops import (  # the last two serve directions that are written out
+from .torch_ops import (  # the last two serve pieces of layers
     FISHER,
     NO_GRADIENT,
     NON_FINITE,
@@ -47,7 +47,7 @@ from .triton_common import (
     write_back,
 )
 from .triton_primal import PrimalState
-from .triton_samples import largest_of, matrix_view, serves, with_largest
+from .triton_samples import largest_of, matrix_view, near_one, serves, with_largest
 from .types import Rows, SampleMap, Window, written_out
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "cg_start",
     "cg_update_",
     "count_",
+    "direction_update_",
     "fisher_weights",
     "gather_patches",
     "gram",
@@ -387,7 +388,8 @@ def gram_rows(
 ) -> Rows:
     """See `torch_ops.gram_rows`; one launch."""
     z, layers = empty_rows(ms)
-    _gram_step(layers, xs, ms, scales, s, u, s, s, [], 0.0, 0.0, step=False)
+    rest = (s, s, [], 0.0, 0.0)
+    _gram_step(layers, _Explicit.of(xs), ms, scales, s, u, *rest, step=False)
     return z
 
 
@@ -407,13 +409,49 @@ def gram_update_(
     """See `torch_ops.gram_update_`; one launch."""
     rows = [flat(p) for p in params]
     rest = (status, finite, counts, lr, weight_decay)
-    _gram_step(rows, xs, ms, scales, s, u, *rest, step=True)
+    _gram_step(rows, _Explicit.of(xs), ms, scales, s, u, *rest, step=True)
     write_back(params, rows)
+
+
+def direction_update_(
+    params: Sequence[Rows],
+    direction: Rows,
+    status: Tensor,
+    finite: Tensor,
+    counts: Sequence[Tensor],
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+) -> None:
+    """See `torch_ops.direction_update_`; one launch: the update ``s z``, no samples."""
+    z = direction.weight.contiguous()
+    bias = None if direction.bias is None else direction.bias.contiguous()
+    layers, rows, dim = z.shape
+    zs = [Rows(z[i], None if bias is None else bias[i]) for i in range(layers)]
+    one = z.new_ones(layers, rows)
+    none = _Explicit([z.new_empty(0, dim)] * layers, near_one(z, layers, 1), 1)
+    thetas = [flat(p) for p in params]
+    rest = (status, finite, counts, lr, weight_decay)
+    u = z.new_empty(layers, 1, 0, rows)
+    _gram_step(thetas, none, zs, one, one, u, *rest, step=True)
+    write_back(params, thetas)
+
+
+class _Explicit(NamedTuple):
+    """Samples of each layer as matrices, and what their scales are found from."""
+
+    samples: list[Tensor]
+    largest: list[Tensor]
+    groups: int
+
+    @classmethod
+    def of(cls, xs: Sequence[SampleMap]) -> _Explicit:
+        x, samples = flat_samples(xs)
+        return cls(samples, largest_of(xs), x.groups)
 
 
 def _gram_step(
     thetas: Sequence[Rows],
-    xs: Sequence[SampleMap],
+    xs: _Explicit,
     ms: Sequence[Rows],
     scales: Tensor,
     s: Tensor,
@@ -425,14 +463,14 @@ def _gram_step(
     weight_decay: float | Tensor,
     step: bool,
 ) -> None:
-    (x, samples), m = flat_samples(xs), ms[0].weight
-    rows, dim = m.shape
+    (samples, largest, groups), m = xs, ms[0].weight
+    (rows, dim), n = m.shape, samples[0].shape[0]
     tables = Tables(
         [
             [theta.weight for theta in thetas],
             [m.weight for m in ms],
             samples,
-            largest_of(xs),
+            largest,
             biases(thetas),
             biases(ms),
             counts or samples,
@@ -441,14 +479,14 @@ def _gram_step(
     )
     chosen = tuned(
         "_update_kernel",
-        config.update_config(x.samples),
-        {"n": x.samples, "r": rows // x.groups, "d": dim, "p": len(ms) * x.groups},
+        config.update_config(n),
+        {"n": n, "r": rows // groups, "d": dim, "p": len(ms) * groups},
         (thetas[0].weight.dtype, m.dtype, samples[0].dtype),
     )
-    blocks = triton.cdiv(rows // x.groups, chosen.BLOCK_R)
+    blocks = triton.cdiv(rows // groups, chosen.BLOCK_R)
     launch(
         _update_kernel,
-        (blocks * max(1, triton.cdiv(dim, chosen.BLOCK_D)), len(ms) * x.groups),
+        (blocks * max(1, triton.cdiv(dim, chosen.BLOCK_D)), len(ms) * groups),
         chosen,
         theta_table_ptr=tables[0],
         m_table_ptr=tables[1],
@@ -463,10 +501,10 @@ def _gram_step(
         u_ptr=_stored(u),
         status_ptr=status,
         finite_ptr=finite.view(torch.int8) if step else finite,
-        N=x.samples,
-        R=rows // x.groups,
+        N=n,
+        R=rows // groups,
         D=dim,
-        GROUPS=x.groups,
+        GROUPS=groups,
         stride_xn=samples[0].stride(0),
         ALIGN=tables.align,
         THETA_DTYPE=DTYPES[thetas[0].weight.dtype],

@@ -132,7 +132,12 @@ def largest_of(xs: Sequence[SampleMap]) -> list[Tensor]:
     largest = [x.largest for x in xs if x.largest is not None]
     if len(largest) == len(xs):
         return largest
-    return [xs[0].x.new_ones(xs[0].groups, PARTS.value, dtype=torch.float32)] * len(xs)
+    return near_one(xs[0].x, len(xs), xs[0].groups)
+
+
+def near_one(like: Tensor, layers: int, groups: int) -> list[Tensor]:
+    """The same for samples that need no scale."""
+    return [like.new_ones(groups, PARTS.value, dtype=torch.float32)] * layers
 
 
 def with_largest(xs: Sequence[SampleMap]) -> list[SampleMap]:

@@ -1,0 +1,66 @@
+"""What torch's operations on a GPU compute and move, counted as they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from .autotune.traffic import PRICES, Work
+
+# A product in float32 keeps its precision unless the user says otherwise, so it runs
+# on no tensor core: as dear as tf32x3 here.
+_PRICES = {torch.bfloat16: PRICES["bf16"], torch.float16: PRICES["bf16"]}
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.work = Work()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        held = {t.untyped_storage()._cdata for t in read}
+        only_a_view = not func._schema.is_mutable and all(
+            t.untyped_storage()._cdata in held for t in written
+        )
+        if not only_a_view and "empty" not in func.__name__:
+            self.work += _work(func, args, kwargs or {}, read, written, out)
+        return out
+
+
+def _work(
+    func: Any,
+    args: Any,
+    kwargs: Any,
+    read: list[Tensor],
+    written: list[Tensor],
+    out: Any,
+) -> Work:
+    operations = 0
+    if func.overloadpacket in flop_registry:
+        operations = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
+    once = {t.untyped_storage()._cdata: t for t in read}.values()
+    moved = sum(t.numel() * t.element_size() for t in (*once, *written))
+    price = _PRICES.get(written[0].dtype, PRICES["tf32x3"]) if written else 0
+    return Work(operations, price * operations, moved, 1)
+
+
+def eager_work(run: Callable[[], Any]) -> Work:
+    """Count the operations of a function; those on meta tensors take no time.
+
+    Args:
+        run: views and allocations in it are free, every other operation is a launch.
+    """
+    with _Counter() as counter:
+        run()
+    return counter.work
