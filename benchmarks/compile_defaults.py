@@ -74,13 +74,15 @@ def launches(
     dtypes = (DTYPES[dtype], torch.float32, torch.float32)
     bucket = Bucket(SHAPES[shape](samples), 2, dtypes=dtypes)
     made = [*step_launches(bucket, formulation), *gather(samples, dtype)]
+    made += step_launches(bucket, formulation, orthogonalize=True)
     if every_branch:
         made += step_launches(replace(bucket, nesterov=True), formulation)
         made += rows(bucket, formulation)
     kinds: dict[Any, Launch] = {}
     for launch in made:
         flags = {k: v for k, v in launch.args.items() if isinstance(v, bool)}
-        kinds.setdefault((launch.name, *sorted(flags.items())), launch)
+        values = sorted((flags | launch.config.values()).items())
+        kinds.setdefault((launch.name, *values), launch)
     return list(kinds.values())
 
 

@@ -1,5 +1,7 @@
 """Newton-Schulz iterations against a polynomial of the singular values."""
 
+import math
+
 import oracles
 import pytest
 import torch
@@ -8,7 +10,7 @@ from cases import PAPER
 from torch import nn
 
 from frog_triton import FROG
-from frog_triton.ops import torch_ops
+from frog_triton.ops import torch_ops, triton_ops
 from frog_triton.ops.types import Rows
 from frog_triton.orthogonal import newton_schulz, orthogonalize
 from frog_triton.step import directions
@@ -66,6 +68,45 @@ def test_rows_that_are_not_finite_leave_the_others_as_if_they_were_not_there(bad
         oracles.relative_error(found.weight[0, rest], expected[:, :-1]) < 1e-13
     )  # 1.5e-15
     assert not found.weight[0, [2, 4]].any() and not found.bias[0, [2, 4]].any()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "shape"), [(5, (7,)), (70, (3, 2, 2)), (4, (0,))])
+def test_the_kernel_steps_as_torch_does(rows, shape, dtype, bias):
+    """Along directions that are written out; rows that are not finite stay."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dim = math.prod(shape)
+    weight, b = randn(2, rows, *shape, device=device), randn(2, rows, device=device)
+    direction = Rows(
+        randn(2, rows, dim, dtype=torch.float32, device=device),
+        randn(2, rows, dtype=torch.float32, device=device) if bias else None,
+    )
+    finite = torch.ones(2, rows, dtype=torch.bool, device=device)
+    finite[1, 2] = False
+    direction.weight[1, 2] = 0
+    status = torch.zeros(2, rows, dtype=torch.int32, device=device)
+    status[0, 1] = torch_ops.NON_FINITE
+    results = []
+    for ops in (torch_ops, triton_ops):
+        params = [
+            Rows(weight[i].to(dtype), b[i].to(dtype) if bias else None)
+            for i in range(2)
+        ]
+        params = [p.clone() for p in params]
+        counts = [torch.zeros_like(status) for _ in range(2)]
+        ops.direction_update_(params, direction, status, finite, counts, 0.1, 0.2)
+        results.append((params, counts))
+    (expected, expected_counts), (found, found_counts) = results
+    # Two roundings, of an intermediate value and of the parameter.
+    limit = 2 * torch.finfo(dtype).eps
+    for ours, theirs in zip(found, expected, strict=True):
+        for a, e in zip(ours, theirs, strict=True):
+            if a is not None:
+                torch.testing.assert_close(a, e, rtol=limit, atol=limit)
+    assert torch.equal(found[1].weight[2], weight[1, 2].to(dtype))
+    assert all(map(torch.equal, found_counts, expected_counts))
+    assert found_counts[0][0, 1] == 1 and found_counts[1][1, 2] == 1
 
 
 def first_step(net, **options):
