@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from algorithm1 import Algorithm1
+from cases import PAPER
 from rank_cases import Net, batch, error_of, mine, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -103,7 +104,7 @@ def against_one_process(replicas, options, steps=3):
 def collectives_of_a_step(replicas):
     """Collectives of a step by name, DTensor's included, and `describe`'s table."""
     net = shard(Net(), replicas)
-    opt = FROG(net, sample_size=4)
+    opt = FROG(net, sample_size=4, **PAPER)
     train(net, opt, range(1), dtype=torch.float32)
     x, y = batch(1, dtype=torch.float32)
     opt.zero_grad()

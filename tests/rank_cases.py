@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from algorithm1 import Algorithm1
+from cases import PAPER
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
@@ -109,7 +110,7 @@ def ddp_against_one_process(options, steps=4):
         opt.step()
         alone.step()
         equal &= bits(net.parameters())
-        equal &= bits(s["momentum_buffer"] for s in opt.state.values())
+        equal &= bits(t for s in opt.state.values() for t in s.values())
         for p, q in zip(net.parameters(), single.parameters(), strict=True):
             error = oracles.relative_error(p, oracles.as_numpy(q))
             against_single = max(against_single, error)
@@ -159,7 +160,7 @@ def train(model, opt, steps, size=12, dtype=torch.float64, **kwargs):
 
 def ddp_description():
     net = DistributedDataParallel(Net())
-    opt = FROG(net, sample_size=5)
+    opt = FROG(net, sample_size=5, **PAPER)
     before = str(opt.describe())
     train(net, opt, range(1), dtype=torch.float32)
     return before, str(opt.describe()), opt.capture.sample_size

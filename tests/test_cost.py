@@ -5,7 +5,7 @@ import json
 import oracles
 import pytest
 import torch
-from cases import problem
+from cases import PAPER, problem
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,7 +70,8 @@ def test_a_real_step_makes_the_launches_that_are_counted():
     )
     options = {"sample_size": 9, "sampling": "positions"}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    opt = frog_triton.FROG(net.to(device), backend="triton", **options)
+    plain = PAPER | options
+    opt = frog_triton.FROG(net.to(device), backend="triton", **plain)
     net(torch.randn(16, 20, device=device)).square().sum().backward()
     with recording() as launches:
         opt.step()

@@ -64,16 +64,23 @@ def record(layers):
 @pytest.mark.parametrize("formulation", ["primal", "gram"])
 @pytest.mark.parametrize("sampling", ["examples", "positions"])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "limit"),
+    # Measured: 2e-14 with the defaults; 7e-9 with PAPER, and 2e-10 with damping 1e-2.
+    # Rows with two or three live samples are solved before k = 4; what is left of their
+    # residual is rounding over tau.
     [
-        {},
-        PAPER,
-        PAPER | {"nesterov": True, "momentum": 0.8},
-        PAPER | {"momentum": 0.0, "weight_decay": 0.1, "damping": 1e-2, "cg_iters": 2},
-        {"weight_decay": 0.1, "damping": 1e-2},
+        ({}, 1e-12),
+        (PAPER, 1e-7),
+        (PAPER | {"nesterov": True, "momentum": 0.8}, 1e-7),
+        (
+            PAPER
+            | {"momentum": 0.0, "weight_decay": 0.1, "damping": 1e-2, "cg_iters": 2},
+            1e-7,
+        ),
+        ({"weight_decay": 0.1, "damping": 1e-2}, 1e-7),
     ],
 )
-def test_ten_steps_of_algorithm_1(options, sampling, formulation):
+def test_ten_steps_of_algorithm_1(options, limit, sampling, formulation):
     net = Net().double()
     options = options | {"sampling": sampling}
     opt = FROG(net, sample_size=10_000, formulation=formulation, **options)
@@ -93,9 +100,7 @@ def test_ten_steps_of_algorithm_1(options, sampling, formulation):
             worst = max(worst, oracles.relative_error(layer.weight, model.weight))
             if layer.bias is not None:
                 worst = max(worst, oracles.relative_error(layer.bias, model.bias))
-    # Measured: 7e-9, and 5e-13 with damping 1e-2. Rows with two or three live samples
-    # are solved before k = 4; what is left of their residual is rounding over tau.
-    assert worst < 1e-7
+    assert worst < limit
 
 
 def test_learning_rate_schedulers_and_groups():
