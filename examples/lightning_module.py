@@ -31,7 +31,7 @@ class Regression(lightning.LightningModule):
 
     def configure_optimizers(self):
         """FROG and a schedule that is stepped once a batch."""
-        optimizer = FROG(self, lr=2e-2)
+        optimizer = FROG(self, lr=0.1)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
