@@ -2,8 +2,9 @@
 
     python -m frog_triton.benchmarks.bench_step --model gpt2-small --samples 64
 
-On a GPU: FROG's step beside fused AdamW, SGD and Muon on the same tensors, with random
-gradients and samples, medians and spread; the step is checked first. Anywhere else:
+On a GPU: FROG's step, orthogonalized as by default and plain, beside fused AdamW, SGD
+and Muon on the same tensors, with random gradients and samples, medians and spread; the
+plain step is checked first. Anywhere else:
 launches, bytes, operations and the floor they imply, and no time.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,11 @@ from .warm import warm
 # Passes over the parameters (4 bytes each): reads and writes of p, g and the state.
 PASSES = {"AdamW (fused)": 7, "SGD (foreach)": 5, "Muon": None}
 
+FROGS: dict[str, dict[str, Any]] = {"FROG": {}, "FROG plain": {"orthogonalize": False}}
+"""Options of the steps of ours that are counted and timed."""
+
 LIMIT = 1e-3
-"""Of the relative error of FROG's step, beyond which nothing is timed."""
+"""Of the relative error of FROG's plain step, beyond which nothing is timed."""
 
 
 class Step:
@@ -70,19 +75,23 @@ class Step:
             )
             for s in shapes
         ]
-        self.frog = FROG(
-            self.layers,
-            backend="triton",
-            sampling="positions",
-            sample_size=shapes[0].samples,
-            exclude_output_layer=False,
-            autotune=autotune,
-            autotune_dir=cache_dir,
-        )
+        self.frogs = {
+            name: FROG(
+                self.layers,
+                backend="triton",
+                sampling="positions",
+                sample_size=shapes[0].samples,
+                exclude_output_layer=False,
+                autotune=autotune,
+                autotune_dir=cache_dir,
+                **options,
+            )
+            for name, options in FROGS.items()
+        }
 
-    def fill(self) -> None:
-        """Hand FROG its samples, as forward and backward passes would."""
-        hand_over(self.frog, self.layers, self.samples)
+    def fill(self, name: str = "FROG") -> None:
+        """Hand one of `frogs` its samples, as forward and backward passes would."""
+        hand_over(self.frogs[name], self.layers, self.samples)
 
     def peers(self) -> dict[str, torch.optim.Optimizer]:
         """What a user would pick instead, on the same parameters."""
@@ -97,7 +106,7 @@ class Step:
         }
 
     def check(self) -> float:
-        """Largest relative error of FROG's first step against torch in float64.
+        """Largest relative error of a plain first step against torch in float64.
 
         One layer of each geometry is compared.
         """
@@ -112,13 +121,14 @@ class Step:
             sampling="positions",
             sample_size=self.shapes[0].samples,
             exclude_output_layer=False,
+            **FROGS["FROG plain"],
         )
         wide = [tuple(t.double() for t in self.samples[i]) for i in compared]
         hand_over(exact, twins, wide)
         before = [_vector(twin).clone() for twin in twins]
         exact.step()
-        self.fill()
-        self.frog.step()
+        self.fill("FROG plain")
+        self.frogs["FROG plain"].step()
         errors = []
         for i, twin, old in zip(compared, twins, before, strict=True):
             expected = _vector(twin) - old
@@ -153,21 +163,22 @@ def counts(
     shapes: Sequence[LayerShape], dtype: torch.dtype, gpu: str
 ) -> dict[str, Any]:
     """What the steps of FROG and its peers launch, compute and move at least."""
-    counted = cost(shapes, sample_dtype=dtype, gpu=gpu)
     params = sum(s.rows * (s.dim + s.bias) for s in shapes)
     result: dict[str, Any] = {
         "layers": len(shapes),
         "parameters": params,
         "floor_gpu": gpu,
-        "FROG": {
+    }
+    for name, options in FROGS.items():
+        counted = cost(shapes, sample_dtype=dtype, gpu=gpu, **options)
+        result[name] = {
             "launches": counted.launches,
             "operations": counted.operations,
             "bytes": counted.bytes,
             "passes": counted.bytes / (4 * params),
             "state_bytes": counted.state_bytes,
             "floor_us": counted.floor_us,
-        },
-    }
+        }
     for peer, passes in PASSES.items():
         if passes is not None:
             moved = 4 * passes * params
@@ -213,7 +224,7 @@ def add_times(result: dict[str, Any], step: Step, repeats: int) -> None:
 def _times(step: Step, repeats: int) -> dict[str, dict[str, float]]:
     """Microseconds of the step of each optimizer."""
     runs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-        "FROG": (step.frog.step, step.fill)
+        name: (frog.step, partial(step.fill, name)) for name, frog in step.frogs.items()
     }
     for peer, optimizer in step.peers().items():
         runs[peer] = (optimizer.step, lambda: None)

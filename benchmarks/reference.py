@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import FROG
+from .. import FROG, PAPER
 from .environment import environment
 from .models import resnet
 from .timing import milliseconds
@@ -49,7 +49,7 @@ def settings(reference: Any) -> dict[str, Callable[[nn.Module], Any]]:
     """Optimizers to compare, by name; all with 64 examples and k = 4."""
     return {
         "FROG": lambda model: FROG(
-            model, sampling="examples", sample_size=SAMPLES, cg_iters=ITERS
+            model, **{**PAPER, "sample_size": SAMPLES, "cg_iters": ITERS}
         ),
         "reference": lambda model: reference(
             model.parameters(),

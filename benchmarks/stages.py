@@ -147,7 +147,7 @@ def _training(out: Path, data: Path, more: str) -> Stage:
             "train.bench", workload, "--data", data, "--out", out / "training", *rest
         )
 
-    peers = ("--peers", "FROG", "FROG orthogonal", "AdamW", "Muon")
+    peers = ("--peers", "FROG", "FROG plain", "AdamW", "Muon")
     return Stage(
         "training",
         command("cifar10-resnet18-short", *peers, *shlex.split(more)),

@@ -350,9 +350,9 @@ def test_handing_over_to_another_optimizer():
 
 def test_settings_for_text_leave_what_a_study_varies():
     adapt = WORKLOADS["chars-gpt-small"].adapt
-    for peer in STUDIES["damping"]:
-        options = adapt(peer).options
-        assert options["damping"] == peer.options.get("damping", 1.0)
-        assert options["fallback"] == "adamw" and adapt(peer).name == peer.name
-    assert adapt(PEERS["FROG orthogonal"]).options["fallback_lr"] == 3e-3
+    for peer in (*STUDIES["damping"], *STUDIES["momentum"], *STUDIES["fallback"]):
+        assert adapt(peer).options == peer.options and adapt(peer).name == peer.name
+    muons = [p for p in STUDIES["orthogonal"] if p.base == "Muon"]
+    assert [adapt(p).options["momentum"] for p in muons] == [0.9, 0.95]
+    assert all(adapt(p).options["adamw_lr"] == 3e-3 for p in muons)
     assert adapt(PEERS["SGD"]) == PEERS["SGD"]

@@ -156,7 +156,7 @@ def test_the_tuner_tunes_what_the_step_asks_for(name):
     step = bench_step.Step(wanted, BF16, "meta", "off")
     step.fill()
     with recording(run=False) as launches:
-        step.frog.step()
+        step.frogs["FROG"].step()
     found = asked(launches)
     assert len(found) > 5 and found <= tuned
 

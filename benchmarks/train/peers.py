@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import FROG
+from ... import FROG, PAPER
 from ..reference import load
 from .joint import Handover, Joint, MatrixView, layers_and_rest
 
@@ -164,7 +164,7 @@ def frog_then_sgd(
     model: nn.Module, lr: float, weight_decay: float, sgd_lr: float = 0.1
 ) -> torch.optim.Optimizer:
     """FROG until its turn is over, then SGD with a momentum of its own."""
-    frog = FROG(model, lr, weight_decay=weight_decay)
+    frog = FROG(model, lr, **{**PAPER, **_POSITIONS, "weight_decay": weight_decay})
     sgd = torch.optim.SGD(
         model.parameters(), lr=sgd_lr, momentum=0.9, weight_decay=5e-4
     )
@@ -188,7 +188,7 @@ def reference(path: Path) -> Peer:
         )
         return made
 
-    like = PEERS["FROG"]
+    like = PEERS["FROG paper"]
     return Peer(
         "FROG (reference)",
         build,
@@ -210,27 +210,18 @@ def _by_name(*peers: Peer) -> dict[str, Peer]:
     return {peer.name: replace(peer, base=peer.name) for peer in peers}
 
 
+_FROG_LRS = (6e-3, 2e-2, 6e-2, 2e-1)
+_POSITIONS = {"sampling": "positions"}
+
 PEERS = _by_name(
+    Peer("FROG", FROG, _FROG_LRS),
+    Peer("FROG plain", FROG, _FROG_LRS, options={"orthogonalize": False}),
     Peer(
-        "FROG",
+        "FROG paper",
         FROG,
-        (6e-3, 2e-2, 6e-2, 2e-1),
+        _FROG_LRS,
         (1e-5, 5e-5),
-        {"sampling": "positions"},
-    ),
-    Peer(
-        "FROG examples",
-        FROG,
-        (6e-3, 2e-2, 6e-2, 2e-1),
-        (1e-5, 5e-5),
-        {"sampling": "examples"},
-    ),
-    Peer(
-        "FROG orthogonal",
-        FROG,
-        (2e-2, 6e-2, 2e-1, 6e-1),
-        (1e-2, 1e-1),
-        {"orthogonalize": True, "nesterov": True, "fallback_lr": 6e-2},
+        {name: value for name, value in PAPER.items() if name != "weight_decay"},
     ),
     Peer("SGD", _sgd, (3e-2, 1e-1, 3e-1, 1.0), (5e-4, 5e-3)),
     Peer("AdamW", _adamw, (1e-3, 3e-3, 1e-2, 3e-2)),

@@ -7,9 +7,14 @@ from typing import Any
 
 from .peers import PEERS, Peer, frog_then_sgd
 
-_FROG = PEERS["FROG"]
-_EXAMPLES = PEERS["FROG examples"]
-_ORTHOGONAL = PEERS["FROG orthogonal"]
+# The studies below compare variants of the published method, and of what became the
+# default; these were their settings.
+_EXAMPLES = PEERS["FROG paper"]
+_FROG = _EXAMPLES.with_options("FROG", sampling="positions")
+_ORTHOGONAL = PEERS["FROG"].with_options(
+    "FROG orthogonal", damping=1e-4, fallback="sgd", fallback_lr=6e-2
+)
+_DEFAULT = PEERS["FROG"]
 _MUON = PEERS["Muon"]
 
 
@@ -40,6 +45,20 @@ STUDIES: dict[str, tuple[Peer, ...]] = {
         *_varied(_FROG, "damping", "tau =", (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)),
         replace(_FROG, name="tau grows, 1e-4 to 0.1", adjust=_grow_damping),
         *_varied(_ORTHOGONAL, "damping", "orthogonal, tau =", (1e-4, 1e-2, 1.0)),
+    ),
+    # What damping the defaults want, with and without orthogonalization.
+    "safe-damping": tuple(
+        variant
+        for label in ("FROG", "FROG plain")
+        for variant in _varied(
+            PEERS[label], "damping", f"{label}, tau =", (1e-4, 1e-2, 1e-1, 1.0, 10.0)
+        )
+    ),
+    # Who sees to the rest of the net.
+    "fallback": (
+        *_varied(_DEFAULT, "fallback_lr", "AdamW at", (1e-3, 3e-3, 1e-2)),
+        _DEFAULT.with_options("SGD at 0.06", fallback="sgd", fallback_lr=6e-2),
+        _DEFAULT.with_options("output layer, too", exclude_output_layer=False),
     ),
     "momentum": (
         *_varied(_FROG, "momentum", "momentum", (0.8, 0.9, 0.95)),

@@ -88,7 +88,7 @@ def _gpt_task(
 
 def _variants(peers: Sequence[Peer]) -> tuple[Peer, ...]:
     """And the recipe's: FROG with 64 and 24 examples, SGD also at batch 128."""
-    paper, sgd = PEERS["FROG examples"], PEERS["SGD"]
+    paper, sgd = PEERS["FROG paper"], PEERS["SGD"]
     own = (
         paper.with_options("FROG, 64 examples", sample_size=64),
         paper.with_options("FROG, 24 examples", sample_size=24),
@@ -98,24 +98,17 @@ def _variants(peers: Sequence[Peer]) -> tuple[Peer, ...]:
 
 
 _TEXT_LRS = {
-    "FROG": (2e-3, 6e-3, 2e-2, 6e-2),
-    "FROG examples": (2e-3, 6e-3, 2e-2, 6e-2),
-    "FROG orthogonal": (6e-3, 2e-2, 6e-2, 2e-1),
     "AdamW": (3e-4, 1e-3, 3e-3, 1e-2),
     "SOAP": (3e-4, 1e-3, 3e-3, 1e-2),
 }
-_TEXT_FROG = {"fallback": "adamw", "fallback_lr": 3e-3, "damping": 1.0}
 _TEXT_OPTIONS: dict[str, dict[str, Any]] = {
-    "FROG": _TEXT_FROG,
-    "FROG examples": _TEXT_FROG,
-    "FROG orthogonal": {**_TEXT_FROG, "momentum": 0.95},
     "Muon": {"adamw_lr": 3e-3},
     "SINGD": {"loss_average": "batch+sequence"},
 }
 
 
 def _for_text(peer: Peer) -> Peer:
-    """With learning rates and fallbacks for transformers; what it varies it keeps."""
+    """With what peers need for transformers; what it varies it keeps."""
     usual = PEERS[peer.base].options if peer.base in PEERS else {}
     varied = {k: v for k, v in peer.options.items() if usual.get(k, ...) != v}
     return replace(
