@@ -293,8 +293,8 @@ def _vit(channels: int, classes: int, size: int) -> nn.Module:
     return Encoder(patches, (size // 2) ** 2, classes, pooled=True)
 
 
-# Bars are what AdamW at 1e-3 passes with clear room on every seed that was tried;
-# marks are where it has learnt most of what there is to learn.
+# Bars are what AdamW at 1e-3 passes with clear room, seen on five seeds; marks are
+# where it has learnt most of what there is to learn.
 _ALL = ("constant", "cosine", "one-cycle")
 _LISTED: tuple[Case, ...] = (
     # One batch is soon known by heart: AdamW ends near 0.001.
@@ -306,7 +306,8 @@ _LISTED: tuple[Case, ...] = (
         *("overfit-cnn", "one batch of 32 digits, CNN", 200, "loss", 0.1, 0.1),
         network=_plain_cnn,
     ),
-    # 30 epochs of 20 steps, half of them with little left to learn: AdamW ends at 97 %.
+    # 30 epochs of 20 steps, half of them with little left to learn: AdamW ends at
+    # 97 % without norms and at 99 % with them.
     Digits(
         *("past-cnn", "30 epochs of digits, CNN without norms", 600),
         *("accuracy", 0.9, 0.1),
@@ -320,16 +321,16 @@ _LISTED: tuple[Case, ...] = (
         network=partial(small_cnn, width=16),
     ),
     # Guessing costs log 8 = 2.08; AdamW ends near 0.4.
-    MaskedSymbols("mlm", "masked symbols, transformer", 300, "loss", 0.8, 0.8),
-    # Ten epochs: AdamW ends at 95 %.
+    MaskedSymbols("mlm", "masked symbols, transformer", 300, "loss", 1.0, 0.8),
+    # Ten epochs: AdamW ends at 95 to 98 %.
     Digits(
         *("vit", "digits by patches, transformer", 200, "accuracy", 0.9, 0.3),
         network=_vit,
     ),
-    # A net that learns late and suddenly: AdamW ends at 95 %.
+    # A net that starts late: AdamW needs 200 steps to the mark, and ends at 92 to 94 %.
     Digits(
         *("deep-mlp", "eight hidden layers without norms", 600),
-        *("accuracy", 0.9, 0.3),
+        *("accuracy", 0.8, 0.3),
         network=_flat_mlp(*[64] * 8),
     ),
     # The losses start at 1.4 and 0.7. Whoever is winning may bring the other's to 20;
