@@ -59,15 +59,17 @@ ADAMW_LR = 3e-3
 
 
 class FROG(Optimizer):
-    """Fisher row-wise preconditioning, Algorithm 1, for the layers of a model.
+    """Fisher row-wise preconditioning for the layers of a model.
 
     For each output row j of a Linear or Conv layer: ``M <- momentum M + G``, then
     `cg_iters` conjugate-gradient iterations on
     ``(X^T Lambda_j X + damping I) z_j = m_j`` from a small sample of activations X and
-    output gradients, then
-    ``theta <- (1 - weight_decay lr) theta - lr z_j / sqrt(<z_j, m_j>)``. A layer's bias
-    is the last entry of its rows. All other parameters (norms, embeddings, the output
-    layer) are updated by `fallback`.
+    output gradients, where m_j is a row of ``G + momentum M`` (Nesterov). The
+    directions ``z_j / sqrt(<z_j, m_j>)`` of a layer make a matrix Z, whose singular
+    values are brought near one, and
+    ``theta <- (1 - weight_decay lr) theta - lr Z``. A layer's bias is the last entry of
+    its rows. All other parameters (norms, embeddings, the output layer) are updated by
+    `fallback`.
 
     There are two parameter groups: ``param_groups[0]`` holds what is preconditioned,
     ``param_groups[1]`` the rest, each with its own lr and weight decay, so that any
@@ -89,35 +91,48 @@ class FROG(Optimizer):
     loss is scaled up weighs more in the Fisher. So it is with the mean over a smaller
     batch, whose examples weigh more in the averaged gradient, too.
 
-    Settings that did best in our trials, small nets on a CPU over five seeds
-    (``benchmarks/results/cpu``):
+    A step in which any gradient is not finite changes nothing, on all ranks alike; see
+    `anomalies`. Gradients that grow a thousandfold within a few steps earn a warning,
+    once (not with `capturable`, which reads nothing from the device).
 
-    - convolutional nets: ``lr=0.2, orthogonalize=True, nesterov=True,
-      weight_decay=1e-2, fallback_lr=0.06``; without `orthogonalize` ``lr=0.06``.
-    - transformers: ``lr=0.02, orthogonalize=True, nesterov=True, momentum=0.95,
-      damping=1.0, weight_decay=1e-2, fallback="adamw", fallback_lr=3e-3``; without
-      `orthogonalize` ``momentum=0.9, weight_decay=1e-5`` and the rest alike. The
-      paper's small damping does badly there.
+    The defaults train convolutional nets and transformers, with norm layers and
+    without, past interpolation and at a constant rate; a rate three times too large
+    costs accuracy, not the run (``frog-triton bench stability``). What is left to
+    choose:
 
-    `orthogonalize` ended better on every seed of both. It is not the default because
-    it is not the paper's method and adds Muon's products to a step.
+    - `lr` is about the distance that a row of weights moves in a step, at any width,
+      for every kind of layer, with `orthogonalize` and without. The best was 0.02 to
+      0.06 in all our trials, under a one-cycle schedule (up over a tenth of the steps,
+      then down to zero); at a constant rate take 0.02. Any scheduler that scales all
+      groups alike does. Coming from Muon, keep its rate. Coming from AdamW at rate a,
+      try ``0.2 a sqrt(max(R, D))``, which is 6 a for layers of a thousand.
+    - `fallback_lr` is AdamW's rate for all the rest. 3e-3 suits a ResNet and a BERT.
+    - ``orthogonalize=False`` is the step without Muon's products: cheaper on a GPU, a
+      little behind in every trial, and it wants the same rates.
+    - ``**PAPER`` is the method as it was published: see `frog_triton.PAPER`.
 
     Args:
         model: whose layers are preconditioned. Hooks are put on them.
-        lr: eta, the length of a step in the Fisher norm. The paper advises two to four
-            times a good SGD learning rate. See `orthogonalize` for its meaning there.
+        lr: eta, about the distance that a row moves in a step (see above). For a
+            matrix of R rows of length D it is the spectral norm of a step, times
+            ``sqrt(max(1, R / D))``, torch.optim.Muon's own factor. Without
+            `orthogonalize` it is the step's length in the Fisher norm; a row then moves
+            ``lr / sqrt(damping)`` at most.
         momentum: beta, applied before preconditioning.
         nesterov: precondition ``G + beta M`` instead of ``M``.
         orthogonalize: bring the singular values of a layer's direction near one, by
-            Muon's Newton-Schulz iterations, and step along that. `lr` is then about
-            the spectral norm of a step, times ``sqrt(max(1, R / D))``. Costs
+            Muon's Newton-Schulz iterations, and step along that. Costs
             ``20 n^2 m + 10 n^3`` operations for an n x m layer (n <= m), as Muon does;
             on several ranks each receives all directions and orthogonalizes them.
-        weight_decay: rho, decoupled. The paper advises 1e-5 to 5e-5. Applies to whole
-            preconditioned rows; of the rest, not to biases and norms.
-        damping: tau, added to the normalised Fisher, whose mean diagonal is 1. The
-            paper advises 1e-6 to 1e-2, growing late in training: a group entry, to be
-            changed at any time. Transformers want about 1.
+        weight_decay: rho, decoupled, times the group's own lr. Applies to whole
+            preconditioned rows; of the rest, not to biases and norms. The default is
+            torch.optim.AdamW's.
+        damping: tau, added to the normalised Fisher, whose mean diagonal is 1. 1 weighs
+            the samples and the identity alike: as much as a few hundred samples
+            support, and in our trials as good as rules that find it from the samples
+            (``benchmarks/results/cpu/studies``). The paper advises 1e-6 to 1e-2, which
+            lets rows move a hundred times `lr` where there are no samples. A group
+            entry, to be changed at any time.
         cg_iters: k; the paper advises 3 to 5.
         sample_size: positions or examples to sample for a layer and step. None: 256
             positions or 32 examples (the paper: 16 to 64 examples).
@@ -131,9 +146,8 @@ class FROG(Optimizer):
             that go to the fallback.
         exclude_output_layer: send the last supported layer to the fallback, as the
             paper advises. The last in the order of ``model.modules()``.
-        fallback: ``"sgd"`` (with `momentum` and `nesterov`) or ``"adamw"``.
-        fallback_lr: its learning rate. None: `lr` for SGD, 1e-3 for AdamW, torch's
-            default.
+        fallback: ``"adamw"``, or ``"sgd"`` (with `momentum` and `nesterov`).
+        fallback_lr: its learning rate. None: 3e-3 for AdamW, `lr` for SGD.
         momentum_dtype: of the momentum of preconditioned rows. None: float32, or the
             parameters' own if that is wider.
         seed: of the sampling, which never touches the global random state.
