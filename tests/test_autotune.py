@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
+from cases import PAPER
 from layer_shapes import F32, LINEAR, geometry
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -358,7 +359,8 @@ def test_modes_of_an_optimizer(tmp_path):
 def test_a_table_that_is_there_is_used():
     tuning = Tuning("cached")
     net = nn.Linear(24, 20)
-    opt = FROG(net, backend="triton", exclude_output_layer=False, sample_size=18)
+    options = PAPER | {"exclude_output_layer": False, "sample_size": 18}
+    opt = FROG(net, backend="triton", **options)
     key = next(
         a.config.key
         for a in step_launches(geometry(LayerShape("", 20, 24, 18), 1, F32), "gram")
