@@ -6,7 +6,7 @@ import weakref
 import oracles
 import pytest
 import torch
-from cases import CASES, problem
+from cases import CASES, PAPER, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -204,7 +204,10 @@ def test_geometries_that_no_list_names(data):
     compare(module, x, y, m, mb, 1, draw(st.sampled_from(FORMULATIONS)))
 
 
-@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"weight_decay": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, PAPER, PAPER | {"nesterov": True}, PAPER | {"weight_decay": 0.1}],
+)
 def test_steps_of_a_net_like_float64(options):
     class Net(nn.Module):
         def __init__(self):
@@ -222,7 +225,8 @@ def test_steps_of_a_net_like_float64(options):
     def run(backend, dtype, device):
         torch.manual_seed(0)
         net = Net().to(device, dtype)
-        opt = FROG(net, backend=backend, damping=0.3, sample_size=4, **options)
+        fixed = {"damping": 0.3, "sample_size": 4}
+        opt = FROG(net, backend=backend, **(options | fixed))
         for step in range(2):
             generator = torch.Generator().manual_seed(step)
             x = torch.randn(6, 3, 7, 7, generator=generator).to(device, dtype)

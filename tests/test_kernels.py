@@ -6,6 +6,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from cases import PAPER
 from torch import nn
 
 from frog_triton import FROG, precondition
@@ -438,17 +439,18 @@ class Net(nn.Module):
 @pytest.mark.parametrize(
     "options",
     [
-        {"sampling": "positions", "sample_size": 30},
-        {"sampling": "positions", "sample_size": 30, "nesterov": True},
-        {"sampling": "positions", "sample_size": 30, "formulation": "primal"},
-        {"sample_size": 12},
+        {"sample_size": 30},
+        PAPER | {"sample_size": 30},
+        PAPER | {"sample_size": 30, "nesterov": True},
+        PAPER | {"sample_size": 30, "formulation": "primal"},
+        PAPER | {"sample_size": 12},
     ],
 )
 def test_optimizer_steps_like_float64(options):
     def run(backend, dtype, device):
         torch.manual_seed(0)
         net = Net().to(device, dtype)
-        opt = FROG(net, backend=backend, damping=0.3, **options)
+        opt = FROG(net, backend=backend, **(options | {"damping": 0.3}))
         for step in range(3):
             generator = torch.Generator().manual_seed(step)
             x = torch.randn(12, 3, 5, 5, generator=generator).to(device, dtype)
@@ -468,15 +470,11 @@ def test_optimizer_steps_like_float64(options):
 
 @pytest.mark.parametrize("sampling", ["examples", "positions"])
 @pytest.mark.parametrize("formulation", ["gram", "primal"])
-def test_bfloat16_momentum_and_parameters(formulation, sampling):
+@pytest.mark.parametrize("options", [{}, PAPER])
+def test_bfloat16_momentum_and_parameters(options, formulation, sampling):
     net = Net().to(DEVICE, BF16)
-    opt = FROG(
-        net,
-        backend="triton",
-        sampling=sampling,
-        formulation=formulation,
-        momentum_dtype=BF16,
-    )
+    options = options | {"sampling": sampling, "formulation": formulation}
+    opt = FROG(net, backend="triton", momentum_dtype=BF16, **options)
     before = net.blocks[0].weight.clone()
     net(randn(4, 3, 5, 5, dtype=BF16)).square().sum().backward()
     opt.step()
@@ -485,13 +483,15 @@ def test_bfloat16_momentum_and_parameters(formulation, sampling):
     assert not torch.equal(before, net.blocks[0].weight)
 
 
-def test_a_schedule_does_not_change_what_is_compiled():
+@pytest.mark.parametrize("options", [{}, PAPER])
+def test_a_schedule_does_not_change_what_is_compiled(options):
     """Every argument that differs between two steps is a tensor or a float in one."""
 
     def launches(lr):
         torch.manual_seed(0)
         net = Net().to(DEVICE)
-        opt = FROG(net, lr=lr, backend="triton", sampling="positions", damping=lr)
+        changing = {"lr": lr, "damping": lr}
+        opt = FROG(net, backend="triton", **(options | changing))
         net(randn(4, 3, 5, 5)).square().sum().backward()
         with recording() as made:
             opt.step()

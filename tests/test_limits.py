@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cases import PAPER
 from torch import nn
 
 from frog_triton import FROG, cost, launches, step
@@ -27,7 +28,7 @@ class Grouped(nn.Module):
 
 
 def stepped(net):
-    opt = FROG(net, backend="triton", sample_size=5)
+    opt = FROG(net, backend="triton", sample_size=5, **PAPER)
     x = torch.randn(4, 8, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     net(x).square().sum().backward()
     with recording() as made:
