@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import PAPER
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -168,12 +169,14 @@ def test_tables_written_by_a_kernel():
     assert filled.align == plain.align
 
 
-def test_every_table_of_a_step_is_written_by_a_kernel():
+@pytest.mark.parametrize("options", [{}, PAPER])
+def test_every_table_of_a_step_is_written_by_a_kernel(options):
     pytest.importorskip("triton")
     net = Net()
-    opt = FROG(net, backend="triton", sample_size=3, capturable=True)
+    options = options | {"backend": "triton", "sample_size": 3}
+    opt = FROG(net, capturable=True, **options)
     twin = copy.deepcopy(net)
-    twin_opt = FROG(twin, backend="triton", sample_size=3)
+    twin_opt = FROG(twin, **options)
     x, y = batch(0, 4)
     for model, optimizer in ((net, opt), (twin, twin_opt)):
         F.cross_entropy(model(x), y).backward()
