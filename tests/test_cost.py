@@ -35,7 +35,7 @@ PLAIN = {"orthogonalize": False, "nesterov": False}
 def test_gpt2_takes_as_many_launches_whatever_its_depth(blocks, samples, launches):
     shapes = gpt2_small(samples, blocks)
     counted = frog_triton.cost(shapes, formulation="gram", **PLAIN)
-    # A look at the gradients, the largest samples, weights, Gram and (up to 256 samples)
+    # A look at the gradients, the largest samples, weights, Gram and (to 256 samples)
     # the sum of its splits, momentum and projection (twice beyond 128), CG, update.
     assert counted.launches <= 4 * launches
     assert all(line.launches <= launches for line in counted.layers)
