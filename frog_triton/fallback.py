@@ -115,10 +115,10 @@ def _sgd_on_device(
     """
     lr, momentum = group["lr"], group["momentum"]
     if found_inf is not None:
-        taken = found_inf == 0
-        grads = [torch.where(taken.to(g.device), g, 0) for g in grads]
+        taken = (found_inf == 0).double()
+        grads = [torch.where(taken.to(g.device) > 0, g, 0) for g in grads]
         lr = lr * taken
-        momentum = torch.where(taken, momentum, 1.0)
+        momentum = momentum * taken + (1 - taken)
     multiply_(buffers, momentum)
     torch._foreach_add_(buffers, grads)
     steps = [buffer.clone() for buffer in buffers]

@@ -135,9 +135,11 @@ class _Mail:
 
     def exchange(self, number: Tensor) -> list[float]:
         """Send a number, and take what has arrived: a CPU's at once."""
-        if not number.is_cuda:
+        if number.is_cpu:
             return [float(number)]
-        arrived = []
+        arrived: list[float] = []
+        if not number.is_cuda:
+            return arrived
         if self._sent is not None and self._sent[0].query():
             arrived.append(float(self._sent[1]))
             self._sent = None

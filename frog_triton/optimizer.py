@@ -28,6 +28,7 @@ from .routing import Exclusion, Layer, Plan, Route, RoutingTable, route
 from .sampling import Counter
 from .scaling import skipping, steps_taken, unscale_
 from .state import (
+    BEFORE,
     MOMENTUM_DTYPES,
     STATE_VERSION,
     check_shapes,
@@ -417,7 +418,7 @@ class FROG(Optimizer):
         found_inf = self._found_inf()
         if self._ranks is not None:
             found_inf = self._agree(self._ranks, found_inf)
-        if found_inf is not None and not found_inf.is_cuda and not self.capturable:
+        if found_inf is not None and found_inf.is_cpu and not self.capturable:
             if found_inf:
                 self.capture.clear()
                 return loss
@@ -632,8 +633,8 @@ class FROG(Optimizer):
         own = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, entries_here in zip(self.param_groups, own, strict=True):
-            for name, value in entries_here.items():
-                group.setdefault(name, value)  # of options younger than the state
+            for name, value in (entries_here | BEFORE).items():
+                group.setdefault(name, value)
         restore(self, state_dict, self.capturable)
         self._stepped = any(
             bool(state["step"] > 0) for state in self.state.values() if "step" in state

@@ -52,7 +52,7 @@ def steps_taken(found_inf: Tensor | None, device: torch.device) -> float | Tenso
     """
     if found_inf is None:
         return 1.0
-    return (found_inf == 0).to(device, torch.float32, non_blocking=True)
+    return (found_inf == 0).to(device, torch.float64, non_blocking=True)
 
 
 @contextmanager

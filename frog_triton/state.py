@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 STATE_VERSION = 1
+BEFORE: dict[str, Any] = {"orthogonalize": False}
+"""Options that are younger than some saved states, as those were written without."""
+
 MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 

@@ -477,12 +477,14 @@ def _gram_step(
         ],
         [0.0, 0.0, lr, weight_decay],
     )
-    chosen = tuned(
-        "_update_kernel",
-        config.update_config(n),
-        {"n": n, "r": rows // groups, "d": dim, "p": len(ms) * groups},
-        (thetas[0].weight.dtype, m.dtype, samples[0].dtype),
-    )
+    chosen = config.update_config(n)
+    if n:  # without samples there is nothing to tune
+        chosen = tuned(
+            "_update_kernel",
+            chosen,
+            {"n": n, "r": rows // groups, "d": dim, "p": len(ms) * groups},
+            (thetas[0].weight.dtype, m.dtype, samples[0].dtype),
+        )
     blocks = triton.cdiv(rows // groups, chosen.BLOCK_R)
     launch(
         _update_kernel,
