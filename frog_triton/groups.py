@@ -74,6 +74,26 @@ def chosen(group: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
     return {key: [group[key][i] for i in places] for key in lists}
 
 
+def fallback_lr(
+    group: Mapping[str, Any], lr: float | Tensor, default: float | Tensor
+) -> float | Tensor:
+    """The rate of a group's parameters that are not preconditioned.
+
+    Its own ``fallback_lr``; else the default, scaled as the group scales `lr`.
+
+    Args:
+        group: the user's.
+        lr: the optimizer's default.
+        default: of `fallback_lr`.
+    """
+    if "fallback_lr" in group or "lr" not in group:
+        return group.get("fallback_lr", default)
+    own: float | Tensor = group["lr"]
+    if default is lr:
+        return own
+    return default * (own / lr) if lr != 0 else default
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Raise ValueError for a group entry that no step can use."""
     if group["capturable"]:

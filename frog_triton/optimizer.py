@@ -20,7 +20,14 @@ from .diagnostics import Diagnostics, memory_usage
 from .distributed import check_placements, find_ranks
 from .fallback import FALLBACKS
 from .gradients import GradientWatch
-from .groups import check_group, entries, part_of, user_group, user_groups
+from .groups import (
+    check_group,
+    entries,
+    fallback_lr,
+    part_of,
+    user_group,
+    user_groups,
+)
 from .guards import is_capturing, no_autocast, problem_with_grads
 from .ops.launch import capturable as without_host_copies
 from .preconditioner import check_solver_options
@@ -142,7 +149,8 @@ class FROG(Optimizer):
             In nets for CIFAR-10 the defaults of both train alike over five seeds, and
             positions cost a fifth to a quarter (``benchmarks/results/cpu/studies``).
         params: what to optimize: tensors, or torch-style groups whose entries override
-            the defaults. None: all parameters.
+            the defaults; a group's own lr scales its `fallback_lr` as much, unless it
+            names one. None: all parameters.
         exclude: module or parameter names, shell patterns of them, or module types
             that go to the fallback.
         exclude_output_layer: send the last supported layer to the fallback, as the
@@ -291,14 +299,18 @@ class FROG(Optimizer):
         """Check the user's groups, route their parameters and split each in two."""
         names = {p: name for name, p in self._model.named_parameters()}
         group_of: dict[nn.Parameter, int] = {}
-        beside = {"lr": self._fallback_lr, **FALLBACKS[self._fallback].defaults}
-        beside["updated_by"] = self._fallback
-        for i, group in enumerate(groups):
+        halves: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for i, given in enumerate(groups):
+            group = {k: v for k, v in given.items() if k != "fallback_lr"}
             check_group({**defaults, **group})
+            beside = {**FALLBACKS[self._fallback].defaults, **group}
+            beside["lr"] = fallback_lr(given, defaults["lr"], self._fallback_lr)
+            beside["updated_by"] = self._fallback
             try:
-                check_group({**defaults, **beside, **group})
+                check_group({**defaults, **beside})
             except ValueError as error:
                 raise ValueError(f"fallback_lr: {error}") from None
+            halves.append((group | {"updated_by": "frog"}, beside))
             for param in group["params"]:
                 if param not in names:
                     raise ValueError(
@@ -321,10 +333,9 @@ class FROG(Optimizer):
         self._adopt(plan, group_of)
         preconditioned = plan.preconditioned()
         split = []
-        for group in groups:
-            rest = set(group["params"]) - preconditioned
-            split.append(part_of(group, preconditioned) | {"updated_by": "frog"})
-            split.append({**beside, **part_of(group, rest)})
+        for rows, rest in halves:
+            split.append(part_of(rows, preconditioned))
+            split.append(part_of(rest, set(rest["params"]) - preconditioned))
         return split
 
     def _adopt(self, plan: Plan, group_of: dict[nn.Parameter, int]) -> None:

@@ -171,6 +171,28 @@ def test_fallback_lr_defaults():
     assert FROG(Net(), lr=0.3, fallback="sgd").param_groups[1]["lr"] == 0.3
 
 
+@pytest.mark.parametrize(
+    ("options", "group", "expected"),
+    [
+        ({}, {}, 3e-3),
+        ({}, {"lr": 0.01}, 1.5e-3),  # half the default, so half the fallback's
+        ({}, {"lr": 0.0}, 0.0),
+        ({}, {"lr": 0.01, "fallback_lr": 0.1}, 0.1),
+        ({"lr": 0.0}, {"lr": 0.01}, 3e-3),
+        ({"fallback_lr": 1e-3}, {"lr": 0.04}, 2e-3),
+        ({"fallback": "sgd"}, {"lr": 0.5}, 0.5),
+        ({"lr": torch.tensor(0.1)}, {"lr": torch.tensor(0.2)}, 6e-3),
+    ],
+)
+def test_a_group_scales_the_fallback_as_itself(options, group, expected):
+    net = Net()
+    rows, rest = FROG(
+        net, params=[{"params": net.parameters(), **group}], **options
+    ).param_groups
+    assert float(rest["lr"]) == pytest.approx(expected, rel=1e-6)
+    assert "fallback_lr" not in rows and "fallback_lr" not in rest
+
+
 def test_params_override_options_group_by_group():
     net = Net()
     opt = FROG(
@@ -181,7 +203,7 @@ def test_params_override_options_group_by_group():
         ],
     )
     kinds = [(g["updated_by"], g["lr"], len(g["params"])) for g in opt.param_groups]
-    assert kinds[:2] == [("frog", 0.5, 2), ("adamw", 0.5, 0)]
+    assert kinds[:2] == [("frog", 0.5, 2), ("adamw", 3e-3 * 25, 0)]
     assert kinds[2:] == [("frog", 2e-2, 3), ("adamw", 3e-3, 0)]
     assert opt.param_groups[0]["damping"] == 1e-2
     table = {r.name: r for r in opt.describe()}
