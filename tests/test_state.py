@@ -211,3 +211,42 @@ def test_killed_ten_times_and_resumed_it_ends_with_the_same_bits(tmp_path):
     for part, value in zip(resumed, saved, strict=False):
         part.load_state_dict(value)
     assert_same(whole, resumed)
+
+
+def test_a_state_from_before_an_option_is_loaded_as_it_was_written():
+    old = FROG(Net(), **PAPER)
+    saved = old.state_dict()
+    for group in saved["param_groups"]:
+        del group["orthogonalize"]
+    new = FROG(Net(), fallback="sgd")
+    assert new.param_groups[0]["orthogonalize"]
+    new.load_state_dict(saved)
+    for ours, theirs in zip(new.param_groups, old.param_groups, strict=True):
+        assert not ours["orthogonalize"]
+        kept = ours.keys() - {"params"}
+        assert all(ours[key] == theirs[key] for key in kept)
+
+
+def test_names_of_parameters_follow_them():
+    """Into the halves of their group, the state and back, and to the fallback."""
+
+    def named():
+        net = Net()
+        return net, FROG(net, params=net.named_parameters())
+
+    net, opt = named()
+    names = {p: name for name, p in net.named_parameters()}
+    for group in opt.param_groups:
+        assert group["param_names"] == [names[p] for p in group["params"]]
+    saved = opt.state_dict()
+    _, other = named()
+    other.load_state_dict(saved)
+    kept = [group["param_names"] for group in opt.param_groups]
+    assert [group["param_names"] for group in other.param_groups] == kept
+    opt._reroute(["fc"])
+    for group in opt.param_groups:
+        assert group["param_names"] == [names[p] for p in group["params"]]
+    _, third = named()
+    third.load_state_dict(opt.state_dict())
+    for ours, theirs in zip(third.param_groups, opt.param_groups, strict=True):
+        assert ours["param_names"] == theirs["param_names"]
