@@ -35,7 +35,7 @@ def main(shard: bool) -> None:
         device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
         torch.cuda.set_device(device)
     model = build(device, shard)
-    optimizer = FROG(model, fallback="adamw")  # the wrapped model; no more to do
+    optimizer = FROG(model)  # the wrapped model; no more to do
 
     torch.manual_seed(dist.get_rank())  # every rank has data of its own
     for _ in range(100):

@@ -18,8 +18,8 @@ def build() -> tuple[nn.Module, FROG, torch.optim.lr_scheduler.LRScheduler]:
         *(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
         *(nn.Conv2d(8, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2)),
     )
-    optimizer = FROG(model, lr=2e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [5e-2, 5e-2], 40)
+    optimizer = FROG(model)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [5e-2, 3e-3], 40)
     return model, optimizer, schedule
 
 

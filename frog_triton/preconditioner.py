@@ -67,7 +67,7 @@ def precondition(
     momentum: Tensor,
     momentum_bias: Tensor | None = None,
     *,
-    damping: float = 1e-4,
+    damping: float = 1.0,
     cg_iters: int = 4,
     formulation: str = "auto",
     backend: str = "auto",
@@ -77,7 +77,8 @@ def precondition(
     It is ``z_j / sqrt(<z_j, m_j>)``, where ``z_j`` is the result of `cg_iters`
     conjugate-gradient iterations, from zero, on
     ``(X^T Lambda_j X + damping I) z_j = m_j`` with the normalised Fisher weights of
-    equation (4). For authors of other optimizers: ``theta -= lr * direction`` is FROG.
+    equation (4). For authors of other optimizers: ``theta -= lr * direction`` is FROG
+    with ``orthogonalize=False``.
 
     Args:
         module: a layer of a supported kind; only its geometry is used.
@@ -87,7 +88,7 @@ def precondition(
         momentum: what to precondition, in the shape of ``module.weight``.
         momentum_bias: the same for the bias. None solves for the weight alone.
         damping: tau, added to the normalised Fisher (its mean diagonal is 1). The
-            paper advises 1e-6 to 1e-2.
+            default is `FROG`'s; the paper advises 1e-6 to 1e-2.
         cg_iters: k; the paper advises 3 to 5.
         formulation: ``"primal"``, ``"gram"``, or ``"auto"``: whichever counts cheaper.
         backend: ``"torch"``, ``"triton"`` or ``"auto"``.

@@ -6,12 +6,12 @@ import weakref
 import oracles
 import pytest
 import torch
-from cases import CASES, PAPER, problem
+from cases import CASES, PAPER, precondition, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from frog_triton import FROG, precondition
+from frog_triton import FROG
 from frog_triton.layers import adapter_for
 from frog_triton.ops import torch_ops, triton_ops, triton_samples
 from frog_triton.ops.launch import recording

@@ -3,9 +3,10 @@
 import oracles
 import pytest
 import torch
+from cases import precondition
 from torch import nn
 
-from frog_triton import FROG, precondition
+from frog_triton import FROG
 from frog_triton.autotune.cache import Cache
 from frog_triton.autotune.table import Table
 from frog_triton.autotune.tuning import machine_of, tune

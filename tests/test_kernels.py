@@ -6,10 +6,10 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from cases import PAPER
+from cases import PAPER, precondition
 from torch import nn
 
-from frog_triton import FROG, precondition
+from frog_triton import FROG
 from frog_triton.layers import MatrixMap
 from frog_triton.ops import torch_ops, triton_ops
 from frog_triton.ops.launch import recording

@@ -4,10 +4,8 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from cases import CASES, problem
+from cases import CASES, precondition, problem
 from torch import nn
-
-from frog_triton import precondition
 
 FORMULATIONS = ("primal", "gram")
 

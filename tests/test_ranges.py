@@ -5,10 +5,10 @@ import copy
 import oracles
 import pytest
 import torch
-from cases import PAPER
+from cases import PAPER, precondition
 from torch import nn
 
-from frog_triton import FROG, ops, precondition
+from frog_triton import FROG, ops
 from frog_triton.kernels import common
 from frog_triton.layers import ConvMap, MatrixMap
 from frog_triton.layers.conv import ConvSpec
