@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .ops.types import is_number
 from .preconditioner import check_solver_options
 
 
@@ -98,12 +99,9 @@ def check_group(group: dict[str, Any]) -> None:
     """Raise ValueError for a group entry that no step can use."""
     if group["capturable"]:
         _check_places(group)
-    for name, value in group.items():
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(
-                f"{name} must be one number, got a tensor of {value.numel()}"
-            )
     for name in ("lr", "momentum", "weight_decay"):
+        if not is_number(group[name]):
+            raise ValueError(f"{name} must be one number, got {group[name]!r}")
         if not 0 <= group[name] < math.inf:
             raise ValueError(
                 f"{name} must not be negative or infinite, got {group[name]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import ModuleType
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from . import ops
 from .formulation import choose_formulation
 from .layers import adapter_for
-from .ops.types import Rows
+from .ops.types import Rows, is_number
 from .solvers import FORMULATIONS, Batch, Solution
 
 FORMULATION_CHOICES = ("auto", *FORMULATIONS)
@@ -21,8 +22,8 @@ def check_solver_options(
     damping: float | Tensor, cg_iters: int, formulation: str, backend: str
 ) -> None:
     """Raise ValueError for an option that no solve can use."""
-    if not damping > 0:
-        raise ValueError(f"damping must be positive, got {damping}")
+    if not is_number(damping) or not 0 < damping < math.inf:
+        raise ValueError(f"damping must be positive and finite, got {damping!r}")
     if isinstance(cg_iters, bool) or not isinstance(cg_iters, int) or cg_iters < 1:
         raise ValueError(f"cg_iters must be a positive integer, got {cg_iters!r}")
     if formulation not in FORMULATION_CHOICES:

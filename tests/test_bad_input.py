@@ -21,6 +21,18 @@ def net():
         ({"weight_decay": -1}, "weight_decay must not be negative"),
         ({"damping": 0.0}, "damping must be positive"),
         ({"damping": float("nan")}, "damping must be positive"),
+        ({"damping": float("inf")}, "damping must be positive and finite"),
+        ({"damping": "auto"}, "damping must be positive and finite, got 'auto'"),
+        ({"damping": torch.ones(2)}, "damping must be positive"),
+        ({"lr": torch.ones(2)}, "lr must be one number"),
+        ({"lr": None}, "lr must be one number"),
+        ({"lr": float("inf")}, "lr must not be negative or infinite"),
+        ({"fallback_lr": -1.0}, "fallback_lr: lr must not be negative"),
+        ({"fallback_lr": float("nan")}, "fallback_lr: lr must not be negative"),
+        ({"fallback_lr": torch.ones(2)}, "fallback_lr: lr must be one number"),
+        ({"momentum": float("nan")}, "momentum must not be negative"),
+        ({"weight_decay": float("nan")}, "weight_decay must not be negative"),
+        ({"params": []}, "params is empty"),
         ({"cg_iters": 0}, "cg_iters must be a positive integer"),
         ({"sample_size": 0}, "sample_size must be a positive integer"),
         ({"sample_size": 1.5}, "sample_size must be a positive integer"),
@@ -45,6 +57,44 @@ def test_group_options():
         FROG(model, params=[{"params": model.parameters(), "lr": -1}])
     with pytest.raises(ValueError, match=r"0\.weight appears in more than one group"):
         FROG(model, params=[{"params": list(model.parameters())}] * 2)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (lambda net: ["x"], "FROG optimizes tensors, but params holds a str"),
+        (lambda net: "x", "params must be a list of tensors"),
+        (lambda net: net[0].weight, "params must be a list of tensors"),
+        (lambda net: set(net.parameters()), "params must be a list of tensors"),
+        (lambda net: [{"params": set(net.parameters())}], "the order of a set"),
+        (lambda net: [{"lr": 0.1}], "must be a dict with params"),
+        (lambda net: [{"params": net.parameters()}, net[0].weight], "must be a dict"),
+        (lambda net: [("0.weight", None)], "but params holds a NoneType"),
+    ],
+)
+def test_params_of_the_wrong_kind(params, message):
+    """As torch's optimizers do it: a TypeError, and no hook is left on the model."""
+    model = net()
+    with pytest.raises(TypeError, match=message):
+        FROG(model, params=params(model))
+    assert not any(m._forward_hooks for m in model.modules())
+    opt = FROG(model, params=[model[0].weight])
+    with pytest.raises(TypeError, match="the order of a set"):
+        opt.add_param_group({"params": {model[1].weight}})
+    assert len(opt.param_groups) == 2
+
+
+def test_some_names_are_missing():
+    model = net()
+    with pytest.raises(ValueError, match="some params of a group have names"):
+        FROG(model, params=[("0.weight", model[0].weight), model[0].bias])
+
+
+def test_group_options_of_the_fallback():
+    model = net()
+    group = {"params": model.parameters(), "betas": (0.9, 1.0)}
+    with pytest.raises(ValueError, match="betas must lie in"):
+        FROG(model, params=[group])
 
 
 def test_unknown_option_and_parameters_for_a_model():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple, Protocol, Self
 
 import torch
@@ -168,6 +169,13 @@ class MatrixSamples(SampleMap, Protocol):
 
     def grouped(self) -> Tensor:
         """``X`` as ``(groups, N, D)``."""
+
+
+def is_number(value: object) -> bool:
+    """Whether an option is a real number, or a tensor of one."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def unravel(index: Tensor, shape: Sequence[int]) -> list[Tensor]:
