@@ -17,6 +17,18 @@ from rich.progress import (
 from .loop import Job, Run, train
 
 
+def progress_bar(console: Console, width: int) -> Progress:
+    """A bar that counts steps, with a description of so many characters before it."""
+    return Progress(
+        TextColumn(f"{{task.description:{width}}}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
 def train_all(
     jobs: Sequence[Job],
     console: Console,
@@ -32,14 +44,7 @@ def train_all(
     runs: list[Run] = []
     if not jobs:
         return runs
-    with Progress(
-        TextColumn("{task.description:34}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    ) as progress:
+    with progress_bar(console, 34) as progress:
         bar = progress.add_task("", total=sum(job.steps for job in jobs))
         for number, job in enumerate(jobs, 1):
             title = f"{job.peer.name}, lr {job.lr:g}, seed {job.seed}"

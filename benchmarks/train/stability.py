@@ -23,14 +23,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import nn
 
 from ... import FROG, PAPER
@@ -40,6 +32,7 @@ from . import report
 from .arguments import above_zero, positive
 from .loop import SCHEDULES
 from .peers import PEERS, Peer
+from .runner import progress_bar
 from .survival_cases import CASES, Case, Networks
 
 _FROG_LR = inspect.signature(FROG).parameters["lr"].default
@@ -345,14 +338,7 @@ def _peers(names: Sequence[str], console: Console) -> list[Peer]:
 
 def _run_all(trials: Sequence[Trial], results: Results, console: Console) -> None:
     """One after another, with a bar that counts steps."""
-    with Progress(
-        TextColumn("{task.description:44}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    ) as progress:
+    with progress_bar(console, 44) as progress:
         bar = progress.add_task("", total=sum(trial.case.steps for trial in trials))
         for number, trial in enumerate(trials, 1):
             title = f"{trial.case.name}, {trial.peer.name}, lr {trial.lr:g}"

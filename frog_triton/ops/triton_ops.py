@@ -388,8 +388,8 @@ def gram_rows(
 ) -> Rows:
     """See `torch_ops.gram_rows`; one launch."""
     z, layers = empty_rows(ms)
-    rest = (s, s, [], 0.0, 0.0)
-    _gram_step(layers, _Explicit.of(xs), ms, scales, s, u, *rest, step=False)
+    x = _Explicit.of(xs)
+    _gram_step(layers, x, ms, scales, s, u, s, s, [], 0.0, 0.0, step=False)
     return z
 
 
