@@ -18,6 +18,9 @@ from .autotune.traffic import PRICES, Work
 _PRICES = {torch.bfloat16: PRICES["bf16"], torch.float16: PRICES["bf16"]}
 
 
+_FREE = ("empty", "new_empty", "scalar_tensor")
+
+
 class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -27,13 +30,14 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = {k: v for k, v in (kwargs or {}).items() if k != "out"}
+        read = [t for t in tree_leaves((args, given)) if isinstance(t, Tensor)]
         written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         held = {t.untyped_storage()._cdata for t in read}
         only_a_view = not func._schema.is_mutable and all(
             t.untyped_storage()._cdata in held for t in written
         )
-        if not only_a_view and "empty" not in func.__name__:
+        if not only_a_view and not func.__name__.startswith(_FREE):
             self.work += _work(func, args, kwargs or {}, read, written, out)
         return out
 

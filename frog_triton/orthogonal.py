@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -39,14 +40,15 @@ def orthogonalize(rows: Rows, finite: Tensor, groups: int = 1) -> Rows:
         rows.weight if bias is None else torch.cat([rows.weight, bias[..., None]], -1)
     )
     low, high = matrix.aminmax(dim=-1)
-    kept = finite & torch.isfinite(low) & torch.isfinite(high)
-    matrix = torch.where(kept.unsqueeze(-1), matrix, 0)
-    matrix = newton_schulz(matrix.unflatten(1, (groups, -1))).flatten(1, 2)
-    dtype = rows.weight.dtype
+    sizes = torch.maximum(-low, high)
+    kept = finite & (sizes < math.inf)
+    matrix = torch.where(kept.unsqueeze(-1), matrix, 0).unflatten(1, (groups, -1))
+    sizes = torch.where(kept, sizes, 0).unflatten(1, (groups, -1)).amax(-1)
+    matrix = newton_schulz(matrix, sizes).flatten(1, 2)
     if bias is None:
-        return Rows(matrix.to(dtype).contiguous(), None)
-    weight, bias = matrix[..., :-1], matrix[..., -1]
-    return Rows(weight.to(dtype).contiguous(), bias.to(dtype).contiguous())
+        return Rows(_dense(matrix, rows.weight.dtype), None)
+    parts = (matrix[..., :-1], matrix[..., -1])
+    return Rows(*(_dense(part, rows.weight.dtype) for part in parts))
 
 
 def orthogonal_update_(
@@ -74,7 +76,7 @@ def orthogonal_update_(
     backend.direction_update_(params, rows, status, finite, counts, lr, weight_decay)
 
 
-def newton_schulz(matrix: Tensor) -> Tensor:
+def newton_schulz(matrix: Tensor, sizes: Tensor | None = None) -> Tensor:
     """``U V^T``, roughly, of ``U S V^T``, times ``sqrt(max(1, rows / columns))``.
 
     On a GPU products of float32 are in bfloat16, as Muon's are, and so is the result;
@@ -82,26 +84,33 @@ def newton_schulz(matrix: Tensor) -> Tensor:
 
     Args:
         matrix: ``(..., rows, columns)``.
+        sizes: the largest magnitude in each matrix ``(...)``, if it is known.
     """
+    if sizes is None:
+        sizes = matrix.abs().amax((-2, -1))
     rows, columns = matrix.shape[-2:]
     x = matrix.reshape(-1, rows, columns)
     x = x.mT if rows > columns else x
     narrow = x.device.type != "cpu" and x.dtype != torch.float64
-    low, high = x.flatten(1).aminmax(dim=1)
-    # The largest entry first: squares could overflow. Written as it is narrowed.
-    scaled = torch.empty_like(x, dtype=torch.bfloat16 if narrow else x.dtype)
-    x = torch.div(x, _divisor(torch.maximum(-low, high)), out=scaled)
+    # By the largest entry first: squares could overflow. Written as it is narrowed.
+    scaled = torch.empty(
+        x.shape, dtype=torch.bfloat16 if narrow else x.dtype, device=x.device
+    )
+    x = torch.div(x, _divisor(sizes.reshape(-1)), out=scaled)
     x = x / _divisor(torch.linalg.matrix_norm(x))
     a, b, c = QUINTIC
-    for _ in range(ITERATIONS):
+    for i in range(ITERATIONS):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    if rows > columns:
-        x = x.mT * (rows / columns) ** 0.5
-    return x.reshape(matrix.shape)
+        size = max(1, rows / columns) ** 0.5 if i + 1 == ITERATIONS else 1.0
+        x = torch.baddbmm(x, polynomial, x, beta=a * size, alpha=size)
+    return (x.mT if rows > columns else x).reshape(matrix.shape)
 
 
 def _divisor(sizes: Tensor) -> Tensor:
     """One for each matrix; zeros stay zeros."""
-    return torch.where(sizes > 0, sizes, 1)[:, None, None]
+    return sizes.clamp(min=torch.finfo(sizes.dtype).tiny)[:, None, None]
+
+
+def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype, memory_format=torch.contiguous_format).contiguous()

@@ -18,6 +18,7 @@ from frog_triton.benchmarks import bench_kernels, bench_step, reference
 from frog_triton.benchmarks.eager import eager_solve
 from frog_triton.benchmarks.models import resnet
 from frog_triton.benchmarks.shapes import gpt2_small, resnet50
+from frog_triton.eager import eager_work
 from frog_triton.formulation import count_works, predict
 from frog_triton.launches import Bucket, LayerShape, step_launches
 from frog_triton.layers import adapter_for
@@ -337,3 +338,37 @@ def test_torch_launches_nothing_beside_the_kernels(formulation, nesterov):
         shape = LayerShape("", 24, 40, 16)
         step_launches(Bucket(shape, 3, nesterov=nesterov), formulation)
     assert mode.found == []
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(64, 32), (32, 64), (48, 48)])
+def test_orthogonalization_is_counted(rows, dim):
+    layers = [LayerShape(str(i), rows, dim, 16, bias=False) for i in range(3)]
+    with_it = frog_triton.cost(layers)
+    without = frog_triton.cost(layers, orthogonalize=False)
+    n, m = min(rows, dim), max(rows, dim)
+    more = with_it.operations - without.operations
+    assert more == 3 * (20 * n * n * m + 10 * n**3)
+    # Largest of each row, where, two divisions and a norm, fifteen products, and back
+    # to float32; and small ones for each row or matrix.
+    assert 22 < with_it.launches - without.launches < 32
+    assert with_it.bytes > without.bytes + 20 * 4 * 3 * rows * dim / 2
+
+
+def test_torch_operations_are_counted_as_they_are_called():
+    a = torch.empty(8, 4, device="meta")
+    b = torch.empty(4, 6, dtype=torch.bfloat16, device="meta")
+
+    def run():
+        view = a.T.unsqueeze(0)[0]  # free
+        torch.empty_like(view)
+        c = a @ a.T  # reads a once
+        c.mul_(2.0)
+        torch.mm(b.T, b)
+        torch.mul(b, 2.0, out=torch.empty(4, 6, device="meta"))
+
+    work = eager_work(run)
+    assert work.launches == 4
+    assert work.operations == 2 * 8 * 8 * 4 + 2 * 6 * 6 * 4
+    assert work.tf32_operations == 3 * 2 * 8 * 8 * 4 + 0.5 * 2 * 6 * 6 * 4
+    read = 4 * 32 + 4 * 64 + 2 * 24 + 2 * 24
+    assert work.bytes == read + 4 * 64 + 4 * 64 + 2 * 36 + 4 * 24
