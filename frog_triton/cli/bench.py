@@ -3,6 +3,7 @@
     frog-triton bench kernels --model resnet18 --json kernels.json --plot kernels.png
     frog-triton bench step --model gpt2-small --samples 64
     frog-triton bench train cifar10-small --data DIR
+    frog-triton bench stability
     frog-triton bench stability --case overfit-mlp gan
 
 Without a GPU, kernels and step print counts and floors, and time nothing.
