@@ -34,7 +34,9 @@ class Diagnostics:
       without it); the spread is the population's.
     - ``cg_residual``: mean of ``|m_j - A_j z_j| / |m_j|`` where CG stopped.
     - ``identity_rows``: how many rows took the identity Fisher.
-    - ``skipped_rows``: how many rows had a gradient that is not finite.
+    - ``skipped_rows``: how many rows stayed, as their momentum would not have been
+      finite. A step that is skipped whole is not looked at; where only the device knows
+      (on a GPU, or with `capturable`) all its rows count here.
     - ``effective_damping``: mean of ``damping trace_j / D``, in the units of the Fisher
       matrix before its normalisation, equation (3).
 

@@ -9,7 +9,7 @@ fused one, and an SGD whose step may have to be skipped is a few lines here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from .scaling import multiply_, steps_taken
+from .scaling import moved_to, multiply_, steps_taken
 from .state import step_counter
 
 
@@ -39,7 +39,7 @@ class Fallback(ABC):
         group: dict[str, Any],
         found_inf: Tensor | None,
     ) -> None:
-        """Step without weight decay."""
+        """Step without weight decay; all lies on one device."""
 
     def step(
         self,
@@ -56,15 +56,19 @@ class Fallback(ABC):
             group: hyperparameters.
             found_inf: where it is not 0, nothing changes. None takes the step.
         """
-        if not params:
-            return
-        if group["weight_decay"] != 0:
-            rate = group["lr"] * group["weight_decay"]
-            if found_inf is not None:
-                rate = rate * steps_taken(found_inf, found_inf.device)
-            multiply_([p for p in params if p.ndim >= 2], 1 - rate)
-        grads = [p.grad for p in params if p.grad is not None]
-        self.update(list(params), grads, states, group, found_inf)
+        alike: dict[tuple[torch.device, type], list[int]] = {}
+        for i, param in enumerate(params):  # shards and plain tensors go apart
+            alike.setdefault((param.device, type(param.data)), []).append(i)
+        for (device, _), places in alike.items():
+            here = None if found_inf is None else moved_to(found_inf, device)
+            chosen = [params[i] for i in places]
+            if group["weight_decay"] != 0:
+                rate = group["lr"] * group["weight_decay"]
+                if here is not None:
+                    rate = rate * steps_taken(here, device)
+                multiply_([p for p in chosen if p.ndim >= 2], 1 - rate)
+            grads = [p.grad for p in chosen if p.grad is not None]
+            self.update([*chosen], grads, [states[i] for i in places], group, here)
 
 
 class SGD(Fallback):
@@ -151,11 +155,18 @@ class AdamW(Fallback):
     ) -> None:
         beta1, beta2 = group["betas"]
         on_device = group["capturable"] or found_inf is not None or params[0].is_cuda
+        given, dense = params, params
+        if on_device:
+            dense = [_dense(p) for p in params]
+            grads = [_laid_out_as(p, g) for p, g in zip(dense, grads, strict=True)]
+            for p, state in zip(dense, states, strict=True):
+                for key in ("exp_avg", "exp_avg_sq"):
+                    state[key] = _laid_out_as(p, state[key])
         adamw(
-            params,
-            grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            _real(dense),
+            _real(grads),
+            _real(state["exp_avg"] for state in states),
+            _real(state["exp_avg_sq"] for state in states),
             [],
             [state["step"] for state in states],
             amsgrad=False,
@@ -169,6 +180,30 @@ class AdamW(Fallback):
             capturable=group["capturable"],
             found_inf=found_inf,
         )
+        for param, copy in zip(given, dense, strict=True):
+            if copy is not param:
+                param.copy_(copy)
+
+
+def _dense(param: Tensor) -> Tensor:
+    """The parameter, or a dense copy of one that is a view with gaps.
+
+    torch's fused step wants parameter, gradient and moments dense and laid out alike.
+    """
+    like = torch.empty_like(param)
+    return param if like.stride() == param.stride() else like.copy_(param)
+
+
+def _laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor, or a copy with the parameter's strides."""
+    if tensor.stride() == param.stride():
+        return tensor
+    return torch.empty_like(param, dtype=tensor.dtype).copy_(tensor)
+
+
+def _real(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Complex numbers as pairs, as torch's unfused step takes them."""
+    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
 
 
 FALLBACKS: dict[str, Fallback] = {"sgd": SGD(), "adamw": AdamW()}

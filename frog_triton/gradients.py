@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from .scaling import moved_to
 
 RECENT = 10
 """Steps that "a few steps ago" may mean."""
@@ -27,12 +29,32 @@ class GradientWatch:
 
     def __init__(self) -> None:
         self._skipped: dict[torch.device, Tensor] = {}
-        # Counts of the parameters that had a gradient together, on one device.
-        self._nonfinite: dict[tuple[str, ...], Tensor] = {}
+        self._nonfinite: dict[tuple[torch.device, str], Tensor] = {}
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._peak = 0.0
         self._warned = False
         self._mail = _Mail()
+
+    def expect(self, params: Mapping[str, Tensor]) -> None:
+        """Make the counters of these parameters where they are missing.
+
+        In time, nothing is made while a CUDA graph is captured.
+        """
+        by_device: dict[torch.device, list[str]] = {}
+        for name, param in params.items():
+            if (param.device, name) not in self._nonfinite:
+                by_device.setdefault(param.device, []).append(name)
+        for device, names in by_device.items():
+            counts = torch.zeros(len(names), dtype=torch.int32, device=device).unbind()
+            places = ((device, name) for name in names)
+            self._nonfinite |= zip(places, counts, strict=True)
+            if device not in self._skipped:
+                self._skipped[device] = torch.zeros_like(counts[0])
+
+    def counters(self) -> Iterator[Tensor]:
+        """All counters."""
+        yield from self._skipped.values()
+        yield from self._nonfinite.values()
 
     def look(self, grads: Mapping[str, Tensor]) -> Tensor | None:
         """Find the largest magnitudes, and count what is not finite.
@@ -44,22 +66,21 @@ class GradientWatch:
             The largest magnitude of all, on the first one's device: NaN or infinite if
             any gradient is. None without gradients.
         """
+        self.expect(grads)
         by_device: dict[torch.device, dict[str, Tensor]] = {}
         for name, grad in grads.items():
             if grad.numel():
                 by_device.setdefault(grad.device, {})[name] = grad
         found = []
-        for there in by_device.values():
+        for device, there in by_device.items():
             sizes = _magnitudes(list(there.values()))
-            names = tuple(there)
-            if names not in self._nonfinite:
-                self._nonfinite[names] = torch.zeros_like(sizes, dtype=torch.int32)
-            self._nonfinite[names] += ~torch.isfinite(sizes)
+            bad = (~torch.isfinite(sizes)).to(torch.int32)
+            counts = [self._nonfinite[device, name] for name in there]
+            torch._foreach_add_(counts, list(bad.unbind()))
             found.append(sizes.amax())
         if not found:
             return None
-        device = found[0].device
-        moved = [size.to(device, non_blocking=True) for size in found]
+        moved = [moved_to(size, found[0].device) for size in found]
         return torch.stack(moved).amax() if len(moved) > 1 else moved[0]
 
     def count_skipped(self, skipped: Tensor) -> None:
@@ -87,7 +108,7 @@ class GradientWatch:
             if not math.isfinite(size):
                 continue
             before = max(self._recent, default=math.inf)
-            if size > GROWTH * before and size > self._peak:
+            if size > GROWTH * before > 0 and size > self._peak:
                 self._warned = True
                 warnings.warn(
                     f"the largest gradient is {size:.2g}, {size / before:.2g} times "
@@ -105,16 +126,17 @@ class GradientWatch:
         skipped = sum(int(count) for count in self._skipped.values())
         if skipped:
             found["model"] = {"skipped_steps": skipped}
-        for names, counts in self._nonfinite.items():
-            for name, count in zip(names, counts.tolist(), strict=True):
-                if count:
-                    entry = found.setdefault(name, {"nonfinite_gradients": 0})
-                    entry["nonfinite_gradients"] += count
+        key = "nonfinite_gradients"
+        for (_, name), counter in self._nonfinite.items():
+            if count := int(counter):
+                entry = found.setdefault(name, {})
+                entry[key] = entry.get(key, 0) + count
         return found
 
 
 def _magnitudes(grads: Sequence[Tensor]) -> Tensor:
     """Largest magnitude of each, NaN if it holds one; all on one device."""
+    grads = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
     if grads[0].is_cuda:
         norms = torch._foreach_norm(list(grads), math.inf)
         dtypes = {n.dtype for n in norms}
@@ -147,6 +169,6 @@ class _Mail:
             copy = torch.empty((), dtype=number.dtype, pin_memory=True)
             copy.copy_(number, non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(number.device))
             self._sent = event, copy
         return arrived

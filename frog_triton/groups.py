@@ -60,7 +60,15 @@ def user_group(group: Any) -> dict[str, Any]:
                 f"FROG optimizes tensors, but params holds a {type(entry).__name__}"
             )
     named = {"param_names": [pair[0] for pair in pairs]} if pairs else {}
-    return {**group, "params": tensors, **named}
+    options = {key: scalar(value) for key, value in group.items() if key != "params"}
+    return {**options, "params": tensors, **named}
+
+
+def scalar(value: Any) -> Any:
+    """A tensor of one number without dimensions, in the same memory; else the value."""
+    if isinstance(value, Tensor) and value.ndim and value.numel() == 1:
+        return value.view(())
+    return value
 
 
 def part_of(group: dict[str, Any], params: Collection[Tensor]) -> dict[str, Any]:
@@ -106,11 +114,13 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(
                 f"{name} must not be negative or infinite, got {group[name]}"
             )
-    for beta in group.get("betas", ()):
-        if not 0 <= beta < 1:
-            raise ValueError(f"betas must lie in [0, 1), got {group['betas']}")
-    if group["nesterov"] and group["momentum"] == 0:
-        raise ValueError("nesterov needs a momentum above 0")
+    if "betas" in group:
+        betas = group["betas"]
+        pair = isinstance(betas, tuple | list) and len(betas) == 2
+        if not pair or not all(is_number(b) and 0 <= b < 1 for b in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    if not (is_number(group.get("eps", 0.0)) and group.get("eps", 0.0) >= 0):
+        raise ValueError(f"eps must not be negative, got {group['eps']!r}")
     check_solver_options(group["damping"], group["cg_iters"], "auto", "auto")
 
 

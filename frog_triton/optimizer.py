@@ -25,6 +25,7 @@ from .groups import (
     entries,
     fallback_lr,
     part_of,
+    scalar,
     user_group,
     user_groups,
 )
@@ -233,6 +234,7 @@ class FROG(Optimizer):
             )
         if fallback_lr is None:
             fallback_lr = lr if fallback == "sgd" else ADAMW_LR
+        lr, fallback_lr = scalar(lr), scalar(fallback_lr)
         if momentum_dtype is not None and momentum_dtype not in MOMENTUM_DTYPES:
             raise ValueError(
                 f"momentum_dtype must be one of {MOMENTUM_DTYPES} or None, got "
@@ -241,12 +243,12 @@ class FROG(Optimizer):
         if isinstance(exclude, str | type):
             exclude = (exclude,)
         defaults = {
-            "lr": lr,
-            "momentum": momentum,
+            "lr": scalar(lr),
+            "momentum": scalar(momentum),
             "nesterov": nesterov,
             "orthogonalize": orthogonalize,
-            "weight_decay": weight_decay,
-            "damping": damping,
+            "weight_decay": scalar(weight_decay),
+            "damping": scalar(damping),
             "cg_iters": cg_iters,
             "capturable": capturable,
         }
@@ -355,6 +357,8 @@ class FROG(Optimizer):
             for param in group["params"]:
                 if param not in self.state:
                     self.state[param] = self._fresh_state(param, group)
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._gradients.expect({self._plan.names[p]: p for p in params})
         this = weakref.ref(self)
         for layer in layers:
             self._counts_of(layer)
@@ -381,8 +385,13 @@ class FROG(Optimizer):
         if "updated_by" in param_group:  # one of ours, already split
             super().add_param_group(param_group)
             return
-        known = self._plan.layers
-        for half in self._split([user_group(param_group)], self.defaults):
+        known, group = self._plan.layers, user_group(param_group)
+        if ("param_names" in group) != ("param_names" in self.param_groups[0]):
+            raise ValueError(
+                "parameter groups must all have names or none: pass (name, tensor) "
+                "pairs to all or to none"
+            )
+        for half in self._split([group], self.defaults):
             super().add_param_group(half)
         if self._ranks is not None:
             self._ranks.verified = False
@@ -409,7 +418,8 @@ class FROG(Optimizer):
                 `close` has been called, or a CUDA graph is being captured without
                 `capturable`. Nothing has been changed then.
 
-        A step in which a gradient is not finite changes nothing; `anomalies` counts it.
+        A step in which a gradient is not finite changes nothing but, on a GPU, the
+        counters of calls that the host keeps; `anomalies` counts it.
         """
         if self.capture.closed:
             raise RuntimeError(
@@ -433,6 +443,7 @@ class FROG(Optimizer):
         if found_inf is not None and found_inf.is_cpu and not self.capturable:
             if found_inf:
                 self.capture.clear()
+                self._stepped = True
                 return loss
             found_inf = None
         self._let_go_of_unhooked()
@@ -717,7 +728,8 @@ class FROG(Optimizer):
         each counts what it holds, and all skip together.
 
         Returns:
-            Only what there was: under ``"model"`` the ``skipped_steps``; under the name
+            Only what there was: under ``"model"`` the ``skipped_steps``, without those
+            that a GradScaler skips; under the name
             of a parameter, in how many steps its gradient held values that are not
             finite, ``nonfinite_gradients``; and under that of a layer
             ``nonfinite_samples``, rows that took the identity Fisher because of
@@ -756,7 +768,8 @@ class FROG(Optimizer):
             backward pass and `step`), ``counters`` of anomalies, and ``total``.
         """
         state = (t for values in self.state.values() for t in values.values())
-        return memory_usage(state, self.capture.tensors(), self._anomalies.values())
+        counters = [*self._anomalies.values(), *self._gradients.counters()]
+        return memory_usage(state, self.capture.tensors(), counters)
 
     def _counts_of(self, layer: Layer) -> None:
         """Make, or bring to the layer's device, its counters."""

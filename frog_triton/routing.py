@@ -199,6 +199,8 @@ def _obstacle(module: nn.Module, users: list[nn.Module]) -> str | None:
     weight = _own_weight(module)
     if weight is None or not weight.is_floating_point():
         return "weight is not real"
+    if weight.numel() == 0:
+        return "weight has no elements"
     for user in users:
         other = adapter_for(user)
         if other is not adapter or _own_weight(user) is not weight:

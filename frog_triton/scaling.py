@@ -32,15 +32,27 @@ def unscale_(grads: Iterable[Tensor], grad_scale: Tensor | None) -> None:
 
 
 def multiply_(tensors: Iterable[Tensor], factor: float | Tensor) -> None:
-    """Multiply tensors of any devices by one number, in place and without waiting."""
-    by_device: dict[torch.device, list[Tensor]] = {}
+    """Multiply tensors of any devices by one number, in place.
+
+    Without waiting, but for a GPU's number that goes to tensors of a CPU.
+    """
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
-        by_device.setdefault(tensor.device, []).append(tensor)
-    for device, there in by_device.items():
-        if isinstance(factor, Tensor):
-            torch._foreach_mul_(there, factor.to(device, non_blocking=True))
-        else:
+        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    for (device, dtype), there in alike.items():
+        if not isinstance(factor, Tensor):
             torch._foreach_mul_(there, factor)
+            continue
+        number = moved_to(factor, device)
+        if dtype.is_floating_point:
+            # torch takes all at once where dtypes agree; 16 bits are too few for this.
+            number = number.to(torch.promote_types(dtype, torch.float32))
+        torch._foreach_mul_(there, number)
+
+
+def moved_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. Only a CPU is waited for: it would read too early."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def steps_taken(found_inf: Tensor | None, device: torch.device) -> float | Tensor:
@@ -52,7 +64,7 @@ def steps_taken(found_inf: Tensor | None, device: torch.device) -> float | Tenso
     """
     if found_inf is None:
         return 1.0
-    return (found_inf == 0).to(device, torch.float64, non_blocking=True)
+    return moved_to(found_inf == 0, device).double()
 
 
 @contextmanager

@@ -107,10 +107,12 @@ def layer_step(
         None if bias is None else local(state[bias]["momentum_buffer"]),
     )
     params = Rows(local(weight), None if bias is None else local(bias))
-    bias_grad = None if bias is None or bias.grad is None else local(bias.grad)
+    bias_grad = None
+    if bias is not None and bias.grad is not None:
+        bias_grad = _without_overlap(local(bias.grad))
     x, y = samples(layer, bias is not None)
     if weight.grad is not None:
-        grads = Rows(local(weight.grad).flatten(1), bias_grad)
+        grads = Rows(_without_overlap(local(weight.grad)).flatten(1), bias_grad)
     else:  # frozen: the bias is the whole row
         momentum = Rows(momentum.weight[:, :0], momentum.bias)
         grads = Rows(momentum.weight, bias_grad)
@@ -153,7 +155,8 @@ def step_layers(
         group: hyperparameters.
         formulation: ``"primal"``, ``"gram"`` or ``"auto"``.
         counts: of each layer by name, int32 ``(2, R)``: how often a row has met
-            samples, and a gradient, that are not finite; updated in place.
+            samples that are not finite, and how often it stayed because its momentum
+            would not have been; updated in place.
         observe: called with layers, solution and group between solve and update.
 
     Returns:
@@ -353,6 +356,15 @@ def no_samples(
     x = weight.new_zeros(1, geometry.groups * geometry.dim, dtype=dtype)
     y = weight.new_zeros(1, rows, 1, dtype=dtype)
     return MatrixMap(x, geometry.groups, bias), y
+
+
+def _without_overlap(grad: Tensor) -> Tensor:
+    """The gradient, or a copy of one whose entries share memory, as if expanded."""
+    overlaps = any(
+        size > 1 and stride == 0
+        for size, stride in zip(grad.shape, grad.stride(), strict=True)
+    )
+    return grad.contiguous() if overlaps else grad
 
 
 def local(tensor: Tensor) -> Tensor:

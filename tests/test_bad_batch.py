@@ -247,3 +247,138 @@ def test_inner_derivatives_can_be_kept_out_of_the_samples():
     assert kept < sum(call.y.shape[0] for call in opt.capture.calls("0"))
     assert all(p.grad is not None for p in net.parameters())
     opt.step()
+
+
+def test_gradients_that_are_all_zero_are_no_yardstick():
+    """A masked loss, and then one that is not."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    opt = FROG(net)
+    x = torch.randn(5, 3)
+    for factor in (0.0, 1.0, *[0.0] * 12, 3.0):
+        opt.zero_grad()
+        (factor * net(x).square().sum()).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            opt.step()
+
+
+class Complex(nn.Module):
+    """With a complex parameter, one that is named like an entry, and one of no size."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+        self.phase = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+        self.model = nn.Parameter(torch.ones(4))
+        self.empty = nn.Linear(4, 0)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = (self.fc(x) * self.phase).abs() * self.model
+        return self.head(x).sum() + self.empty(x).sum()
+
+
+@pytest.mark.parametrize("fallback", ["sgd", "adamw"])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_parameters_of_every_kind_beside_the_layers(capturable, fallback):
+    torch.manual_seed(0)
+    net = Complex()
+    opt = FROG(net, fallback=fallback, fallback_lr=1e-2, capturable=capturable)
+    assert opt.describe().updated_by("frog") == ["fc.weight", "fc.bias"]
+    twin = copy.deepcopy(net)
+    rest = [twin.phase, twin.model, twin.head.weight, twin.head.bias]
+    torchs = {
+        "sgd": lambda: torch.optim.SGD(rest, 1e-2, momentum=0.9, nesterov=True),
+        "adamw": lambda: torch.optim.AdamW(rest, 1e-2, weight_decay=0.0),
+    }[fallback]()
+    opt.param_groups[1]["weight_decay"] = 0.0
+    x = torch.randn(6, 3)
+    for _ in range(2):
+        opt.zero_grad()
+        net(x).backward()
+        for ours, theirs in zip(
+            [net.phase, net.model, net.head.weight, net.head.bias], rest, strict=True
+        ):
+            theirs.grad = ours.grad.clone()
+        torchs.step()
+        opt.step()
+    for ours, theirs in zip(
+        [net.phase, net.model, net.head.weight, net.head.bias], rest, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    net(x).backward()
+    net.model.grad[0] = float("nan")
+    opt.step()
+    found = opt.anomalies()["model"]
+    assert found == {"skipped_steps": 1, "nonfinite_gradients": 1}
+
+
+@pytest.mark.parametrize("fallback", ["sgd", "adamw"])
+def test_a_layout_that_changes_between_steps(fallback):
+    """torch's fused AdamW wants parameter, gradient and moments laid out alike."""
+
+    def trained(capturable):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        opt = FROG(net, fallback=fallback, fallback_lr=1e-2, capturable=capturable)
+        for step in range(4):
+            if step == 2:
+                net.to(memory_format=torch.channels_last)
+            x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+            opt.zero_grad()
+            net(x).square().mean().backward()
+            opt.step()
+        return [p.detach().clone() for p in net.parameters()]
+
+    for a, b in zip(trained(True), trained(False), strict=True):
+        # Measured: 6e-8; with moments that are read in the wrong order 1e-2.
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_gradients_whose_entries_share_memory(capturable):
+    (net, opt), (twin, twin_opt) = pair(capturable=capturable)
+    for model, optimizer, dense in ((net, opt, False), (twin, twin_opt, True)):
+        backward(model, 0)
+        for p in (model.fc.weight, model.fc.bias, model.head.weight):
+            p.grad = torch.ones(1).expand(p.shape)
+            if dense:
+                p.grad = p.grad.contiguous()
+        optimizer.step()
+    pairs = zip(everything(net, opt), everything(twin, twin_opt), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_first_step_that_is_skipped_is_a_step():
+    (net, opt), _ = pair()
+    backward(net, 0)
+    net.fc.bias.grad[0] = float("nan")
+    opt.step()
+    opt.zero_grad()
+    opt.step()  # nothing to do, as after any other step
+
+
+def test_counters_do_not_grow_with_what_has_a_gradient():
+    net = nn.ModuleList(nn.Linear(3, 3) for _ in range(6))
+    opt = FROG(net)
+    before = opt.memory_usage()["counters"]
+    for mask in range(1, 32):
+        opt.zero_grad()
+        x = torch.randn(4, 3)
+        for i, layer in enumerate(net):
+            if mask >> i & 1:
+                x = layer(x)
+        x.square().sum().backward()
+        opt.step()
+    assert opt.memory_usage()["counters"] == before
+
+
+def test_momentum_of_zero():
+    """Nesterov's, the default, then changes nothing."""
+    nets = [pair(momentum=0.0, nesterov=nesterov)[0] for nesterov in (True, False)]
+    nets[1][0].load_state_dict(nets[0][0].state_dict())
+    for seed in range(2):
+        for net, opt in nets:
+            step(net, opt, seed)
+    for p, q in zip(nets[0][0].parameters(), nets[1][0].parameters(), strict=True):
+        assert torch.equal(p, q)

@@ -40,7 +40,6 @@ def net():
         ({"fallback": "adam"}, "fallback must be one of"),
         ({"formulation": "dual"}, "formulation must be one of"),
         ({"backend": "cuda"}, "backend must be one of"),
-        ({"nesterov": True, "momentum": 0.0}, "nesterov needs a momentum"),
         ({"params": [nn.Parameter(torch.zeros(7))]}, "shape .7,. in params"),
     ],
 )
@@ -92,9 +91,21 @@ def test_some_names_are_missing():
 
 def test_group_options_of_the_fallback():
     model = net()
-    group = {"params": model.parameters(), "betas": (0.9, 1.0)}
-    with pytest.raises(ValueError, match="betas must lie in"):
-        FROG(model, params=[group])
+    for entry in ({"betas": (0.9, 1.0)}, {"betas": (0.9,)}, {"betas": 0.9}):
+        with pytest.raises(ValueError, match="betas must be two numbers in"):
+            FROG(model, params=[{"params": model.parameters(), **entry}])
+    with pytest.raises(ValueError, match="eps must not be negative"):
+        FROG(model, params=[{"params": model.parameters(), "eps": -1.0}])
+
+
+def test_names_for_some_groups_only():
+    model = net()
+    opt = FROG(model, params=[("a", model[0].weight), ("b", model[0].bias)])
+    with pytest.raises(ValueError, match="all have names or none"):
+        opt.add_param_group({"params": model[1].parameters()})
+    opt.add_param_group({"params": [("c", model[1].weight), ("d", model[1].bias)]})
+    names = [name for group in opt.param_groups for name in group["param_names"]]
+    assert sorted(names) == ["a", "b", "c", "d"]
 
 
 def test_unknown_option_and_parameters_for_a_model():

@@ -114,5 +114,8 @@ def _padded(spec: Spec) -> int:
 
 def collective_device(group: dist.ProcessGroup, device: torch.device) -> torch.device:
     """Where a group's collectives run for `device`: gloo sends from the host."""
-    gloo = dist.get_backend(group) == "gloo"
-    return torch.device("cpu") if gloo else device
+    if dist.get_backend(group) == "gloo":
+        return torch.device("cpu")
+    if device.type == "cpu" and torch.cuda.is_available():  # nothing of a GPU to send
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
