@@ -117,8 +117,8 @@ class FROG(Optimizer):
       keep its rate. Coming from AdamW at rate a, try ``0.2 a sqrt(max(R, D))``, which
       is 6 a for layers of a thousand.
     - `fallback_lr` is AdamW's rate for all the rest. 3e-3 suits a ResNet and a BERT.
-    - ``orthogonalize=False`` is the step without Muon's products: cheaper on a GPU, a
-      little behind in every trial, and it wants the same rates.
+    - ``orthogonalize=False`` is the step without Muon's products: cheaper on a GPU,
+      behind in most of our trials, and it wants the same rates.
     - ``**PAPER`` is the method as it was published: see `frog_triton.PAPER`.
 
     Args:
@@ -138,9 +138,9 @@ class FROG(Optimizer):
             preconditioned rows; of the rest, not to biases and norms. The default is
             torch.optim.AdamW's.
         damping: tau, added to the normalised Fisher, whose mean diagonal is 1. 1 weighs
-            the samples and the identity alike: as much as a few hundred samples
-            support, and in our trials as good as rules that find it from the samples
-            (``benchmarks/results/cpu/studies``). The paper advises 1e-6 to 1e-2, which
+            the samples and the identity alike: about what a few hundred samples
+            support, and with `orthogonalize` as good in our trials as rules that find
+            it from the samples (``benchmarks/results/cpu/studies``). The paper advises 1e-6 to 1e-2, which
             lets rows move a hundred times `lr` where there are no samples. A group
             entry, to be changed at any time.
         cg_iters: k; the paper advises 3 to 5.
