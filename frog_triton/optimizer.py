@@ -88,7 +88,7 @@ class FROG(Optimizer):
     Samples are taken in forward passes in training mode with gradients enabled, and
     dropped by `step` and `zero_grad`. Several passes before a step are pooled; so is
     whatever else sends a gradient back to a layer's output, such as
-    `torch.autograd.grad` for a penalty.
+    `torch.autograd.grad` for a penalty; `drop_samples` forgets what came so far.
 
     On several ranks (DistributedDataParallel, or ``fully_shard``) all ranks solve the
     same systems: each draws its share of `sample_size` from its own part of the batch,
@@ -140,9 +140,9 @@ class FROG(Optimizer):
         damping: tau, added to the normalised Fisher, whose mean diagonal is 1. 1 weighs
             the samples and the identity alike: about what a few hundred samples
             support, and with `orthogonalize` as good in our trials as rules that find
-            it from the samples (``benchmarks/results/cpu/studies``). The paper advises 1e-6 to 1e-2, which
-            lets rows move a hundred times `lr` where there are no samples. A group
-            entry, to be changed at any time.
+            it from the samples (``benchmarks/results/cpu/studies``). The paper advises
+            1e-6 to 1e-2, which lets rows move a hundred times `lr` where there are no
+            samples. A group entry, to be changed at any time.
         cg_iters: k; the paper advises 3 to 5.
         sample_size: positions or examples to sample for a layer and step. None: 256
             positions or 32 examples (the paper: 16 to 64 examples).
