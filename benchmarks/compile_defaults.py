@@ -74,7 +74,8 @@ def launches(
     dtypes = (DTYPES[dtype], torch.float32, torch.float32)
     bucket = Bucket(SHAPES[shape](samples), 2, dtypes=dtypes)
     made = [*step_launches(bucket, formulation), *gather(samples, dtype)]
-    made += step_launches(bucket, formulation, orthogonalize=True)
+    if formulation == "gram":  # the update along a direction is the same for both
+        made += step_launches(bucket, formulation, orthogonalize=True)
     if every_branch:
         made += step_launches(replace(bucket, nesterov=True), formulation)
         made += rows(bucket, formulation)
