@@ -17,7 +17,8 @@ from frog_triton.benchmarks.train.survival_cases import CASES
 
 @pytest.mark.parametrize(
     ("name", "steps", "rate", "spike"),
-    # The largest loss after it was first low; measured over five seeds at most:
+    # The largest loss after it was first low. Measured over four seeds, in this order:
+    # 0.10, 0.10, 0.10, 0.12, 0.79, 0.17, 1.29, 0.53, 0.66, 6.2.
     [
         ("overfit-mlp", 100, 1.0, 0.3),
         ("overfit-cnn", 150, 1.0, 0.3),
