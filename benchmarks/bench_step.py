@@ -151,7 +151,7 @@ class Step:
 def hand_over(optimizer: FROG, layers: nn.ModuleList, samples: Sequence[Any]) -> None:
     """Give an optimizer samples of each layer, all of a batch."""
     for i, (x, y) in enumerate(samples):
-        optimizer.capture.fired.add(str(i))
+        optimizer.capture.called.add(str(i))
         optimizer.capture.add(str(i), layers[i], x, y, len(x))
 
 

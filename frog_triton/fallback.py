@@ -22,9 +22,15 @@ from .state import step_counter
 
 
 class Fallback(ABC):
-    """One of torch's optimizers behind two calls."""
+    """One of torch's optimizers behind two calls.
+
+    Attributes:
+        defaults: of its group entries.
+        keys: what its state holds.
+    """
 
     defaults: dict[str, Any]
+    keys: frozenset[str]
 
     @abstractmethod
     def init_state(self, param: nn.Parameter) -> dict[str, Tensor]:
@@ -75,6 +81,7 @@ class SGD(Fallback):
     """SGD with momentum, and Nesterov's where the group says so."""
 
     defaults: dict[str, Any] = {}  # noqa: RUF012
+    keys = frozenset({"momentum_buffer"})
 
     def init_state(self, param: nn.Parameter) -> dict[str, Tensor]:  # noqa: D102
         return {"momentum_buffer": torch.zeros_like(param)}
@@ -137,6 +144,7 @@ class AdamW(Fallback):
     """AdamW with torch's defaults."""
 
     defaults: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}  # noqa: RUF012
+    keys = frozenset({"step", "exp_avg", "exp_avg_sq"})
 
     def init_state(self, param: nn.Parameter) -> dict[str, Tensor]:  # noqa: D102
         return {

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .ops.types import is_number
@@ -19,7 +20,7 @@ def user_groups(model: nn.Module, params: Iterable[Any] | None) -> list[dict[str
         TypeError: it is none of those forms.
         ValueError: it is empty, or names are missing.
     """
-    if isinstance(params, Tensor | set | str):
+    if isinstance(params, Tensor | set | frozenset | str):
         raise TypeError(
             "params must be a list of tensors, (name, tensor) pairs or dicts, got "
             f"{type(params).__name__}"
@@ -44,7 +45,7 @@ def user_group(group: Any) -> dict[str, Any]:
     if not isinstance(group, dict) or "params" not in group:
         raise TypeError(f"a parameter group must be a dict with params, got {group!r}")
     params = group["params"]
-    if isinstance(params, set):
+    if isinstance(params, set | frozenset):
         raise TypeError(
             "the order of a set changes between runs, and state goes by order: "
             "pass the group's params as a list"
@@ -103,25 +104,75 @@ def fallback_lr(
     return default * (own / lr) if lr != 0 else default
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError for a group entry that no step can use."""
-    if group["capturable"]:
+def own_tensors(groups: Iterable[dict[str, Any]]) -> None:
+    """Give each group tensors of its own, so that a schedule may differ by group.
+
+    The first group that has a tensor keeps the very one.
+    """
+    taken: set[tuple[torch.device, int]] = set()
+    for group in groups:
+        here = set()
+        for name, value in group.items():
+            if isinstance(value, Tensor):
+                place = (value.device, value.data_ptr())
+                if place in taken:
+                    group[name] = value.clone()
+                here.add(place)
+        taken |= here
+
+
+def check_groups(groups: Iterable[dict[str, Any]]) -> None:
+    """Raise ValueError for an entry, set since the last step, that no step can use.
+
+    A tensor of one number becomes one without dimensions, in the same memory. Tensors
+    that the host would have to wait for are taken as they are.
+    """
+    for i, group in enumerate(groups):
+        for name, value in group.items():
+            if isinstance(value, Tensor) and value.ndim:
+                group[name] = scalar(value)
+        try:
+            check_group(group, places=False)
+        except ValueError as error:
+            raise ValueError(f"param_groups[{i}]: {error}") from None
+
+
+def check_group(group: dict[str, Any], places: bool = True) -> None:
+    """Raise ValueError for a group entry that no step can use.
+
+    Args:
+        group: its entries.
+        places: whether tensors of a capturable group must lie with its parameters;
+            if so, all tensors are read.
+    """
+    if group["capturable"] and places:
         _check_places(group)
+
+    def known(value: Any) -> bool:
+        waits = isinstance(value, Tensor) and (group["capturable"] or not value.is_cpu)
+        return places or not waits
+
+    def within(value: Any, low: float, high: float) -> bool:
+        return not known(value) or bool(low <= value < high)
+
     for name in ("lr", "momentum", "weight_decay"):
         if not is_number(group[name]):
             raise ValueError(f"{name} must be one number, got {group[name]!r}")
-        if not 0 <= group[name] < math.inf:
+        if not within(group[name], 0, math.inf):
             raise ValueError(
                 f"{name} must not be negative or infinite, got {group[name]}"
             )
     if "betas" in group:
         betas = group["betas"]
         pair = isinstance(betas, tuple | list) and len(betas) == 2
-        if not pair or not all(is_number(b) and 0 <= b < 1 for b in betas):
+        if not pair or not all(is_number(b) and within(b, 0, 1) for b in betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
     if not (is_number(group.get("eps", 0.0)) and group.get("eps", 0.0) >= 0):
         raise ValueError(f"eps must not be negative, got {group['eps']!r}")
-    check_solver_options(group["damping"], group["cg_iters"], "auto", "auto")
+    damping = group["damping"]
+    if is_number(damping) and not known(damping):
+        damping = 1.0
+    check_solver_options(damping, group["cg_iters"], "auto", "auto")
 
 
 def _check_places(group: dict[str, Any]) -> None:

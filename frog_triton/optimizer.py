@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import ops, unhooked
+from . import ops
 from .autotune.tuning import Tuning
 from .capture import SAMPLINGS, SampleCapture
 from .diagnostics import Diagnostics, memory_usage
@@ -22,8 +22,10 @@ from .fallback import FALLBACKS
 from .gradients import GradientWatch
 from .groups import (
     check_group,
+    check_groups,
     entries,
     fallback_lr,
+    own_tensors,
     part_of,
     scalar,
     user_group,
@@ -38,9 +40,12 @@ from .scaling import skipping, steps_taken, unscale_
 from .state import (
     BEFORE,
     MOMENTUM_DTYPES,
+    ROW_KEYS,
     STATE_VERSION,
-    check_shapes,
+    WEIGHT_KEYS,
+    check_state,
     check_version,
+    in_order,
     move_state,
     restore,
     row_state,
@@ -57,6 +62,7 @@ from .step import (
     step_layers,
     tuned,
 )
+from .unhooked import REASON, Known, Unhooked
 
 if TYPE_CHECKING:
     from .distributed.division import Group
@@ -270,6 +276,7 @@ class FROG(Optimizer):
         self._warned: set[str] = set()
         self._gradients = GradientWatch()
         self._solved: dict[str, str] = {}
+        self._unhooked = Unhooked()
         self._stepped = False
         self._process_group = process_group
         self._observe: Callable[..., None] | None = None
@@ -284,8 +291,11 @@ class FROG(Optimizer):
                 )
             size, seed = self._ranks.share(size, seed)
             self._tuning.group = self._ranks.division.group
-        self.capture = SampleCapture(size, sampling, seed, backend)
+        self.capture = SampleCapture(
+            size, sampling, seed, backend, may_wait=not capturable
+        )
         super().__init__(groups, defaults)
+        own_tensors(self.param_groups)
         self._watch(self._plan.layers.values())
         weakref.finalize(self, self.capture.close)
         if not self._plan.layers:
@@ -352,29 +362,37 @@ class FROG(Optimizer):
         self._layer_of |= {p: lay for lay in plan.layers.values() for p in lay.params}
 
     def _watch(self, layers: Iterable[Layer]) -> None:
-        """Create state, and start to capture samples."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param not in self.state:
-                    self.state[param] = self._fresh_state(param, group)
+        """Start to capture samples. State is made at the first gradient."""
         params = [p for group in self.param_groups for p in group["params"]]
         self._gradients.expect({self._plan.names[p]: p for p in params})
         this = weakref.ref(self)
         for layer in layers:
-            self._counts_of(layer)
-            self.capture.watch(
-                layer.name, layer.modules, layer.adapter, _step_reader(this, layer)
-            )
+            self.capture.watch(layer, _step_reader(this, layer))
 
-    def _fresh_state(
-        self, param: nn.Parameter, group: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        if group["updated_by"] != "frog":
-            return FALLBACKS[group["updated_by"]].init_state(param)
-        is_weight = self._layer_of[param].weight is param
-        return row_state(
-            param, self._momentum_dtype, step=is_weight, capturable=self.capturable
-        )
+    def _make_state(self, param: nn.Parameter, group: dict[str, Any]) -> None:
+        """Make what is missing of a parameter's state: all of it at first."""
+        state, kind = self.state[param], group["updated_by"]
+        is_weight = kind == "frog" and self._layer_of[param].weight is param
+        if kind != "frog":
+            missing = FALLBACKS[kind].keys - state.keys()
+        else:
+            missing = (WEIGHT_KEYS if is_weight else ROW_KEYS) - state.keys()
+        if not missing:
+            return
+        if is_capturing():
+            raise RuntimeError(
+                f"{self._plan.names[param]} has no state yet, and a CUDA graph that "
+                "made it would make it anew in each replay: take a few steps before "
+                "the capture, with gradients for all that it will train"
+            )
+        if kind != "frog":
+            fresh = FALLBACKS[kind].init_state(param)
+        else:
+            fresh = row_state(
+                param, self._momentum_dtype, step=is_weight, capturable=self.capturable
+            )
+        for key in sorted(missing):
+            state[key] = fresh[key]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model, for instance of a layer put in later.
@@ -393,12 +411,14 @@ class FROG(Optimizer):
             )
         for half in self._split([group], self.defaults):
             super().add_param_group(half)
+        own_tensors(self.param_groups)
         if self._ranks is not None:
             self._ranks.verified = False
         new = {n: x for n, x in self._plan.layers.items() if known.get(n) is not x}
         for name in new.keys() & known.keys():  # a module put in another's place
             self.capture.unwatch(name)
-            del self._anomalies[name]
+            self._anomalies.pop(name, None)
+            self._unhooked.forget(name)
         self._watch(new.values())
 
     # -- the step -------------------------------------------------------------------
@@ -416,7 +436,10 @@ class FROG(Optimizer):
         Raises:
             RuntimeError: a gradient is sparse, there has been no backward pass yet, or
                 `close` has been called, or a CUDA graph is being captured without
-                `capturable`. Nothing has been changed then.
+                `capturable`.
+            ValueError: an entry of a group is out of range.
+
+        Nothing has been changed where an error is raised.
 
         A step in which a gradient is not finite changes nothing but, on a GPU, the
         counters of calls that the host keeps; `anomalies` counts it.
@@ -431,6 +454,7 @@ class FROG(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_groups(self.param_groups)
         names, stepped = self._plan.names, self._stepped
         problem = problem_with_grads(self.param_groups, names, stepped)
         if self._ranks is not None and not self._ranks.verified:
@@ -438,24 +462,27 @@ class FROG(Optimizer):
         if problem is not None:
             raise RuntimeError(problem)
         found_inf = self._found_inf()
+        known = self._known()
         if self._ranks is not None:
-            found_inf = self._agree(self._ranks, found_inf)
+            found_inf, known = self._agree(self._ranks, found_inf, known)
         if found_inf is not None and found_inf.is_cpu and not self.capturable:
             if found_inf:
-                self.capture.clear()
+                self.capture.next_step()
                 self._stepped = True
                 return loss
             found_inf = None
-        self._let_go_of_unhooked()
+        self._review(known)
         self._step(found_inf)
-        self.capture.clear()
+        self.capture.next_step()
         self._stepped = True
         return loss
 
     def _step(self, found_inf: Tensor | None) -> None:
         """Step; where `found_inf` is not 0, change nothing."""
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+        due = self._due()
+        for group, params in due:
+            for param in params:
+                self._make_state(param, group)
             move_state(self.state, group, params)
         # Products in a lower precision are for the model, not for its optimizer.
         with no_autocast(self.param_groups), self._no_waiting():
@@ -463,13 +490,12 @@ class FROG(Optimizer):
             if self._ranks is not None:
                 self._ranks.send_samples(self._with_gradient(self.param_groups))
             gathered = [(group, self._gather(group)) for group in self.param_groups]
-            for group, steps in gathered:
+            for (group, params), (_, steps) in zip(due, gathered, strict=True):
                 if group["updated_by"] == "frog":
                     here, known = self._here(gathered), self._plan.layers.values()
                     with tuned(self._tuning, known, self.backend, here):
                         self._step_rows(steps, group, found_inf)
                 else:
-                    params = [p for p in group["params"] if p.grad is not None]
                     states = [self.state[p] for p in params]
                     fallback = FALLBACKS[group["updated_by"]]
                     fallback.step(params, states, group, found_inf)
@@ -499,15 +525,30 @@ class FROG(Optimizer):
             self._gradients.count_skipped(found_inf)
         return found_inf
 
-    def _agree(self, ranks: Ranks, found_inf: Tensor | None) -> Tensor:
+    def _known(self) -> Known:
+        """What this rank knows of its layers, but whether gradients are finite."""
+        layers, capture = list(self._plan.layers.values()), self.capture
+        called = capture.called | capture.unsampled_graphs
+        sampled = {layer.name for layer in layers if capture.calls(layer.name)}
+        doubtful = self._unhooked.doubtful(layers, called)
+        used = {layer.name for layer in doubtful if self._is_used(layer)}
+        return Known(called, sampled, used, bad=False)
+
+    def _is_used(self, layer: Layer) -> bool:
+        """Whether a gradient of a layer is not zero; who may not wait, assumes so."""
+        grads = [local(p.grad) for p in layer.params if p.grad is not None]
+        return self.capturable or any(bool(grad.any()) for grad in grads)
+
+    def _agree(
+        self, ranks: Ranks, found_inf: Tensor | None, known: Known
+    ) -> tuple[Tensor, Known]:
         """The same of all ranks, on the host; they also say what samples they bring."""
         layers = list(self._plan.layers.values())
-        bad = found_inf is not None and bool(found_inf)
-        fired, bad = ranks.agree(layers, self.capture, bad)
-        self.capture.fired |= fired
-        skipped = torch.tensor(float(bad))
+        known = known._replace(bad=found_inf is not None and bool(found_inf))
+        known = ranks.agree(layers, self.capture, known)
+        skipped = torch.tensor(float(known.bad))
         self._gradients.count_skipped(skipped)
-        return skipped
+        return skipped, known
 
     def _step_rows(
         self,
@@ -559,15 +600,35 @@ class FROG(Optimizer):
         ]
 
     def _with_gradient(self, groups: Iterable[dict[str, Any]]) -> list[Layer]:
-        """Layers of these groups that have a gradient."""
+        """Layers of these groups that have a gradient, and are not let go of."""
         layers = {
             self._layer_of[p].name: self._layer_of[p]
             for group in groups
             if group["updated_by"] == "frog"
             for p in group["params"]
-            if p.grad is not None
+            if p.grad is not None and not self._is_let_go(p)
         }
         return list(layers.values())
+
+    def _is_let_go(self, param: nn.Parameter) -> bool:
+        """Whether the fallback updates a layer's parameter."""
+        layer = self._layer_of.get(param)
+        return layer is not None and layer.name in self._unhooked.reasons
+
+    def _due(self) -> list[tuple[dict[str, Any], list[nn.Parameter]]]:
+        """Each group with the parameters it updates now.
+
+        A layer that is let go of stays in its group, and is updated with the other half
+        of it, which comes next.
+        """
+        due: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
+        gone: list[nn.Parameter] = []
+        for group in self.param_groups:
+            found = [p for p in group["params"] if p.grad is not None]
+            stay = [p for p in found if not self._is_let_go(p)]
+            due.append((group, stay + gone))
+            gone = [p for p in found if self._is_let_go(p)]
+        return due
 
     def _verify(self, ranks: Ranks, problem: str | None) -> None:
         """Raise, on all ranks alike, where they are not set up alike."""
@@ -594,12 +655,12 @@ class FROG(Optimizer):
             found = self._ranks.samples(layer, bias, dtype)
         if found is not None:
             return found
-        if layer.name not in self._warned:
+        reason = self.capture.unsampled.get(layer.name)
+        if reason is not None and layer.name not in self._warned:
             self._warned.add(layer.name)
             warnings.warn(
                 f"{layer.name} has a gradient but no samples, so its rows take the "
-                "identity Fisher; samples are taken in training mode with gradients "
-                "enabled: did its forward pass run in eval mode?",
+                f"identity Fisher; {reason}",
                 stacklevel=6,
             )
         return no_samples(layer, bias, dtype, self._rows_here(layer))
@@ -609,68 +670,100 @@ class FROG(Optimizer):
         rows = layer.geometry.rows
         return rows if self._ranks is None else self._ranks.rows_here(layer)
 
-    def _let_go_of_unhooked(self) -> None:
-        """Give layers that are used without their module to the fallback."""
-        missed = unhooked.missed(self._plan, self.capture.fired)
-        if missed:
-            self._reroute(missed)
+    def _review(self, known: Known) -> None:
+        """Give layers without samples to the fallback, and take back who has some."""
+        layers = [
+            layer
+            for layer in self._plan.layers.values()
+            if any(p.grad is not None for p in layer.params)
+        ]
+        unsampled = self.capture.unsampled
+        gone, back = self._unhooked.review(layers, known, unsampled)
+        for layer in (*gone, *back):
+            for param in layer.params:
+                self.state.pop(param, None)  # the other kind is made in its place
+        by_reason: dict[str, list[str]] = {}
+        for layer in gone:
+            reason = self._unhooked.reasons[layer.name]
+            if layer.name not in self._warned:
+                by_reason.setdefault(reason, []).append(layer.name)
+        for reason, names in by_reason.items():
+            self._warned |= set(names)
             warnings.warn(
-                f"{', '.join(missed)}: weight used without calling the module, so FROG "
-                f"sees no activations; {self._fallback} updates it from now on (if the "
-                "model was compiled and called before FROG put its hooks on it: call "
-                "torch.compiler.reset() after FROG(model))",
+                f"{', '.join(names)}: {reason}, so FROG sees no activations; "
+                f"{self._fallback} updates it from now on, until there are some (if "
+                "the model was compiled and called before FROG put its hooks on it: "
+                "call torch.compiler.reset() after FROG(model))",
                 stacklevel=4,
             )
-
-    def _reroute(self, names: Iterable[str]) -> None:
-        """Move layers from their group to its other half."""
-        for name in names:
-            layer = self._plan.layers.pop(name)
-            self.capture.unwatch(name)
-            for param in layer.params:
-                del self._layer_of[param]
-                self._plan.reasons[param] = unhooked.REASON
-                rest = unhooked.move(self.param_groups, param)
-                self.state[param] = self._fresh_state(param, rest)
 
     # -- state ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """State of all parameters, group entries, and which layers were let go."""
-        let_go = unhooked.names_of(self._plan, self.param_groups)
-        return super().state_dict() | {"version": STATE_VERSION, "unhooked": let_go}
+        """State of all parameters that have had a gradient, and group entries."""
+        saved = super().state_dict()
+        misses = dict(self._unhooked.misses)
+        return saved | {"version": STATE_VERSION, "misses": misses}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, with its dtypes.
 
+        Hooks registered for loading see the state before it is checked, and after it
+        is in place.
+
         Args:
             state_dict: of a FROG with the same model and groups.
 
         Raises:
-            ValueError: written by a later version, or groups that do not match.
+            ValueError: written by a later version, or groups or shapes that do not
+                match. Nothing has been changed then.
         """
-        check_version(state_dict)
-        self._let_go_like(state_dict.get("unhooked", ()))
-        check_shapes(self, state_dict, self._plan.names)
+        final: dict[str, Any] = {}
+
+        def check(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            check_version(given)
+            ordered = in_order(given, self.param_groups, self._plan.names)
+            check_state(self, ordered, self._plan.names)
+            final.update(ordered)
+            return ordered
+
+        def finish(_: Optimizer) -> None:
+            self._take_over(final, own)
+
         own = [dict(group) for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        # The last to see it before it is loaded, and the first after.
+        hooks = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(finish, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _take_over(self, loaded: dict[str, Any], own: list[dict[str, Any]]) -> None:
+        """Complete what torch has loaded.
+
+        Args:
+            loaded: the state, not cast.
+            own: the groups as they were.
+        """
         for group, entries_here in zip(self.param_groups, own, strict=True):
             for name, value in (entries_here | BEFORE).items():
                 group.setdefault(name, value)
-        restore(self, state_dict, self.capturable)
+        own_tensors(self.param_groups)
+        restore(self, loaded, self.capturable)
+        self._unhooked = Unhooked()
+        self._unhooked.misses.update(loaded.get("misses", {}))
+        for layer in self._plan.layers.values():
+            state = self.state.get(layer.weight, {})
+            if state and not state.keys() >= WEIGHT_KEYS:
+                self._unhooked.reasons[layer.name] = REASON
         self._stepped = any(
             bool(state["step"] > 0) for state in self.state.values() if "step" in state
         )
-
-    def _let_go_like(self, names: Sequence[str]) -> None:
-        """Let go of what a saved optimizer had let go."""
-        name_of = {
-            self._plan.names[layer.weight]: name
-            for name, layer in self._plan.layers.items()
-        }
-        self._reroute([name_of[name] for name in names if name in name_of])
-        unhooked.order_like(self.param_groups, self._plan.names, names)
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse: hooks tie this object to one model.
@@ -699,11 +792,11 @@ class FROG(Optimizer):
         Args:
             file: where to print; standard output by default.
         """
-        updated_by = {
-            p: group["updated_by"]
-            for group in self.param_groups
-            for p in group["params"]
-        }
+        updated_by: dict[nn.Parameter, str] = {}
+        for i, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                by = self.param_groups[i + 1] if self._is_let_go(p) else group
+                updated_by[p] = by["updated_by"]
         table = RoutingTable(
             Route(name, tuple(p.shape), updated_by.get(p, "-"), self._reason(p))
             for p, name in self._plan.names.items()
@@ -716,10 +809,18 @@ class FROG(Optimizer):
     def _reason(self, param: nn.Parameter) -> str:
         layer = self._layer_of.get(param)
         here = layer is not None and self._plan.layers.get(layer.name) is layer
-        solved = self._solved.get(layer.name, "") if layer is not None and here else ""
+        reason = self._plan.reasons[param]
+        notes = []
+        if layer is not None and here:
+            if layer.name in self._unhooked.reasons:
+                reason = self._unhooked.reasons[layer.name]
+            else:
+                notes.append(self._solved.get(layer.name, ""))
         if layer is not None and self._ranks is not None:
-            solved = "; ".join(filter(None, [solved, self._ranks.describe(layer)]))
-        return self._plan.reasons[param] + (f"; {solved}" if solved else "")
+            notes.append(self._ranks.describe(layer))
+        if not param.requires_grad:
+            notes.append("frozen")
+        return "; ".join(filter(None, [reason, *notes]))
 
     def anomalies(self) -> dict[str, dict[str, int]]:
         """What was not finite so far; reading it waits for the device.
@@ -767,7 +868,8 @@ class FROG(Optimizer):
             ``state`` (of all parameters, the fallback's too), ``samples`` (between a
             backward pass and `step`), ``counters`` of anomalies, and ``total``.
         """
-        state = (t for values in self.state.values() for t in values.values())
+        held = (t for values in self.state.values() for t in values.values())
+        state = (t for t in held if isinstance(t, Tensor))
         counters = [*self._anomalies.values(), *self._gradients.counters()]
         return memory_usage(state, self.capture.tensors(), counters)
 
@@ -819,7 +921,9 @@ def _step_reader(this: weakref.ref[FROG], layer: Layer) -> Callable[[], Counter]
         optimizer = this()
         if optimizer is None:
             return 0
-        counter: Tensor = optimizer.state[layer.weight]["step"]
+        counter = optimizer.state.get(layer.weight, {}).get("step")
+        if counter is None or layer.name in optimizer._unhooked.reasons:
+            return 0
         return counter.to(torch.int64) if optimizer.capturable else int(counter)
 
     return step

@@ -1,71 +1,94 @@
-"""Layers whose weight is used without calling their module.
+"""Layers whose weight has gradients, but no samples.
 
-FROG sees no activations of theirs, so they move from the preconditioned half of their
-parameter group to the other.
+Attention that uses its projection's weight without calling the module, a layer fed
+nested tensors: FROG sees no activations of theirs. One step without is no proof (a
+mixture's expert may not be routed to, an early exit taken), so their rows take the
+identity Fisher at first. After `PATIENCE` such steps in a row the fallback updates
+them, until samples come (again).
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
 
-from torch import nn
+from .routing import Layer
 
-from .groups import chosen
-from .routing import Plan
+REASON = "its weight is used without calling the module"
 
-REASON = "used without calling its module"
-
-
-def missed(plan: Plan, fired: Collection[str]) -> list[str]:
-    """Layers that have a gradient although their hooks did not fire."""
-    return [
-        name
-        for name, layer in plan.layers.items()
-        if layer.weight.grad is not None and name not in fired
-    ]
+PATIENCE = 3
+"""Steps with a gradient, and without a call, that prove a layer is used otherwise."""
 
 
-def names_of(plan: Plan, groups: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Parameters that were let go, in the order of the groups."""
-    return [
-        plan.names[p]
-        for group in groups
-        for p in group["params"]
-        if plan.reasons[p] == REASON
-    ]
+class Known(NamedTuple):
+    """What is to be known, of all ranks, before a step.
 
-
-def move(groups: Sequence[dict[str, Any]], param: nn.Parameter) -> dict[str, Any]:
-    """Move a parameter to its group's other half, which follows; returns that."""
-    for group, rest in itertools.pairwise(groups):
-        places = range(len(group["params"]))
-        kept = [i for i in places if group["params"][i] is not param]
-        if len(kept) < len(places):
-            (gone,) = set(places) - set(kept)
-            for key, moved in chosen(group, [gone]).items():
-                rest[key] += moved
-            group |= chosen(group, kept)
-            return rest
-    raise KeyError("the parameter is in no group")
-
-
-def order_like(
-    groups: Iterable[dict[str, Any]],
-    names: Mapping[nn.Parameter, str],
-    unhooked: Sequence[str],
-) -> None:
-    """Reach the order of a saved optimizer: state goes by position in a group.
-
-    Args:
-        groups: changed in place.
-        names: of the parameters.
-        unhooked: what `names_of` said when it was saved.
+    Attributes:
+        called: names of layers that were called since the last step.
+        sampled: names of layers that have samples.
+        used: names of layers whose gradient is not zero, where that is asked.
+        bad: whether a gradient is not finite.
     """
-    order = {name: i for i, name in enumerate(unhooked)}
-    for group in groups:
-        place_of = {names[p]: i for i, p in enumerate(group["params"])}
-        first = [i for name, i in place_of.items() if name not in order]
-        late = sorted(place_of.keys() & order, key=lambda name: order[name])
-        group |= chosen(group, first + [place_of[name] for name in late])
+
+    called: set[str]
+    sampled: set[str]
+    used: set[str]
+    bad: bool
+
+
+class Unhooked:
+    """Which layers are let go of, and why.
+
+    Attributes:
+        reasons: of those that the fallback updates, by name.
+        misses: of the others, in how many steps in a row they had a gradient without a
+            call; none where there was no such step.
+    """
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+        self.misses: dict[str, int] = {}
+
+    def doubtful(self, layers: Iterable[Layer], called: Collection[str]) -> list[Layer]:
+        """Layers that this step may prove unhooked, if their gradient is not zero."""
+        return [
+            layer
+            for layer in layers
+            if self.misses.get(layer.name, 0) == PATIENCE - 1
+            and layer.name not in called
+        ]
+
+    def review(
+        self, layers: Iterable[Layer], known: Known, unsampled: Mapping[str, str]
+    ) -> tuple[list[Layer], list[Layer]]:
+        """Decide, the same on all ranks.
+
+        Args:
+            layers: that have a gradient.
+            known: of all ranks.
+            unsampled: why calls of a layer made no samples, if that is known.
+
+        Returns:
+            Layers to let go of, and layers to take back.
+        """
+        gone, back = [], []
+        for layer in layers:
+            name = layer.name
+            if name in known.sampled or name in known.called:
+                self.misses.pop(name, None)
+                if name in known.sampled and self.reasons.pop(name, None) is not None:
+                    back.append(layer)
+            elif name not in self.reasons:
+                misses = self.misses.pop(name, 0) + 1
+                if misses < PATIENCE:
+                    self.misses[name] = misses
+                elif name in known.used:
+                    self.reasons[name] = unsampled.get(name, REASON)
+                    gone.append(layer)
+        return gone, back
+
+    def forget(self, name: str) -> None:
+        """Begin anew with a layer."""
+        self.reasons.pop(name, None)
+        self.misses.pop(name, None)
+

@@ -139,7 +139,7 @@ def ddp_against_pooled_draws(options, steps=3):
             name = name.removeprefix("module.")
             layer = alone._plan.layers[name]
             alone.capture.add(name, layer.modules[module], cx, cy, len(cx))
-            alone.capture.fired.add(name)
+            alone.capture.called.add(name)
             drawn[name] = drawn.get(name, 0) + len(cx)
         for p, q in zip(single.parameters(), net.parameters(), strict=True):
             p.grad = q.grad.clone()

@@ -14,6 +14,7 @@ from ..capture import SampleCapture
 from ..routing import Layer
 from ..sampling import counter_key
 from ..step import Direction, LayerStep, Samples, advance_momentum, local
+from ..unhooked import Known
 from . import collectives, directions
 from .division import Division
 from .samples import SampleExchange
@@ -85,11 +86,11 @@ class Ranks:
         self.verified = True
 
     def agree(
-        self, layers: Sequence[Layer], capture: SampleCapture, bad: bool
-    ) -> tuple[set[str], bool]:
+        self, layers: Sequence[Layer], capture: SampleCapture, known: Known
+    ) -> Known:
         """See `SampleExchange.agree`."""
         self._row_bytes, self._gathers = {}, 0
-        return self._exchange.agree(layers, capture, bad)
+        return self._exchange.agree(layers, capture, known)
 
     def send_samples(self, layers: Sequence[Layer]) -> None:
         """See `SampleExchange.send`."""

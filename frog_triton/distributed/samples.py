@@ -14,6 +14,7 @@ from ..layers import LinearMap, MatrixMap
 from ..ops.types import written_out
 from ..routing import Layer
 from ..step import Samples, local, no_samples
+from ..unhooked import Known
 from . import collectives
 from .collectives import Spec
 from .division import Division
@@ -28,7 +29,8 @@ class _Notice(NamedTuple):
     Attributes:
         weight_grad: whether the weight has a gradient.
         bias_grad: whether the bias has one.
-        fired: whether the module has ever been called.
+        called: whether a module of its was called since the last step.
+        used: whether its gradient is not zero, where that matters.
         samples: n.
         positions: P.
         x_dtype: its place in `_DTYPES`.
@@ -40,7 +42,8 @@ class _Notice(NamedTuple):
 
     weight_grad: int
     bias_grad: int
-    fired: int
+    called: int
+    used: int
     samples: int
     positions: int
     x_dtype: int
@@ -103,29 +106,31 @@ class SampleExchange:
         self.sample_bytes: dict[str, int] = {}
 
     def agree(
-        self, layers: Sequence[Layer], capture: SampleCapture, bad: bool
-    ) -> tuple[set[str], bool]:
+        self,
+        layers: Sequence[Layer],
+        capture: SampleCapture,
+        known: Known,
+    ) -> Known:
         """Tell the others what this rank brings, and hear what they bring.
 
         Args:
             layers: all that are preconditioned, the same on all ranks.
             capture: holds this rank's samples.
-            bad: whether a gradient here is not finite.
+            known: here.
 
         Returns:
-            Names of the layers whose modules have been called on any rank; and whether
-            a gradient is not finite on any.
+            What is so on any rank.
 
         Raises:
             RuntimeError: a layer has a gradient on some ranks only; on all ranks.
         """
         self._held, self._samples, self.sample_bytes = {}, {}, {}
-        notices = [[int(bad), *(0,) * (_WIDTH - 1)]]
+        notices = [[int(known.bad), *(0,) * (_WIDTH - 1)]]
         for layer in layers:
             held = _hold(layer, capture)
             if held is not None:
                 self._held[layer.name] = held
-            notices.append(_notice(layer, held, layer.name in capture.fired).pack())
+            notices.append(_notice(layer, held, known).pack())
         values = torch.tensor(notices, dtype=torch.int64)
         heard = collectives.all_gather_ints(
             values, self._division.group, self._division.device(layers)
@@ -143,8 +148,13 @@ class SampleExchange:
                         f"{name} has a gradient on only one of ranks 0 and {rank}; "
                         "gradients must be averaged over all ranks before step()"
                     )
-        fired = {n for n, ranks in self._notices.items() if any(r.fired for r in ranks)}
-        return fired, any(values[0] for values in first)
+
+        def where(field: str) -> set[str]:
+            notices = self._notices.items()
+            return {n for n, ranks in notices if any(getattr(r, field) for r in ranks)}
+
+        bad = any(values[0] for values in first)
+        return Known(where("called"), where("samples"), where("used"), bad)
 
     def send(self, layers: Sequence[Layer]) -> None:
         """Send each rank X, and the columns of Y that belong to its rows.
@@ -275,16 +285,17 @@ def _hold(layer: Layer, capture: SampleCapture) -> _Held | None:
     return _Held(torch.cat([call.x for call in calls]), torch.cat(ys), module)
 
 
-def _notice(layer: Layer, held: _Held | None, fired: bool) -> _Notice:
-    grads = (
+def _notice(layer: Layer, held: _Held | None, known: Known) -> _Notice:
+    facts = (
         int(layer.weight.grad is not None),
         int(layer.bias is not None and layer.bias.grad is not None),
-        int(fired),
+        int(layer.name in known.called),
+        int(layer.name in known.used),
     )
     if held is None:
-        return _Notice(*grads, 0, 0, 0, 0, -1, ())
+        return _Notice(*facts, 0, 0, 0, 0, -1, ())
     return _Notice(
-        *grads,
+        *facts,
         held.x.shape[0],
         held.y.shape[2],
         _DTYPES.index(held.x.dtype),

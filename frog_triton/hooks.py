@@ -1,0 +1,283 @@
+"""The forward hook that samples a layer's calls, and what calls it leaves alone.
+
+It comes first of a module's hooks, so what it sees is what the layer made. It stays out
+of whatever is no ordinary call: transforms of `torch.func`, tracing and scripting,
+fake tensors. It never travels: a copied or pickled module has none.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from . import traced
+from .layers import LayerAdapter
+
+if TYPE_CHECKING:
+    from .capture import SampleCapture
+
+IN_EVAL_MODE = (
+    "samples are taken in training mode with gradients enabled: did its forward pass "
+    "run in eval mode?"
+)
+REPLACED = "its forward, or its class, was replaced"
+NOT_FIRST = "another hook came first and may have changed its output"
+REPLICA = (
+    "nn.DataParallel calls copies of it, which FROG cannot follow: use "
+    "torch.nn.parallel.DistributedDataParallel"
+)
+
+
+class ForwardHook:
+    """Holds weak references, so that neither module nor optimizer is kept alive.
+
+    Args:
+        capture: takes the samples.
+        name: of the layer.
+        module: that is hooked.
+        adapter: of its kind.
+    """
+
+    def __init__(
+        self,
+        capture: SampleCapture,
+        name: str,
+        module: nn.Module,
+        adapter: LayerAdapter,
+    ) -> None:
+        self._capture = weakref.ref(capture)
+        self._module = weakref.ref(module)
+        self._kind = type(module)
+        self._name = name
+        self._adapter = adapter
+        self._number = traced.enrol(self)
+        self._anchor = traced.make_anchor()
+        self._sample_size = capture.sample_size
+        geometry = adapter.geometry(module)
+        by_position = capture.sampling == "positions"
+        self._row = geometry.groups * geometry.dim if by_position else 0
+
+    def __call__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
+        if torch.compiler.is_compiling():
+            return self._trace(module, args[0] if args else kwargs["input"], output)
+        if not _takes_gradient(module, output) or _no_ordinary_call():
+            return None
+        capture = self._capture()
+        if capture is None:
+            return None
+        if module is not self._module():
+            if getattr(module, "_is_replica", False):
+                capture.missed(self._name, REPLICA)
+            return None
+        x = args[0] if args else kwargs["input"]
+        obstacle = self._obstacle(module, x, output)
+        if obstacle:
+            capture.missed(self._name, obstacle)
+            return None
+        capture.called.add(self._name)
+        if not module.training:
+            capture.missed(self._name, IN_EVAL_MODE)
+        elif not _first(module):
+            capture.missed(self._name, NOT_FIRST)
+        elif output.numel():
+            self._sample(capture, module, x, output)
+        return None
+
+    def _sample(
+        self, capture: SampleCapture, module: nn.Module, x: Tensor, output: Tensor
+    ) -> None:
+        adapter, name = self._adapter, self._name
+        y = adapter.batched(module, output)
+        x = x.detach()
+        x = adapter.batched(module, x if type(x) is Tensor else x.as_subclass(Tensor))
+        candidates = adapter.positions(y) if self._row else 1
+        sample, index = capture.draw(name, module, adapter, x, y.shape, candidates)
+        hooked, shape = _written_tensor(output), output.shape
+
+        def on_grad(grad: Tensor) -> None:
+            if not _no_ordinary_call() and not _batched(grad):
+                capture.keep(name, module, adapter, sample, index, grad.view(shape))
+
+        hooked.register_hook(on_grad)
+
+    def _obstacle(self, module: nn.Module, x: Any, output: Any) -> str:
+        """Why a call cannot be sampled, if it cannot."""
+        if type(module) is not self._kind or "forward" in module.__dict__:
+            return REPLACED
+        for tensor in (x, output):
+            if tensor.is_nested:
+                return "it was called with nested tensors"
+            if tensor.layout != torch.strided:
+                return "it was called with sparse tensors"
+        if type(output) is not Tensor:
+            return f"its output is a {type(output).__name__}"
+        return ""
+
+    def _trace(self, module: nn.Module, x: Any, output: Any) -> Any:
+        """The same by operators that torch.compile can put into its graphs."""
+        if torch.compiler.is_exporting() or not _takes_gradient(module, output):
+            return None
+        if not module.training:
+            traced.mark(self._number)
+            return None
+        if "forward" in module.__dict__ or output.is_nested or output.numel() == 0:
+            return None
+        y = self._adapter.batched(module, output)
+        positions = self._adapter.positions(y) if self._row else 1
+        count = torch.sym_min(self._sample_size, y.shape[0] * positions)
+        x = self._adapter.batched(module, x.detach())
+        return traced.tap(
+            output, self._anchor, x, y.shape, count, self._row, self._number
+        )
+
+    # -- what `traced.Receiver` asks for ------------------------------------------------
+
+    def mark(self) -> None:
+        """See `traced.Receiver`."""
+        capture = self._capture()
+        if capture is not None:
+            capture.unsampled_graphs.add(self._name)
+
+    def sample(self, x: Tensor, y_shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """See `traced.Receiver`."""
+        capture, module = self._capture(), self._module()
+        if capture is None or module is None or not capture.watches(self._name):
+            return None
+        capture.called.add(self._name)
+        adapter, candidates = self._adapter, 1
+        if self._row:
+            candidates = adapter.positions(x.new_empty(()).expand(tuple(y_shape)))
+        shape = torch.Size(y_shape)
+        return capture.draw(self._name, module, adapter, x, shape, candidates)
+
+    def keep(self, x: Tensor, index: Tensor, grad: Tensor) -> None:
+        """See `traced.Receiver`."""
+        capture, module = self._capture(), self._module()
+        if capture is not None and module is not None:
+            capture.keep(self._name, module, self._adapter, x, index, grad)
+
+
+def _takes_gradient(module: nn.Module, output: Any) -> bool:
+    """Whether the call's weight or bias may get a gradient."""
+    if not (torch.is_grad_enabled() and isinstance(output, Tensor)):
+        return False
+    if not output.requires_grad:
+        return False
+    own = module._parameters
+    weight, bias = own.get("weight"), own.get("bias")
+    return (weight is not None and weight.requires_grad) or (
+        bias is not None and bias.requires_grad
+    )
+
+
+def _no_ordinary_call() -> bool:
+    """Whether torch transforms or records what runs instead of running it."""
+    if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    keys = torch._C._TorchDispatchModeKey
+    modes = (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)
+    return any(torch._C._get_dispatch_mode(key) is not None for key in modes)
+
+
+def _batched(grad: Tensor) -> bool:
+    """Whether a backward pass runs for many gradients at once."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def _written_tensor(output: Tensor) -> Tensor:
+    """The output, or the tensor that it is another shape of.
+
+    A Linear layer's output for a sequence is a view. An in-place activation on it
+    takes the view's old node out of the graph, and its hooks with that; those of the
+    viewed tensor stay.
+    """
+    base = output._base
+    if base is None or not (base.is_contiguous() and output.is_contiguous()):
+        return output
+    return base if base.numel() == output.numel() else output
+
+
+# -- on the module, and on no copy of it -----------------------------------------------
+
+
+def install(hook: ForwardHook, module: nn.Module) -> RemovableHandle:
+    """Put a hook in front of a module's others."""
+    function = _as_function(hook)
+    handle = module.register_forward_hook(function, prepend=True, with_kwargs=True)
+    module.__dict__.setdefault("__reduce_ex__", _WithoutHooks(module))
+    return handle
+
+
+def remove(handle: RemovableHandle, module: nn.Module) -> None:
+    """Leave the module as `install` found it."""
+    handle.remove()
+    if not any(map(_is_ours, module._forward_hooks.values())):
+        module.__dict__.pop("__reduce_ex__", None)
+
+
+def _as_function(hook: ForwardHook) -> Callable[..., Any]:
+    """A hook that torch.jit.script can compile, to nothing."""
+
+    def frog_triton_sampling(
+        module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Any:
+        return hook(module, args, kwargs, output)
+
+    frog_triton_sampling.__wrapped__ = _scripted  # type: ignore[attr-defined]
+    return frog_triton_sampling
+
+
+def _scripted(self, inputs: tuple[Tensor], output: Tensor) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    return None
+
+
+def _is_ours(hook: Callable[..., Any]) -> bool:
+    return getattr(hook, "__wrapped__", None) is _scripted
+
+
+def _first(module: nn.Module) -> bool:
+    """Whether no hook but FROG's own came first; from the next call on, none does."""
+    hooks = module._forward_hooks
+    if _is_ours(next(iter(hooks.values()))):
+        return True
+    for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+        hooks.move_to_end(key, last=False)
+    return False
+
+
+class _WithoutHooks:
+    """``module.__reduce_ex__`` for as long as the module is hooked.
+
+    Copying and pickling ask the instance for it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    def __call__(self, protocol: Any) -> Any:
+        module = self._module()
+        reduced = type(module).__reduce_ex__(module, protocol)  # type: ignore[arg-type]
+        if isinstance(reduced, str) or not isinstance(reduced[2], dict):
+            return reduced
+        state = {k: v for k, v in reduced[2].items() if k != "__reduce_ex__"}
+        hooks = state.get("_forward_hooks", {})
+        ours = [key for key, hook in hooks.items() if _is_ours(hook)]
+        for name in ("_forward_hooks", "_forward_hooks_with_kwargs"):
+            if name in state:
+                kept = ((k, v) for k, v in state[name].items() if k not in ours)
+                state[name] = OrderedDict(kept)
+        return (*reduced[:2], state, *reduced[3:])

@@ -1,0 +1,277 @@
+"""Samples of one layer, tied to the gradient that they belong to.
+
+A backward pass brings the gradients of a layer's outputs first, and writes the weight's
+own gradient last. What it brings *arrives*, and is *kept* as soon as that same pass has
+written. A pass that writes nothing (``torch.autograd.grad`` for a penalty,
+``backward(inputs=...)``) adds nothing, and where the written gradient is gone, by
+whatever hand, so are its samples.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .sampling import Counter, draw
+
+UNFINISHED = 4
+"""Passes whose samples may wait at once: checkpoints nest passes in each other."""
+
+
+@dataclass
+class Call:
+    """Samples of one forward-backward pass through one module."""
+
+    module: nn.Module
+    x: Tensor
+    y: Tensor
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return self.x.shape[0]
+
+    def thin(self, index: Tensor) -> None:
+        """Keep those at `index` alone."""
+        self.x, self.y = self.x[index], self.y[index]
+
+    def blank(self, alive: Tensor) -> None:
+        """Make all zero unless `alive`: such samples leave the Fisher as it is."""
+        self.x = torch.where(alive, self.x, 0)
+        self.y = torch.where(alive, self.y, 0)
+
+
+@dataclass
+class Reservoir:
+    """Samples of some calls, each candidate of which is equally likely.
+
+    Attributes:
+        seen: how many candidates there were.
+        calls: what was drawn of them.
+    """
+
+    seen: int = 0
+    calls: list[Call] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """How many samples there are."""
+        return sum(call.size for call in self.calls)
+
+
+class _Mark:
+    """A gradient as a pass has left it."""
+
+    def __init__(self, grad: Tensor) -> None:
+        self._grad = weakref.ref(grad)
+        self._version = grad._version
+
+    def holds(self, grad: Tensor, added: int = 0) -> bool:
+        """Whether nothing but that many in-place operations came after."""
+        return self._grad() is grad and grad._version == self._version + added
+
+
+class Pool:
+    """What a layer has collected since the last step.
+
+    Args:
+        size: samples to keep at most.
+        params: the layer's weight, and its bias if it has one.
+        key: of a draw, from counters.
+        host_key: the same, which the host knows.
+        may_wait: whether the host may wait for the device.
+
+    Attributes:
+        forwards: calls since the last step.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        params: Sequence[nn.Parameter],
+        key: Callable[..., Counter],
+        host_key: Callable[..., int],
+        may_wait: bool,
+    ) -> None:
+        self._limit = size
+        self._params = tuple(params)
+        self._sharded = hasattr(params[0], "to_local")
+        self._key = key
+        self._host_key = host_key
+        self._may_wait = may_wait
+        self._listening: dict[int, tuple[Tensor, RemovableHandle]] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all samples."""
+        self.forwards = 0
+        self._merges = 0
+        self._kept = Reservoir()
+        self._arriving: dict[int, Reservoir] = {}
+        self._pass = -1
+        self._mark: _Mark | None = None
+
+    def close(self) -> None:
+        """Listen to no parameter any more."""
+        for _, handle in self._listening.values():
+            handle.remove()
+        self._listening.clear()
+
+    @property
+    def calls(self) -> list[Call]:
+        """Samples by call: of the passes that wrote the gradient that is there.
+
+        Where none did, it was set by hand: then of the last pass.
+        """
+        return self._found.calls
+
+    @property
+    def seen(self) -> int:
+        """How many candidates there were for `calls`."""
+        return self._found.seen
+
+    @property
+    def _found(self) -> Reservoir:
+        if self._kept.calls or not self._arriving:
+            return self._kept
+        return self._arriving[max(self._arriving)]
+
+    def held(self) -> list[Call]:
+        """All calls of which samples are held at this moment."""
+        reservoirs = (self._kept, *self._arriving.values())
+        return [call for reservoir in reservoirs for call in reservoir.calls]
+
+    # -- the life of a sample ---------------------------------------------------------
+
+    def called(self, module: nn.Module) -> None:
+        """Prepare for a call of a module: its pass will be heard when it writes."""
+        self._forget_dropped()
+        for param in self._params:
+            if param.requires_grad and id(param) not in self._listening:
+                self._listen(param)
+        if self._sharded:
+            # The pass writes to the gathered parameters, which FSDP2 then reduces.
+            for name in ("weight", "bias"):
+                gathered = module._parameters.get(name)
+                if gathered is None or id(gathered) in self._listening:
+                    continue
+                if gathered.requires_grad and gathered.is_leaf:
+                    self._listen(gathered)
+
+    def arrive(self, call: Call, total: int) -> None:
+        """Take a call's samples, now that its output's gradient is there.
+
+        Args:
+            call: with its samples.
+            total: how many candidates they were drawn from.
+        """
+        new, this = Reservoir(total, [call]), torch._C._current_graph_task_id()
+        if this < 0:  # no pass runs that could write
+            self._merge(self._kept, new)
+            return
+        if this != self._pass:
+            self._forget_dropped()
+            self._pass = this
+        self._merge(self._arriving.setdefault(this, Reservoir()), new)
+        while len(self._arriving) > UNFINISHED:
+            del self._arriving[min(self._arriving)]
+
+    def _written(self, param: Tensor) -> None:
+        """Keep what this pass brought: it has added to a gradient of the layer's."""
+        this = torch._C._current_graph_task_id()
+        arrived = self._arriving.pop(this, None)
+        if arrived is not None:
+            self._merge(self._kept, arrived)
+        if param is not self._owner or param.grad is None:
+            return
+        if self._mark is not None and this != self._pass and not self._sharded:
+            # A pass without calls, say of a weight penalty: did it add to a gradient?
+            if not self._mark.holds(param.grad, added=1):
+                self._kept = Reservoir()
+        self._mark = _Mark(param.grad)
+
+    @property
+    def _owner(self) -> nn.Parameter:
+        """Of the gradient whose fate the samples share."""
+        return next((p for p in self._params if p.requires_grad), self._params[0])
+
+    def _forget_dropped(self) -> None:
+        """Drop samples of a gradient that has been set to None or to zero since."""
+        if self._mark is None or not self._kept.calls:
+            return
+        grad = self._owner.grad
+        if grad is None:
+            self.clear()
+        elif not self._mark.holds(grad):
+            # Clipped, averaged over ranks, unscaled; or zeroed.
+            self._mark = _Mark(grad)
+            local = grad.to_local() if hasattr(grad, "to_local") else grad
+            if local.numel() == 0 or local.layout != torch.strided:
+                return
+            if self._may_wait and local.is_cpu:
+                if not local.any():
+                    self.clear()
+            else:
+                alive = local.any()
+                for call in self._kept.calls:
+                    call.blank(alive)
+
+    def _listen(self, param: Tensor) -> None:
+        hook = _Written(self)
+        self._listening[id(param)] = (
+            param,
+            param.register_post_accumulate_grad_hook(hook),
+        )
+
+    # -- every candidate is equally likely --------------------------------------------
+
+    def _merge(self, held: Reservoir, new: Reservoir) -> None:
+        """Pool the samples of two reservoirs in the first."""
+        held.seen += new.seen
+        self._merges += 1
+        size, more = held.size, new.size
+        calls = [*held.calls, *new.calls]
+        if size + more > self._limit:
+            share = round(self._limit * new.seen / held.seen)
+            more = min(more, max(share, self._limit - size))
+            shares = self._shares(held.calls, self._limit - more)
+            self._thin(calls, shares + self._shares(new.calls, more))
+        held.calls = [call for call in calls if call.size]
+
+    def _shares(self, calls: Sequence[Call], size: int) -> list[int]:
+        """How many of each call's samples to keep, `size` in all.
+
+        In proportion, with the fractions rounded by one random offset. The host must
+        know, so the step, which may be on the device, has no say in it.
+        """
+        sizes = [call.size for call in calls]
+        total = sum(sizes)
+        if size == total:
+            return sizes
+        offset = self._host_key(self._merges) % total
+        ends = [(end * size + offset) // total for end in accumulate(sizes)]
+        return [end - start for start, end in pairwise([0, *ends])]
+
+    def _thin(self, calls: Sequence[Call], shares: Sequence[int]) -> None:
+        for i, (call, share) in enumerate(zip(calls, shares, strict=True)):
+            if share < call.size:
+                key = self._key(self._merges, i)
+                call.thin(draw(call.size, share, key, call.x.device))
+
+
+class _Written:
+    """Tells a pool that a parameter's gradient was written; keeps nothing alive."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = weakref.ref(pool)
+
+    def __call__(self, param: Tensor) -> None:
+        pool = self._pool()
+        if pool is not None:
+            pool._written(param)
