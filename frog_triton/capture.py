@@ -129,6 +129,11 @@ class SampleCapture:
         """Remember why a call of a layer is not sampled."""
         self.unsampled[name] = reason
 
+    def why_unsampled(self, name: str) -> str | None:
+        """Why a layer was called without being sampled, if it was."""
+        graph = hooks.IN_EVAL_MODE if name in self.unsampled_graphs else None
+        return self.unsampled.get(name, graph)
+
     def calls(self, name: str) -> list[Call]:
         """The layer's samples as they were taken, a call of a module each."""
         return self._pools[name].calls

@@ -26,6 +26,7 @@ IN_EVAL_MODE = (
     "samples are taken in training mode with gradients enabled: did its forward pass "
     "run in eval mode?"
 )
+EMPTY = "its inputs were empty"
 REPLACED = "its forward, or its class, was replaced"
 NOT_FIRST = "another hook came first and may have changed its output"
 REPLICA = (
@@ -91,7 +92,9 @@ class ForwardHook:
             capture.missed(self._name, IN_EVAL_MODE)
         elif not _first(module):
             capture.missed(self._name, NOT_FIRST)
-        elif output.numel():
+        elif not output.numel():
+            capture.missed(self._name, EMPTY)
+        else:
             self._sample(capture, module, x, output)
         return None
 

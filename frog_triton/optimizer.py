@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -42,13 +43,14 @@ from .state import (
     MOMENTUM_DTYPES,
     ROW_KEYS,
     STATE_VERSION,
-    WEIGHT_KEYS,
+    STEP_KEYS,
     check_state,
     check_version,
     in_order,
     move_state,
     restore,
     row_state,
+    step_counter,
 )
 from .step import (
     Gathered,
@@ -371,12 +373,24 @@ class FROG(Optimizer):
 
     def _make_state(self, param: nn.Parameter, group: dict[str, Any]) -> None:
         """Make what is missing of a parameter's state: all of it at first."""
-        state, kind = self.state[param], group["updated_by"]
-        is_weight = kind == "frog" and self._layer_of[param].weight is param
-        if kind != "frog":
-            missing = FALLBACKS[kind].keys - state.keys()
+        if group["updated_by"] == "frog":
+            weight, dtype = self._layer_of[param].weight, self._momentum_dtype
+            self._complete(param, ROW_KEYS, partial(row_state, dtype=dtype))
+            place = weight.device if self.capturable else torch.device("cpu")
+            # The layer's counter, whether the weight has a gradient or not.
+            self._complete(weight, STEP_KEYS, lambda _: {"step": step_counter(place)})
         else:
-            missing = (WEIGHT_KEYS if is_weight else ROW_KEYS) - state.keys()
+            fallback = FALLBACKS[group["updated_by"]]
+            self._complete(param, fallback.keys, fallback.init_state)
+
+    def _complete(
+        self,
+        param: nn.Parameter,
+        keys: frozenset[str],
+        make: Callable[[nn.Parameter], dict[str, Tensor]],
+    ) -> None:
+        state = self.state[param]
+        missing = keys - state.keys()
         if not missing:
             return
         if is_capturing():
@@ -385,14 +399,8 @@ class FROG(Optimizer):
                 "made it would make it anew in each replay: take a few steps before "
                 "the capture, with gradients for all that it will train"
             )
-        if kind != "frog":
-            fresh = FALLBACKS[kind].init_state(param)
-        else:
-            fresh = row_state(
-                param, self._momentum_dtype, step=is_weight, capturable=self.capturable
-            )
-        for key in sorted(missing):
-            state[key] = fresh[key]
+        fresh = make(param)
+        state |= {key: fresh[key] for key in sorted(missing)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model, for instance of a layer put in later.
@@ -648,14 +656,15 @@ class FROG(Optimizer):
 
     def _samples(self, layer: Layer, bias: bool) -> Samples:
         """The layer's samples, or none, with a warning, if there are none."""
-        dtype = self.state[layer.weight]["momentum_buffer"].dtype
+        momenta = (self.state[p].get("momentum_buffer") for p in layer.params)
+        dtype = next(m.dtype for m in momenta if m is not None)
         if self._ranks is None:
             found = self.capture.samples(layer.name, layer.adapter, bias)
         else:
             found = self._ranks.samples(layer, bias, dtype)
         if found is not None:
             return found
-        reason = self.capture.unsampled.get(layer.name)
+        reason = self.capture.why_unsampled(layer.name)
         if reason is not None and layer.name not in self._warned:
             self._warned.add(layer.name)
             warnings.warn(
@@ -757,10 +766,14 @@ class FROG(Optimizer):
         restore(self, loaded, self.capturable)
         self._unhooked = Unhooked()
         self._unhooked.misses.update(loaded.get("misses", {}))
-        for layer in self._plan.layers.values():
-            state = self.state.get(layer.weight, {})
-            if state and not state.keys() >= WEIGHT_KEYS:
-                self._unhooked.reasons[layer.name] = REASON
+        groups = self.param_groups
+        for half, rest in zip(groups[::2], groups[1::2], strict=True):
+            keys = FALLBACKS[rest["updated_by"]].keys
+            for param in half["params"]:
+                layer, held = self._layer_of[param], self.state.get(param, {}).keys()
+                by_rows = held >= ROW_KEYS | STEP_KEYS
+                if param is layer.weight and held >= keys and not by_rows:
+                    self._unhooked.reasons[layer.name] = REASON
         self._stepped = any(
             bool(state["step"] > 0) for state in self.state.values() if "step" in state
         )

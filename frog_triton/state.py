@@ -17,29 +17,23 @@ BEFORE: dict[str, Any] = {"orthogonalize": False}
 
 MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 ROW_KEYS = frozenset({"momentum_buffer"})
-WEIGHT_KEYS = ROW_KEYS | {"step"}
-"""What the state of a preconditioned bias, and of a preconditioned weight, holds."""
+"""What the state of a preconditioned parameter holds."""
+
+STEP_KEYS = frozenset({"step"})
+"""What that of a layer's weight holds, too: the layer's step counter."""
 
 
-def row_state(
-    param: nn.Parameter, dtype: torch.dtype | None, *, step: bool, capturable: bool
-) -> dict[str, Tensor]:
+def row_state(param: nn.Parameter, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Fresh state of a preconditioned parameter.
 
     Args:
         param: a layer's weight or bias.
         dtype: of the momentum. None: float32, or the parameter's own if that is wider.
-        step: whether the layer's step counter is kept here, as it is with its weight.
-        capturable: keep the counter on the parameter's device.
     """
     dtype = dtype or torch.promote_types(param.dtype, torch.float32)
     # Sharded like the parameter.
     fmt = torch.contiguous_format
-    buffer = torch.zeros_like(param, dtype=dtype, memory_format=fmt)
-    if not step:
-        return {"momentum_buffer": buffer}
-    counter = step_counter(param.device if capturable else torch.device("cpu"))
-    return {"momentum_buffer": buffer, "step": counter}
+    return {"momentum_buffer": torch.zeros_like(param, dtype=dtype, memory_format=fmt)}
 
 
 def step_counter(device: torch.device) -> Tensor:

@@ -100,24 +100,23 @@ def layer_step(
         ValueError: the layer has more groups than the backend can take.
     """
     weight, bias = layer.weight, layer.bias
-    if bias is not None and bias.grad is None:
-        bias = None
-    momentum = Rows(
-        local(state[weight]["momentum_buffer"]).flatten(1),
-        None if bias is None else local(state[bias]["momentum_buffer"]),
-    )
-    params = Rows(local(weight), None if bias is None else local(bias))
-    bias_grad = None
+    momentum_bias = params_bias = bias_grad = None
     if bias is not None and bias.grad is not None:
+        momentum_bias, params_bias = local(state[bias]["momentum_buffer"]), local(bias)
         bias_grad = _without_overlap(local(bias.grad))
-    x, y = samples(layer, bias is not None)
+    x, y = samples(layer, bias_grad is not None)
     if weight.grad is not None:
+        momentum = Rows(
+            local(state[weight]["momentum_buffer"]).flatten(1), momentum_bias
+        )
+        params = Rows(local(weight), params_bias)
         grads = Rows(_without_overlap(local(weight.grad)).flatten(1), bias_grad)
     else:  # frozen: the bias is the whole row
-        momentum = Rows(momentum.weight[:, :0], momentum.bias)
+        assert momentum_bias is not None and params_bias is not None
+        nothing = (params_bias.shape[0], 0)
+        momentum = Rows(momentum_bias.new_empty(nothing), momentum_bias)
         grads = Rows(momentum.weight, bias_grad)
-        rows = params.weight.shape[0]
-        params = Rows(params.weight.new_empty(rows, 0), params.bias)
+        params = Rows(params_bias.new_empty(nothing), params_bias)
         x = MatrixMap(y.new_empty(y.shape[0] * y.shape[2], 0), bias=True)
         y = written_out(y)
     chosen = ops.resolve(backend, weight.device, momentum.weight.dtype)

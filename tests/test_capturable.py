@@ -99,6 +99,8 @@ def test_the_watch_sees_an_optimizer_that_waits():
     net = Net()
     opt = FROG(net, sample_size=5)
     x, y = batch(0)
+    F.cross_entropy(net(x), y).backward()
+    opt.step()  # makes the counter that it waits for
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
         F.cross_entropy(net(x), y).backward()
     opt.close()

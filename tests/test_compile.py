@@ -198,9 +198,13 @@ def test_hooks_put_on_after_the_first_compiled_call_are_missed_with_a_hint():
     F.cross_entropy(compiled(x), y).backward()
     opt = FROG(net)
     net.zero_grad()
-    F.cross_entropy(compiled(x), y).backward()
+    for _ in range(2):
+        F.cross_entropy(compiled(x), y).backward()
+        opt.step()
+    assert "fc.weight" in opt.describe().updated_by("frog")
     with pytest.warns(UserWarning, match=r"compiled.*torch\.compiler\.reset"):
         opt.step()
+    assert opt.describe().updated_by("frog") == []
 
 
 def test_another_default_device_at_construction():

@@ -63,6 +63,9 @@ def test_values_are_those_of_the_dense_systems(formulation, nesterov):
 
 def test_rows_that_are_not_solved_are_counted():
     net, opt = make()
+    opt.param_groups[0]["lr"] = 0.0  # a step that makes the state
+    net(torch.randn(6, 2, 5).double()).square().sum().backward()
+    opt.step()
     net(torch.randn(6, 2, 5).double()).square().sum().backward()
     (call,) = opt.capture._pools["0"].calls
     call.y[:, 1] = 0
@@ -100,6 +103,13 @@ def test_a_step_that_is_looked_at_is_the_step_that_is_not():
 def test_bytes(sampling, kept, fallback):
     net, opt = make(sampling=sampling, fallback=fallback)
     count = sum(p.numel() for p in net.parameters())
+    for param in net.parameters():
+        param.requires_grad_(False)
+    net(torch.randn(6, 2, 5).double())
+    assert opt.memory_usage()["state"] == opt.memory_usage()["samples"] == 0
+    net.requires_grad_(True)
+    net(torch.randn(6, 2, 5).double()).sum().backward()
+    opt.step()
     usage = opt.memory_usage()
     # One step counter; AdamW has a second average and a counter of its own.
     rest = [p.numel() for p in net[3].parameters()] if fallback == "adamw" else []
