@@ -73,14 +73,14 @@ class ForwardHook:
     ) -> Any:
         if torch.compiler.is_compiling():
             return self._trace(module, args[0] if args else kwargs["input"], output)
-        if not _takes_gradient(module, output) or _no_ordinary_call():
-            return None
         capture = self._capture()
         if capture is None:
             return None
         if module is not self._module():
-            if getattr(module, "_is_replica", False):
+            if getattr(module, "_is_replica", False) and torch.is_grad_enabled():
                 capture.missed(self._name, REPLICA)
+            return None
+        if not _takes_gradient(module, output) or _no_ordinary_call():
             return None
         x = args[0] if args else kwargs["input"]
         obstacle = self._obstacle(module, x, output)
@@ -244,7 +244,7 @@ def _as_function(hook: ForwardHook) -> Callable[..., Any]:
     return frog_triton_sampling
 
 
-def _scripted(self, inputs: tuple[Tensor], output: Tensor) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _scripted(self: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     return None
 
 

@@ -276,6 +276,7 @@ class FROG(Optimizer):
         self._layer_of: dict[nn.Parameter, Layer] = {}
         self._anomalies: dict[str, Tensor] = {}
         self._warned: set[str] = set()
+        self._told: set[str] = set()
         self._gradients = GradientWatch()
         self._solved: dict[str, str] = {}
         self._unhooked = Unhooked()
@@ -694,10 +695,10 @@ class FROG(Optimizer):
         by_reason: dict[str, list[str]] = {}
         for layer in gone:
             reason = self._unhooked.reasons[layer.name]
-            if layer.name not in self._warned:
+            if layer.name not in self._told:
+                self._told.add(layer.name)
                 by_reason.setdefault(reason, []).append(layer.name)
         for reason, names in by_reason.items():
-            self._warned |= set(names)
             warnings.warn(
                 f"{', '.join(names)}: {reason}, so FROG sees no activations; "
                 f"{self._fallback} updates it from now on, until there are some (if "

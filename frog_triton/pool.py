@@ -208,19 +208,19 @@ class Pool:
         grad = self._owner.grad
         if grad is None:
             self.clear()
+            return
+        local = grad.to_local() if hasattr(grad, "to_local") else grad
+        if local.numel() == 0 or local.layout != torch.strided:
+            return
+        if self._may_wait and local.is_cpu:
+            if not (local[0].any() or local.any()):
+                self.clear()
         elif not self._mark.holds(grad):
             # Clipped, averaged over ranks, unscaled; or zeroed.
             self._mark = _Mark(grad)
-            local = grad.to_local() if hasattr(grad, "to_local") else grad
-            if local.numel() == 0 or local.layout != torch.strided:
-                return
-            if self._may_wait and local.is_cpu:
-                if not local.any():
-                    self.clear()
-            else:
-                alive = local.any()
-                for call in self._kept.calls:
-                    call.blank(alive)
+            alive = local.any()
+            for call in self._kept.calls:
+                call.blank(alive)
 
     def _listen(self, param: Tensor) -> None:
         hook = _Written(self)

@@ -256,6 +256,8 @@ def _explain(plan: Plan, model: nn.Module, excluded: dict[nn.Parameter, str]) ->
                 )
             elif adapter_for(module) is not None:
                 reason = f"{kind} whose weight is computed"
+            elif "forward" in vars(module):
+                reason = f"{kind} whose forward was replaced"
             else:
                 reason = f"no adapter for {kind}"
             plan.reasons[param] = reason

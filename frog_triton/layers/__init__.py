@@ -40,8 +40,11 @@ def adapter_for(module: nn.Module) -> LayerAdapter | None:
     """The adapter of a module's kind, or None.
 
     A subclass is served by its parent's adapter as long as it inherits ``forward``:
-    a layer that computes something else is not the linear map its parent is.
+    a layer that computes something else is not the linear map its parent is. Nor is
+    one whose ``forward`` was replaced on the instance.
     """
+    if "forward" in vars(module):
+        return None
     for kind in type(module).__mro__:
         if kind in _REGISTRY:
             same = type(module).forward is kind.forward
