@@ -9,7 +9,7 @@ fused one, and an SGD whose step may have to be skipped is a few lines here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -215,3 +215,19 @@ def _real(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 FALLBACKS: dict[str, Fallback] = {"sgd": SGD(), "adamw": AdamW()}
+
+
+def check_updated_by(groups: Iterable[Mapping[str, Any]], saved: str = "") -> None:
+    """Raise ValueError unless FROG and a fallback update the groups in turn.
+
+    Args:
+        groups: of an optimizer.
+        saved: what comes before their name in the message.
+    """
+    for i, group in enumerate(groups):
+        known = tuple(FALLBACKS) if i % 2 else ("frog",)
+        if group.get("updated_by", known[0]) not in known:
+            raise ValueError(
+                f"{saved}param_groups[{i}]: updated_by must be one of {known}, got "
+                f"{group['updated_by']!r}"
+            )

@@ -19,7 +19,7 @@ from .autotune.tuning import Tuning
 from .capture import SAMPLINGS, SampleCapture
 from .diagnostics import Diagnostics, memory_usage
 from .distributed import check_placements, find_ranks
-from .fallback import FALLBACKS
+from .fallback import FALLBACKS, check_updated_by
 from .gradients import GradientWatch
 from .groups import (
     check_group,
@@ -463,6 +463,7 @@ class FROG(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        check_updated_by(self.param_groups)
         check_groups(self.param_groups)
         names, stepped = self._plan.names, self._stepped
         problem = problem_with_grads(self.param_groups, names, stepped)
@@ -733,6 +734,7 @@ class FROG(Optimizer):
 
         def check(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             check_version(given)
+            check_updated_by(given["param_groups"], "saved ")
             ordered = in_order(given, self.param_groups, self._plan.names)
             check_state(self, ordered, self._plan.names)
             final.update(ordered)
