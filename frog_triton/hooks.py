@@ -71,6 +71,7 @@ class ForwardHook:
         kwargs: dict[str, Any],
         output: Any,
     ) -> Any:
+        """Sample the call if it can be; the output stays as it is, unless traced."""
         if torch.compiler.is_compiling():
             return self._trace(module, args[0] if args else kwargs["input"], output)
         capture = self._capture()
@@ -144,8 +145,6 @@ class ForwardHook:
         return traced.tap(
             output, self._anchor, x, y.shape, count, self._row, self._number
         )
-
-    # -- what `traced.Receiver` asks for ------------------------------------------------
 
     def mark(self) -> None:
         """See `traced.Receiver`."""
@@ -258,7 +257,7 @@ def _first(module: nn.Module) -> bool:
     if _is_ours(next(iter(hooks.values()))):
         return True
     for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
-        hooks.move_to_end(key, last=False)
+        hooks.move_to_end(key, last=False)  # type: ignore[attr-defined]
     return False
 
 
@@ -273,7 +272,7 @@ class _WithoutHooks:
 
     def __call__(self, protocol: Any) -> Any:
         module = self._module()
-        reduced = type(module).__reduce_ex__(module, protocol)  # type: ignore[arg-type]
+        reduced: Any = type(module).__reduce_ex__(module, protocol)  # type: ignore
         if isinstance(reduced, str) or not isinstance(reduced[2], dict):
             return reduced
         state = {k: v for k, v in reduced[2].items() if k != "__reduce_ex__"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -33,22 +33,19 @@ from .groups import (
     user_groups,
 )
 from .guards import is_capturing, no_autocast, problem_with_grads
+from .loading import Loading
 from .ops.launch import capturable as without_host_copies
+from .ops.types import local
 from .preconditioner import check_solver_options
 from .routing import Exclusion, Layer, Plan, Route, RoutingTable, route
 from .sampling import Counter
 from .scaling import skipping, steps_taken, unscale_
 from .state import (
-    BEFORE,
     MOMENTUM_DTYPES,
     ROW_KEYS,
     STATE_VERSION,
     STEP_KEYS,
-    check_state,
-    check_version,
-    in_order,
     move_state,
-    restore,
     row_state,
     step_counter,
 )
@@ -58,7 +55,6 @@ from .step import (
     Samples,
     directions,
     layer_step,
-    local,
     no_samples,
     step_along,
     step_layers,
@@ -275,11 +271,9 @@ class FROG(Optimizer):
         self._plan = Plan()
         self._layer_of: dict[nn.Parameter, Layer] = {}
         self._anomalies: dict[str, Tensor] = {}
-        self._warned: set[str] = set()
-        self._told: set[str] = set()
         self._gradients = GradientWatch()
         self._solved: dict[str, str] = {}
-        self._unhooked = Unhooked()
+        self._unhooked = Unhooked(fallback)
         self._stepped = False
         self._process_group = process_group
         self._observe: Callable[..., None] | None = None
@@ -472,7 +466,8 @@ class FROG(Optimizer):
         if problem is not None:
             raise RuntimeError(problem)
         found_inf = self._found_inf()
-        known = self._known()
+        layers = self._plan.layers.values()
+        known = self._unhooked.look(layers, self.capture, not self.capturable)
         if self._ranks is not None:
             found_inf, known = self._agree(self._ranks, found_inf, known)
         if found_inf is not None and found_inf.is_cpu and not self.capturable:
@@ -489,7 +484,7 @@ class FROG(Optimizer):
 
     def _step(self, found_inf: Tensor | None) -> None:
         """Step; where `found_inf` is not 0, change nothing."""
-        due = self._due()
+        due = self._unhooked.due(self.param_groups, self._layer_of)
         for group, params in due:
             for param in params:
                 self._make_state(param, group)
@@ -534,20 +529,6 @@ class FROG(Optimizer):
         if self._ranks is None:
             self._gradients.count_skipped(found_inf)
         return found_inf
-
-    def _known(self) -> Known:
-        """What this rank knows of its layers, but whether gradients are finite."""
-        layers, capture = list(self._plan.layers.values()), self.capture
-        called = capture.called | capture.unsampled_graphs
-        sampled = {layer.name for layer in layers if capture.calls(layer.name)}
-        doubtful = self._unhooked.doubtful(layers, called)
-        used = {layer.name for layer in doubtful if self._is_used(layer)}
-        return Known(called, sampled, used, bad=False)
-
-    def _is_used(self, layer: Layer) -> bool:
-        """Whether a gradient of a layer is not zero; who may not wait, assumes so."""
-        grads = [local(p.grad) for p in layer.params if p.grad is not None]
-        return self.capturable or any(bool(grad.any()) for grad in grads)
 
     def _agree(
         self, ranks: Ranks, found_inf: Tensor | None, known: Known
@@ -616,29 +597,9 @@ class FROG(Optimizer):
             for group in groups
             if group["updated_by"] == "frog"
             for p in group["params"]
-            if p.grad is not None and not self._is_let_go(p)
+            if p.grad is not None and not self._unhooked.holds(self._layer_of[p])
         }
         return list(layers.values())
-
-    def _is_let_go(self, param: nn.Parameter) -> bool:
-        """Whether the fallback updates a layer's parameter."""
-        layer = self._layer_of.get(param)
-        return layer is not None and layer.name in self._unhooked.reasons
-
-    def _due(self) -> list[tuple[dict[str, Any], list[nn.Parameter]]]:
-        """Each group with the parameters it updates now.
-
-        A layer that is let go of stays in its group, and is updated with the other half
-        of it, which comes next.
-        """
-        due: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
-        gone: list[nn.Parameter] = []
-        for group in self.param_groups:
-            found = [p for p in group["params"] if p.grad is not None]
-            stay = [p for p in found if not self._is_let_go(p)]
-            due.append((group, stay + gone))
-            gone = [p for p in found if self._is_let_go(p)]
-        return due
 
     def _verify(self, ranks: Ranks, problem: str | None) -> None:
         """Raise, on all ranks alike, where they are not set up alike."""
@@ -657,7 +618,7 @@ class FROG(Optimizer):
         ranks.verified = problem is None
 
     def _samples(self, layer: Layer, bias: bool) -> Samples:
-        """The layer's samples, or none, with a warning, if there are none."""
+        """The layer's samples, or a sample of zeros if there are none."""
         momenta = (self.state[p].get("momentum_buffer") for p in layer.params)
         dtype = next(m.dtype for m in momenta if m is not None)
         if self._ranks is None:
@@ -666,14 +627,6 @@ class FROG(Optimizer):
             found = self._ranks.samples(layer, bias, dtype)
         if found is not None:
             return found
-        reason = self.capture.why_unsampled(layer.name)
-        if reason is not None and layer.name not in self._warned:
-            self._warned.add(layer.name)
-            warnings.warn(
-                f"{layer.name} has a gradient but no samples, so its rows take the "
-                f"identity Fisher; {reason}",
-                stacklevel=6,
-            )
         return no_samples(layer, bias, dtype, self._rows_here(layer))
 
     def _rows_here(self, layer: Layer) -> int:
@@ -688,25 +641,9 @@ class FROG(Optimizer):
             for layer in self._plan.layers.values()
             if any(p.grad is not None for p in layer.params)
         ]
-        unsampled = self.capture.unsampled
-        gone, back = self._unhooked.review(layers, known, unsampled)
-        for layer in (*gone, *back):
+        for layer in self._unhooked.review(layers, known, self.capture):
             for param in layer.params:
                 self.state.pop(param, None)  # the other kind is made in its place
-        by_reason: dict[str, list[str]] = {}
-        for layer in gone:
-            reason = self._unhooked.reasons[layer.name]
-            if layer.name not in self._told:
-                self._told.add(layer.name)
-                by_reason.setdefault(reason, []).append(layer.name)
-        for reason, names in by_reason.items():
-            warnings.warn(
-                f"{', '.join(names)}: {reason}, so FROG sees no activations; "
-                f"{self._fallback} updates it from now on, until there are some (if "
-                "the model was compiled and called before FROG put its hooks on it: "
-                "call torch.compiler.reset() after FROG(model))",
-                stacklevel=4,
-            )
 
     # -- state ----------------------------------------------------------------------
 
@@ -730,44 +667,14 @@ class FROG(Optimizer):
             ValueError: written by a later version, or groups or shapes that do not
                 match. Nothing has been changed then.
         """
-        final: dict[str, Any] = {}
+        loading = Loading(
+            self._plan.names, self.param_groups, self.capturable, self._take_over
+        )
+        loading.run(self, super().load_state_dict, state_dict)
 
-        def check(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            check_version(given)
-            check_updated_by(given["param_groups"], "saved ")
-            ordered = in_order(given, self.param_groups, self._plan.names)
-            check_state(self, ordered, self._plan.names)
-            final.update(ordered)
-            return ordered
-
-        def finish(_: Optimizer) -> None:
-            self._take_over(final, own)
-
-        own = [dict(group) for group in self.param_groups]
-        # The last to see it before it is loaded, and the first after.
-        hooks = [
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(finish, prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _take_over(self, loaded: dict[str, Any], own: list[dict[str, Any]]) -> None:
-        """Complete what torch has loaded.
-
-        Args:
-            loaded: the state, not cast.
-            own: the groups as they were.
-        """
-        for group, entries_here in zip(self.param_groups, own, strict=True):
-            for name, value in (entries_here | BEFORE).items():
-                group.setdefault(name, value)
-        own_tensors(self.param_groups)
-        restore(self, loaded, self.capturable)
-        self._unhooked = Unhooked()
+    def _take_over(self, loaded: Mapping[str, Any]) -> None:
+        """Know again what was known when a state was saved."""
+        self._unhooked = Unhooked(self._fallback)
         self._unhooked.misses.update(loaded.get("misses", {}))
         groups = self.param_groups
         for half, rest in zip(groups[::2], groups[1::2], strict=True):
@@ -811,7 +718,8 @@ class FROG(Optimizer):
         updated_by: dict[nn.Parameter, str] = {}
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
-                by = self.param_groups[i + 1] if self._is_let_go(p) else group
+                gone = self._unhooked.holds(self._layer_of.get(p))
+                by = self.param_groups[i + 1] if gone else group
                 updated_by[p] = by["updated_by"]
         table = RoutingTable(
             Route(name, tuple(p.shape), updated_by.get(p, "-"), self._reason(p))

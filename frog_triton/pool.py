@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .ops.types import local
 from .sampling import Counter, draw
 
 UNFINISHED = 4
@@ -66,11 +67,17 @@ class Reservoir:
 
 
 class _Mark:
-    """A gradient as a pass has left it."""
+    """A gradient as a pass has left it.
 
-    def __init__(self, grad: Tensor) -> None:
+    Args:
+        grad: not kept alive.
+        zero: whether all of it was zero, as far as the host may ask.
+    """
+
+    def __init__(self, grad: Tensor, zero: bool = False) -> None:
         self._grad = weakref.ref(grad)
         self._version = grad._version
+        self.zero = zero
 
     def holds(self, grad: Tensor, added: int = 0) -> bool:
         """Whether nothing but that many in-place operations came after."""
@@ -190,11 +197,18 @@ class Pool:
             self._merge(self._kept, arrived)
         if param is not self._owner or param.grad is None:
             return
-        if self._mark is not None and this != self._pass and not self._sharded:
-            # A pass without calls, say of a weight penalty: did it add to a gradient?
-            if not self._mark.holds(param.grad, added=1):
-                self._kept = Reservoir()
-        self._mark = _Mark(param.grad)
+        uncalled = this != self._pass and not self._sharded
+        if uncalled and self._mark and not self._mark.holds(param.grad, added=1):
+            # A pass without calls, say of a weight penalty, wrote a gradient anew.
+            self._kept = Reservoir()
+        self._mark = _Mark(param.grad, self._is_zero(local(param.grad)))
+
+    def _is_zero(self, grad: Tensor) -> bool:
+        """Whether a gradient is zero, as far as the host may ask."""
+        if not (self._may_wait and grad.is_cpu and grad.layout == torch.strided):
+            return False
+        # Most often the first row tells.
+        return grad.numel() > 0 and not bool(grad[0].any() or grad.any())
 
     @property
     def _owner(self) -> nn.Parameter:
@@ -209,18 +223,16 @@ class Pool:
         if grad is None:
             self.clear()
             return
-        local = grad.to_local() if hasattr(grad, "to_local") else grad
-        if local.numel() == 0 or local.layout != torch.strided:
-            return
-        if self._may_wait and local.is_cpu:
-            if not (local[0].any() or local.any()):
+        if self._is_zero(local(grad)):
+            if not self._mark.zero:
                 self.clear()
-        elif not self._mark.holds(grad):
+        elif not (self._may_wait and grad.is_cpu) and not self._mark.holds(grad):
             # Clipped, averaged over ranks, unscaled; or zeroed.
             self._mark = _Mark(grad)
-            alive = local.any()
-            for call in self._kept.calls:
-                call.blank(alive)
+            grads = [local(p.grad) for p in self._params if p.grad is not None]
+            found = [g.any() for g in grads if g.numel() and g.layout == torch.strided]
+            for call in self._kept.calls if found else ():
+                call.blank(torch.stack(found).any())
 
     def _listen(self, param: Tensor) -> None:
         hook = _Written(self)

@@ -15,7 +15,7 @@ from . import ops
 from .autotune.tuning import Tuning
 from .launches import MOST_PROBLEMS, Bucket, portions, shape_of
 from .layers import LinearMap, MatrixMap
-from .ops.types import Rows, stack_rows, written_out
+from .ops.types import Rows, local, stack_rows, written_out
 from .orthogonal import orthogonal_update_, orthogonalize
 from .preconditioner import solve
 from .routing import Layer
@@ -364,12 +364,6 @@ def _without_overlap(grad: Tensor) -> Tensor:
         for size, stride in zip(grad.shape, grad.stride(), strict=True)
     )
     return grad.contiguous() if overlaps else grad
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that lies on this rank; another as it is."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
 
 
 def _buckets(steps: Iterable[LayerStep]) -> list[list[LayerStep]]:

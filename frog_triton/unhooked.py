@@ -9,9 +9,14 @@ them, until samples come (again).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from torch import nn
+
+from .capture import SampleCapture
+from .ops.types import local
 from .routing import Layer
 
 REASON = "its weight is used without calling the module"
@@ -39,56 +44,134 @@ class Known(NamedTuple):
 class Unhooked:
     """Which layers are let go of, and why.
 
+    Args:
+        fallback: the name of who updates them.
+
     Attributes:
-        reasons: of those that the fallback updates, by name.
+        reasons: of those that are let go of, by name.
         misses: of the others, in how many steps in a row they had a gradient without a
             call; none where there was no such step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fallback: str) -> None:
         self.reasons: dict[str, str] = {}
         self.misses: dict[str, int] = {}
+        self._fallback = fallback
+        self._told: set[tuple[str, str]] = set()
 
-    def doubtful(self, layers: Iterable[Layer], called: Collection[str]) -> list[Layer]:
-        """Layers that this step may prove unhooked, if their gradient is not zero."""
-        return [
-            layer
-            for layer in layers
-            if self.misses.get(layer.name, 0) == PATIENCE - 1
-            and layer.name not in called
-        ]
-
-    def review(
-        self, layers: Iterable[Layer], known: Known, unsampled: Mapping[str, str]
-    ) -> tuple[list[Layer], list[Layer]]:
-        """Decide, the same on all ranks.
-
-        Args:
-            layers: that have a gradient.
-            known: of all ranks.
-            unsampled: why calls of a layer made no samples, if that is known.
-
-        Returns:
-            Layers to let go of, and layers to take back.
-        """
-        gone, back = [], []
-        for layer in layers:
-            name = layer.name
-            if name in known.sampled or name in known.called:
-                self.misses.pop(name, None)
-                if name in known.sampled and self.reasons.pop(name, None) is not None:
-                    back.append(layer)
-            elif name not in self.reasons:
-                misses = self.misses.pop(name, 0) + 1
-                if misses < PATIENCE:
-                    self.misses[name] = misses
-                elif name in known.used:
-                    self.reasons[name] = unsampled.get(name, REASON)
-                    gone.append(layer)
-        return gone, back
+    def holds(self, layer: Layer | None) -> bool:
+        """Whether the fallback updates a layer."""
+        return layer is not None and layer.name in self.reasons
 
     def forget(self, name: str) -> None:
         """Begin anew with a layer."""
         self.reasons.pop(name, None)
         self.misses.pop(name, None)
 
+    def due(
+        self,
+        groups: Iterable[dict[str, Any]],
+        layer_of: Mapping[nn.Parameter, Layer],
+    ) -> list[tuple[dict[str, Any], list[nn.Parameter]]]:
+        """Each group with the parameters that it updates now: those with a gradient.
+
+        A layer that is let go of stays in its group, and is updated with the other half
+        of it, which comes next.
+        """
+        found: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
+        gone: list[nn.Parameter] = []
+        for group in groups:
+            there = [p for p in group["params"] if p.grad is not None]
+            stay = [p for p in there if not self.holds(layer_of.get(p))]
+            found.append((group, stay + gone))
+            gone = [p for p in there if self.holds(layer_of.get(p))]
+        return found
+
+    def look(
+        self, layers: Iterable[Layer], capture: SampleCapture, may_wait: bool
+    ) -> Known:
+        """What this rank knows, but whether gradients are finite.
+
+        Args:
+            layers: all that are preconditioned.
+            capture: their samples.
+            may_wait: for the device, to hear whether a gradient is zero. It is asked
+                only where this step may prove a layer unhooked; who may not ask takes
+                it for not zero.
+        """
+        called = capture.called | capture.unsampled_graphs
+        sampled, used = set(), set()
+        for layer in layers:
+            name = layer.name
+            if capture.calls(name):
+                sampled.add(name)
+            elif self.misses.get(name) == PATIENCE - 1 and name not in called:
+                grads = [local(p.grad) for p in layer.params if p.grad is not None]
+                if not may_wait or any(bool(grad.any()) for grad in grads):
+                    used.add(name)
+        return Known(called, sampled, used, bad=False)
+
+    def review(
+        self, layers: Sequence[Layer], known: Known, capture: SampleCapture
+    ) -> list[Layer]:
+        """Let go of layers and take layers back, the same on all ranks; warn of it.
+
+        Args:
+            layers: that have a gradient.
+            known: of all ranks.
+            capture: knows why calls of a layer made no samples, if they made none.
+
+        Returns:
+            Those that another optimizer updates from this step on.
+        """
+        changed, gone = [], []
+        for layer in layers:
+            name = layer.name
+            if name in known.sampled:
+                self.misses.pop(name, None)
+                if self.reasons.pop(name, None) is not None:
+                    changed.append(layer)
+            elif name in known.called:
+                self.misses.pop(name, None)
+            elif name not in self.reasons:
+                misses = self.misses.pop(name, 0) + 1
+                if misses < PATIENCE:
+                    self.misses[name] = misses
+                elif name in known.used:
+                    self.reasons[name] = capture.why_unsampled(name) or REASON
+                    gone.append(layer)
+        self._tell(self._identities(layers, known, capture) | self._gone(gone))
+        return changed + gone
+
+    def _identities(
+        self, layers: Iterable[Layer], known: Known, capture: SampleCapture
+    ) -> dict[tuple[str, str], str]:
+        """What is to be said of layers that were called and not sampled."""
+        said = {}
+        for layer in layers:
+            name, reason = layer.name, capture.why_unsampled(layer.name)
+            if reason and name not in known.sampled and name not in self.reasons:
+                said["identity", name] = (
+                    f"{name} has a gradient but no samples, so its rows take the "
+                    f"identity Fisher; {reason}"
+                )
+        return said
+
+    def _gone(self, layers: Iterable[Layer]) -> dict[tuple[str, str], str]:
+        """What is to be said of layers that are let go of now."""
+        return {
+            ("gone", layer.name): (
+                f"{layer.name}: {self.reasons[layer.name]}, so FROG sees no "
+                f"activations; {self._fallback} updates it from now on, until there "
+                "are some (if the model was compiled and called before FROG put its "
+                "hooks on it: call torch.compiler.reset() after FROG(model))"
+            )
+            for layer in layers
+        }
+
+    def _tell(self, said: Mapping[tuple[str, str], str]) -> None:
+        """Warn, of each kind and layer once, at the line that called `step`."""
+        for key, message in said.items():
+            if key not in self._told:
+                self._told.add(key)
+                warnings.warn(message, stacklevel=7)

@@ -229,7 +229,9 @@ def test_inner_derivatives_are_kept_out_of_the_samples(dropped):
     opt = FROG(net, sample_size=64)
     x = torch.randn(8, 2, requires_grad=True)
     seen = []
-    net[0].register_forward_hook(lambda m, a, y: (y.register_hook(seen.append), None)[1])
+    net[0].register_forward_hook(
+        lambda m, a, y: (y.register_hook(seen.append), None)[1]
+    )
     u = net(x)
     (du,) = torch.autograd.grad(u.sum(), x, create_graph=True)
     if dropped:

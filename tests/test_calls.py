@@ -54,7 +54,7 @@ def hooks(net):
     return sum(len(module._forward_hooks) for module in net.modules())
 
 
-# -- transforms, traces, fakes ---------------------------------------------------------------
+# -- transforms, traces, fakes ---------------------------------------------------------
 
 
 def loss_of(net):
@@ -200,7 +200,7 @@ def test_a_mode_of_the_users_own_is_no_obstacle():
     assert opt.capture.calls("0") and opt.capture.calls("3")
 
 
-# -- copies -------------------------------------------------------------------------------------
+# -- copies ----------------------------------------------------------------------------
 
 
 def pickled(net):
@@ -306,7 +306,7 @@ assert "frog_triton" not in sys.modules
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
 
 
-# -- what others put on a module -----------------------------------------------------------------
+# -- what others put on a module -------------------------------------------------------
 
 
 def doubled(module, args, output):
@@ -437,7 +437,7 @@ def test_replicas_of_data_parallel_are_named():
         opt.step()
 
 
-# -- inputs of other kinds ----------------------------------------------------------------------
+# -- inputs of other kinds -------------------------------------------------------------
 
 
 def rows(seed=0):
@@ -562,7 +562,7 @@ def test_layers_without_elements(sizes):
     assert opt.anomalies() == {}
 
 
-# -- what the hooks cost -------------------------------------------------------------------------
+# -- what the hooks cost ---------------------------------------------------------------
 
 
 class Counting(TorchDispatchMode):
@@ -578,8 +578,8 @@ class Counting(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("layers", "most"),
     # Torch's operations a layer and pass; before samples were tied to gradients they
-    # were 36 and 61.
-    [("linear", 31), ("conv", 56)],
+    # were 36 and 61. On a GPU four fewer: it is not asked whether a gradient is zero.
+    [("linear", 35), ("conv", 60)],
 )
 def test_operations_of_the_hooks(layers, most):
     def count(hooked):

@@ -102,7 +102,9 @@ def test_a_step_of_an_expert_after_steps_without_it_is_algorithm_1():
             model.step(*seen, expert.weight.grad, expert.bias.grad)
             seen.clear()
         elif step == 0:  # no momentum yet, so decay alone
-            model.weight, model.bias = ((1 - 2e-4) * p for p in (model.weight, model.bias))
+            model.weight, model.bias = (
+                (1 - 2e-4) * p for p in (model.weight, model.bias)
+            )
         else:  # no samples, so the identity
             zeros = torch.zeros(1, 5), torch.zeros(1, 5)
             model.step(*zeros, expert.weight.grad, expert.bias.grad)
@@ -266,7 +268,7 @@ def test_a_state_of_version_1_with_layers_that_were_let_go():
     assert all(map(torch.equal, net.parameters(), other.parameters()))
 
 
-# -- loading ---------------------------------------------------------------------------------
+# -- loading ---------------------------------------------------------------------------
 
 
 def snapshot(net, opt):
@@ -490,7 +492,7 @@ def test_whole_groups_in_another_order():
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
 
 
-# -- state that is not there ---------------------------------------------------------------------
+# -- state that is not there -----------------------------------------------------------
 
 
 def cleared(net, opt):
@@ -602,7 +604,7 @@ def test_a_frozen_layer_is_named_and_has_no_state():
     assert opt.state[net.a.weight]["step"] == 1
 
 
-# -- entries of groups ------------------------------------------------------------------------
+# -- entries of groups -----------------------------------------------------------------
 
 ENTRIES = [
     ("damping", -1.0),

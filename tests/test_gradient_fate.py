@@ -256,7 +256,7 @@ def test_a_gradient_that_accumulates_out_of_place():
     run.check()
 
 
-# -- passes that write no gradient of the weight's ------------------------------------
+# -- passes that write no gradient of the weight's -------------------------------------
 
 
 def gradient_of_inputs(net, x):
@@ -463,7 +463,7 @@ def test_a_scaler_skips_and_the_model_drops():
         assert torch.equal(p, q)
 
 
-# -- what it costs -------------------------------------------------------------------------
+# -- what it costs ---------------------------------------------------------------------
 
 
 def test_a_frozen_backbone_costs_nothing():

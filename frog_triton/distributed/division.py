@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from ..ops.types import local
 from ..routing import Layer
-from ..step import local
 from .collectives import collective_device
 
 Group = dist.ProcessGroup | Literal[False] | None

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..capture import SampleCapture
+from ..ops.types import local
 from ..routing import Layer
 from ..sampling import counter_key
-from ..step import Direction, LayerStep, Samples, advance_momentum, local
+from ..step import Direction, LayerStep, Samples, advance_momentum
 from ..unhooked import Known
 from . import collectives, directions
 from .division import Division

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..capture import SampleCapture
 from ..layers import LinearMap, MatrixMap
-from ..ops.types import written_out
+from ..ops.types import local, written_out
 from ..routing import Layer
-from ..step import Samples, local, no_samples
+from ..step import Samples, no_samples
 from ..unhooked import Known
 from . import collectives
 from .collectives import Spec

@@ -178,6 +178,12 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that lies on this rank; another as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
 def unravel(index: Tensor, shape: Sequence[int]) -> list[Tensor]:
     """Flat positions to one index a dimension.
 
