@@ -50,3 +50,17 @@ def no_autocast(groups: Iterable[Mapping[str, Any]]) -> AbstractContextManager[A
 def is_capturing() -> bool:
     """Whether a CUDA graph is being captured; builds without CUDA cannot tell."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_to_make_in_graph(name: str) -> None:
+    """Raise RuntimeError if a CUDA graph is being captured.
+
+    Args:
+        name: of what has no state yet.
+    """
+    if is_capturing():
+        raise RuntimeError(
+            f"{name} has no state yet, and a CUDA graph that made it would make it "
+            "anew in each replay: take a few steps before the capture, with gradients "
+            "for all that it will train"
+        )

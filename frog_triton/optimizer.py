@@ -32,7 +32,12 @@ from .groups import (
     user_group,
     user_groups,
 )
-from .guards import is_capturing, no_autocast, problem_with_grads
+from .guards import (
+    is_capturing,
+    no_autocast,
+    problem_with_grads,
+    refuse_to_make_in_graph,
+)
 from .loading import Loading
 from .ops.launch import capturable as without_host_copies
 from .ops.types import local
@@ -89,10 +94,17 @@ class FROG(Optimizer):
     learning-rate scheduler works. `params` may bring groups of its own; each is then
     split in two, in that order.
 
-    Samples are taken in forward passes in training mode with gradients enabled, and
-    dropped by `step` and `zero_grad`. Several passes before a step are pooled; so is
-    whatever else sends a gradient back to a layer's output, such as
-    `torch.autograd.grad` for a penalty; `drop_samples` forgets what came so far.
+    Samples are taken in forward passes in training mode with gradients enabled, of
+    layers whose weight or bias takes a gradient. They share the fate of that gradient:
+    those of several passes that add to it are pooled, those of a pass that does not
+    write it (`torch.autograd.grad` for a penalty, ``backward(inputs=...)``) do not
+    count, and where it is dropped, set to None or to zero by whatever hand, they are
+    dropped. (One way is not seen on a GPU: zeros written through ``grad.data``.)
+
+    Nothing is decided for good. State is made at the first gradient, and made again
+    where it was lost. A layer that has had gradients in three steps in a row without
+    being called (its weight is used otherwise, or it is fed nested or sparse tensors)
+    is updated by `fallback`, with a warning, until it is called again.
 
     On several ranks (DistributedDataParallel, or ``fully_shard``) all ranks solve the
     same systems: each draws its share of `sample_size` from its own part of the batch,
@@ -388,12 +400,7 @@ class FROG(Optimizer):
         missing = keys - state.keys()
         if not missing:
             return
-        if is_capturing():
-            raise RuntimeError(
-                f"{self._plan.names[param]} has no state yet, and a CUDA graph that "
-                "made it would make it anew in each replay: take a few steps before "
-                "the capture, with gradients for all that it will train"
-            )
+        refuse_to_make_in_graph(self._plan.names[param])
         fresh = make(param)
         state |= {key: fresh[key] for key in sorted(missing)}
 
@@ -802,6 +809,7 @@ class FROG(Optimizer):
         device = layer.weight.device
         counts = self._anomalies.get(layer.name)
         if counts is None:
+            refuse_to_make_in_graph(layer.name)
             shape = (2, self._rows_here(layer))
             counts = torch.zeros(shape, dtype=torch.int32, device=device)
         self._anomalies[layer.name] = counts.to(device)
@@ -814,16 +822,15 @@ class FROG(Optimizer):
     def drop_samples(self) -> None:
         """Forget what has been sampled so far, and keep the gradients.
 
-        For losses that contain derivatives of the model, such as a physics-informed
-        net's: `torch.autograd.grad` sends gradients to the layers' outputs, too, which
-        are not the loss's. Called before ``loss.backward()``, this leaves the loss's
-        alone in the Fisher, at half the cost.
+        For a pass that adds to the gradients, but is not to shape the Fisher, such as
+        that of a regularizer. Samples whose gradient is gone are dropped without it,
+        and derivatives inside a loss (``torch.autograd.grad``) never count.
 
         Example:
-            >>> u = model(x)
-            >>> (du,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+            >>> consistency(model).backward()
             >>> opt.drop_samples()
-            >>> (du - f).square().mean().backward()
+            >>> loss_fn(model(x), y).backward()
+            >>> opt.step()
         """
         self.capture.clear()
 

@@ -566,6 +566,22 @@ def test_state_that_was_lost_is_made_again(lose, capturable):
     assert len(saved) == len(list(net.parameters()))
 
 
+def test_no_state_is_made_inside_a_cuda_graph(monkeypatch):
+    """Each replay would make it anew; so nothing is changed, and the remedy named."""
+    net, opt = attention(capturable=True)
+    for module in ("guards", "optimizer"):
+        monkeypatch.setattr(f"frog_triton.{module}.is_capturing", lambda: True)
+    before = [p.detach().clone() for p in net.parameters()]
+    net(batch(0), True).square().sum().backward()
+    with pytest.raises(RuntimeError, match=r"a\.weight has no state.*a few steps be"):
+        opt.step()
+    assert all(map(torch.equal, before, net.parameters()))
+    monkeypatch.undo()
+    opt.step()
+    monkeypatch.setattr("frog_triton.guards.is_capturing", lambda: True)
+    steps(net, opt, [True], 1)
+
+
 @pytest.mark.parametrize("fallback", ["adamw", "sgd"])
 def test_the_rest_loses_its_state_like_torchs_own(fallback):
     torch.manual_seed(0)
