@@ -9,6 +9,7 @@ weight's gradient.
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,6 +63,7 @@ class SampleCapture:
         self.unsampled: dict[str, str] = {}
         self.unsampled_graphs: set[str] = set()
         self.closed = False
+        self._told_of_replicas = False
         self._may_wait = may_wait
         self._pools: dict[str, Pool] = {}
         self._steps: dict[str, Callable[[], Counter]] = {}
@@ -129,10 +131,17 @@ class SampleCapture:
         """Remember why a call of a layer is not sampled."""
         self.unsampled[name] = reason
 
-    def why_unsampled(self, name: str) -> str | None:
-        """Why a layer was called without being sampled, if it was."""
-        graph = hooks.IN_EVAL_MODE if name in self.unsampled_graphs else None
-        return self.unsampled.get(name, graph)
+    def missed_replica(self, name: str) -> None:
+        """Remember, and say at once, that a copy of a layer was called."""
+        if not self._told_of_replicas:
+            self._told_of_replicas = True
+            warnings.warn(f"{name}: {hooks.REPLICA}", stacklevel=2)
+        self.missed(name, hooks.REPLICA)
+
+    def unsampled_reasons(self) -> dict[str, str]:
+        """Why layers were called without being sampled, by name."""
+        graphs = dict.fromkeys(self.unsampled_graphs, hooks.IN_EVAL_MODE)
+        return graphs | self.unsampled
 
     def calls(self, name: str) -> list[Call]:
         """The layer's samples as they were taken, a call of a module each."""

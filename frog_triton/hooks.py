@@ -79,7 +79,7 @@ class ForwardHook:
             return None
         if module is not self._module():
             if getattr(module, "_is_replica", False) and torch.is_grad_enabled():
-                capture.missed(self._name, REPLICA)
+                capture.missed_replica(self._name)
             return None
         if not _takes_gradient(module, output) or _no_ordinary_call():
             return None

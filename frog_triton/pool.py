@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, count, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -69,19 +69,26 @@ class Reservoir:
 class _Mark:
     """A gradient as a pass has left it.
 
+    The tensor is known again by an attribute: a weak reference would forbid
+    `torch.utils.swap_tensors`, as in some ``model.to(dtype)``, and a strong one would
+    hold its memory.
+
     Args:
-        grad: not kept alive.
+        grad: that was written.
+        number: another one for each mark.
         zero: whether all of it was zero, as far as the host may ask.
     """
 
-    def __init__(self, grad: Tensor, zero: bool = False) -> None:
-        self._grad = weakref.ref(grad)
+    def __init__(self, grad: Tensor, number: int, zero: bool) -> None:
         self._version = grad._version
+        self._number = number
         self.zero = zero
+        grad.__dict__["_frog_mark"] = number
 
     def holds(self, grad: Tensor, added: int = 0) -> bool:
         """Whether nothing but that many in-place operations came after."""
-        return self._grad() is grad and grad._version == self._version + added
+        known = grad.__dict__.get("_frog_mark") == self._number
+        return known and grad._version == self._version + added
 
 
 class Pool:
@@ -112,6 +119,7 @@ class Pool:
         self._key = key
         self._host_key = host_key
         self._may_wait = may_wait
+        self._numbers = count()
         self._listening: dict[int, tuple[Tensor, RemovableHandle]] = {}
         self.clear()
 
@@ -201,7 +209,10 @@ class Pool:
         if uncalled and self._mark and not self._mark.holds(param.grad, added=1):
             # A pass without calls, say of a weight penalty, wrote a gradient anew.
             self._kept = Reservoir()
-        self._mark = _Mark(param.grad, self._is_zero(local(param.grad)))
+        self._mark = self._marked(param.grad)
+
+    def _marked(self, grad: Tensor) -> _Mark:
+        return _Mark(grad, next(self._numbers), self._is_zero(local(grad)))
 
     def _is_zero(self, grad: Tensor) -> bool:
         """Whether a gradient is zero, as far as the host may ask."""
@@ -228,7 +239,7 @@ class Pool:
                 self.clear()
         elif not (self._may_wait and grad.is_cpu) and not self._mark.holds(grad):
             # Clipped, averaged over ranks, unscaled; or zeroed.
-            self._mark = _Mark(grad)
+            self._mark = self._marked(grad)
             grads = [local(p.grad) for p in self._params if p.grad is not None]
             found = [g.any() for g in grads if g.numel() and g.layout == torch.strided]
             for call in self._kept.calls if found else ():
@@ -283,6 +294,7 @@ class _Written:
     def __init__(self, pool: Pool) -> None:
         self._pool = weakref.ref(pool)
 
+    @torch._disable_dynamo  # compiled autograd would trace it
     def __call__(self, param: Tensor) -> None:
         pool = self._pool()
         if pool is not None:

@@ -124,7 +124,7 @@ class Unhooked:
         Returns:
             Those that another optimizer updates from this step on.
         """
-        changed, gone = [], []
+        changed, gone, reasons = [], [], capture.unsampled_reasons()
         for layer in layers:
             name = layer.name
             if name in known.sampled:
@@ -138,40 +138,33 @@ class Unhooked:
                 if misses < PATIENCE:
                     self.misses[name] = misses
                 elif name in known.used:
-                    self.reasons[name] = capture.why_unsampled(name) or REASON
+                    self.reasons[name] = reasons.get(name, REASON)
                     gone.append(layer)
-        self._tell(self._identities(layers, known, capture) | self._gone(gone))
+        without = [x for x in layers if x.name not in known.sampled | {*self.reasons}]
+        self._tell(_IDENTITY, without, reasons)
+        self._tell(_GONE, gone, self.reasons)
         return changed + gone
 
-    def _identities(
-        self, layers: Iterable[Layer], known: Known, capture: SampleCapture
-    ) -> dict[tuple[str, str], str]:
-        """What is to be said of layers that were called and not sampled."""
-        said = {}
+    def _tell(
+        self, message: str, layers: Iterable[Layer], reasons: Mapping[str, str]
+    ) -> None:
+        """Warn, of each layer once, at the line that called `step`."""
+        names: dict[str, list[str]] = {}
         for layer in layers:
-            name, reason = layer.name, capture.why_unsampled(layer.name)
-            if reason and name not in known.sampled and name not in self.reasons:
-                said["identity", name] = (
-                    f"{name} has a gradient but no samples, so its rows take the "
-                    f"identity Fisher; {reason}"
-                )
-        return said
-
-    def _gone(self, layers: Iterable[Layer]) -> dict[tuple[str, str], str]:
-        """What is to be said of layers that are let go of now."""
-        return {
-            ("gone", layer.name): (
-                f"{layer.name}: {self.reasons[layer.name]}, so FROG sees no "
-                f"activations; {self._fallback} updates it from now on, until there "
-                "are some (if the model was compiled and called before FROG put its "
-                "hooks on it: call torch.compiler.reset() after FROG(model))"
-            )
-            for layer in layers
-        }
-
-    def _tell(self, said: Mapping[tuple[str, str], str]) -> None:
-        """Warn, of each kind and layer once, at the line that called `step`."""
-        for key, message in said.items():
-            if key not in self._told:
+            key = message, layer.name
+            if layer.name in reasons and key not in self._told:
                 self._told.add(key)
-                warnings.warn(message, stacklevel=7)
+                names.setdefault(reasons[layer.name], []).append(layer.name)
+        for reason, named in names.items():
+            text = message.format(
+                layers=", ".join(named), reason=reason, fallback=self._fallback
+            )
+            warnings.warn(text, stacklevel=7)
+
+
+_IDENTITY = "{layers}: a gradient but no samples, so the rows take the identity Fisher; {reason}"
+_GONE = (
+    "{layers}: {reason}, so FROG sees no activations; {fallback} updates it from now "
+    "on, until there are some (if the model was compiled and called before FROG put "
+    "its hooks on it: call torch.compiler.reset() after FROG(model))"
+)

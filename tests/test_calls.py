@@ -432,8 +432,10 @@ def test_replicas_of_data_parallel_are_named():
     # What nn.DataParallel does on each GPU: a copy whose parameters are computed.
     replica = net[0]._replicate_for_data_parallel()
     replica.weight, replica.bias = net[0].weight * 1, net[0].bias * 1
-    net[2](torch.tanh(replica(torch.randn(5, 3)))).sum().backward()
-    with pytest.warns(UserWarning, match=r"0 has .*DataParallel.*DistributedDataPar"):
+    with pytest.warns(UserWarning, match=r"^0: .*DataParallel.*DistributedDataPar"):
+        y = net[2](torch.tanh(replica(torch.randn(5, 3))))
+    y.sum().backward()
+    with pytest.warns(UserWarning, match=r"^0: a gradient but no .*DataParallel"):
         opt.step()
 
 

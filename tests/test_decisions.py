@@ -146,8 +146,10 @@ def test_a_layer_is_let_go_on_proof_and_comes_back_when_it_is_called(fallback):
     net, opt = attention(fallback=fallback)
     steps(net, opt, [False] * 2)
     assert "b.weight" in by(opt, "frog")
-    with pytest.warns(UserWarning, match=rf"b: its weight .* {fallback} updates it"):
+    match = rf"b: its weight .* {fallback} updates it"
+    with pytest.warns(UserWarning, match=match) as caught:
         steps(net, opt, [False], 2)
+    assert [warning.filename for warning in caught] == [__file__]  # who called step
     assert by(opt, fallback)[:2] == ["b.weight", "b.bias"]
     assert "without calling the module" in reason_of(opt, "b.weight")
     # From here on torch's own optimizer does the same with it.

@@ -256,6 +256,37 @@ def test_a_gradient_that_accumulates_out_of_place():
     run.check()
 
 
+def test_gradients_can_be_saved_copied_and_cast(tmp_path):
+    """They carry a mark, which is in nobody's way."""
+    run = Watched()
+    loss(run.net, batch(0)).backward()
+    grads = [p.grad for p in run.net.parameters()]
+    torch.save(grads, tmp_path / "grads")
+    for other in (
+        torch.load(tmp_path / "grads", weights_only=True),
+        copy.deepcopy(grads),
+    ):
+        assert all(map(torch.equal, grads, other))
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        run.net.to(torch.float32)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert all(p.grad.dtype == torch.float32 for p in run.net.parameters())
+
+
+def test_no_hook_is_left_on_a_parameter():
+    run = Watched()
+    loss(run.net, batch(0)).backward()
+    run.opt.close()
+    assert not any(p._post_accumulate_grad_hooks for p in run.net.parameters())
+    run.net.requires_grad_(False)
+    opt = FROG(run.net)
+    run.net(batch(0))
+    del opt
+    assert not any(p._post_accumulate_grad_hooks for p in run.net.parameters())
+
+
 # -- passes that write no gradient of the weight's -------------------------------------
 
 
