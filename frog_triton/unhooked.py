@@ -162,7 +162,9 @@ class Unhooked:
             warnings.warn(text, stacklevel=7)
 
 
-_IDENTITY = "{layers}: a gradient but no samples, so the rows take the identity Fisher; {reason}"
+_IDENTITY = (
+    "{layers}: a gradient but no samples, so rows take the identity Fisher; {reason}"
+)
 _GONE = (
     "{layers}: {reason}, so FROG sees no activations; {fallback} updates it from now "
     "on, until there are some (if the model was compiled and called before FROG put "
