@@ -134,6 +134,8 @@ def test_pieces_of_a_layer_come_in_the_order_of_its_rows(monkeypatch):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(5, 15, 3, groups=5), nn.Flatten(), nn.Linear(15, 2))
     opt, *seen = first_step(net.double(), damping=1e-2)
+    for param in opt.param_groups[0]["params"]:
+        opt._make_state(param, opt.param_groups[0])
     (step,) = opt._gather(opt.param_groups[0])
     cuts = [(5, 6), (6, 9), (9, 10)]  # of groups of three
     pieces = [

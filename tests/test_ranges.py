@@ -190,7 +190,8 @@ def test_a_momentum_that_would_overflow_stays_as_it_was(options, formulation, ba
         found = sum(a["overflowing_momenta"] for a in opt.anomalies().values())
         if found > counted:
             assert torch.equal(net.weight[1], before.weight[1])
-            assert torch.equal(kept[1], state[0]["momentum_buffer"][1])
+            before = state[0]["momentum_buffer"] if state else torch.zeros_like(kept)
+            assert torch.equal(kept[1], before[1])
         counted = found
     assert counted
 
