@@ -43,8 +43,8 @@ class SampleCapture:
         called: names of layers that were called since the last step, in a way that
             makes samples or might have, in training mode.
         unsampled: why a call made none, by layer.
-        unsampled_graphs: names of layers that torch.compile has put into graphs
-            without samples, of whose calls nothing is known.
+        unsampled_graphs: the same of calls in graphs that torch.compile has made; when
+            such a graph runs is not known.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class SampleCapture:
         self.seed = seed
         self.called: set[str] = set()
         self.unsampled: dict[str, str] = {}
-        self.unsampled_graphs: set[str] = set()
+        self.unsampled_graphs: dict[str, str] = {}
         self.closed = False
         self._told_of_replicas = False
         self._may_wait = may_wait
@@ -140,8 +140,13 @@ class SampleCapture:
 
     def unsampled_reasons(self) -> dict[str, str]:
         """Why layers were called without being sampled, by name."""
-        graphs = dict.fromkeys(self.unsampled_graphs, hooks.IN_EVAL_MODE)
-        return graphs | self.unsampled
+        return self.unsampled_graphs | self.unsampled
+
+    def may_be_called(self) -> set[str]:
+        """Names of layers that were called since the last step, as far as is known."""
+        fine = (hooks.IN_EVAL_MODE, hooks.EMPTY)
+        graphs = {n for n, reason in self.unsampled_graphs.items() if reason in fine}
+        return self.called | graphs
 
     def calls(self, name: str) -> list[Call]:
         """The layer's samples as they were taken, a call of a module each."""

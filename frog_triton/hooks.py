@@ -26,6 +26,7 @@ IN_EVAL_MODE = (
     "samples are taken in training mode with gradients enabled: did its forward pass "
     "run in eval mode?"
 )
+NESTED = "it was called with nested tensors"
 EMPTY = "its inputs were empty"
 REPLACED = "its forward, or its class, was replaced"
 NOT_FIRST = "another hook came first and may have changed its output"
@@ -122,7 +123,7 @@ class ForwardHook:
             return REPLACED
         for tensor in (x, output):
             if tensor.is_nested:
-                return "it was called with nested tensors"
+                return NESTED
             if tensor.layout != torch.strided:
                 return "it was called with sparse tensors"
         if type(output) is not Tensor:
@@ -133,10 +134,17 @@ class ForwardHook:
         """The same by operators that torch.compile can put into its graphs."""
         if torch.compiler.is_exporting() or not _takes_gradient(module, output):
             return None
-        if not module.training:
-            traced.mark(self._number)
-            return None
-        if "forward" in module.__dict__ or output.is_nested or output.numel() == 0:
+        reason = ""
+        if "forward" in module.__dict__:
+            reason = REPLACED
+        elif x.is_nested or output.is_nested:
+            reason = NESTED
+        elif not module.training:
+            reason = IN_EVAL_MODE
+        elif output.numel() == 0:
+            reason = EMPTY
+        if reason:
+            traced.mark(self._number, reason)
             return None
         y = self._adapter.batched(module, output)
         positions = self._adapter.positions(y) if self._row else 1
@@ -146,11 +154,11 @@ class ForwardHook:
             output, self._anchor, x, y.shape, count, self._row, self._number
         )
 
-    def mark(self) -> None:
+    def mark(self, reason: str) -> None:
         """See `traced.Receiver`."""
         capture = self._capture()
         if capture is not None:
-            capture.unsampled_graphs.add(self._name)
+            capture.unsampled_graphs[self._name] = reason
 
     def sample(self, x: Tensor, y_shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """See `traced.Receiver`."""

@@ -24,8 +24,8 @@ from torch import Tensor
 class Receiver(Protocol):
     """What the operators call back, outside of any graph."""
 
-    def mark(self) -> None:
-        """Remember that the layer's module has been called."""
+    def mark(self, reason: str) -> None:
+        """Remember why a graph that calls the layer's module does not sample it."""
 
     def sample(self, x: Tensor, y_shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """``X[index]`` and index; None where nobody wants samples any more."""
@@ -54,11 +54,11 @@ def make_anchor() -> Tensor:
 
 
 @torch.compiler.assume_constant_result
-def mark(number: int) -> bool:
-    """At the time of tracing: the layer's module has been called."""
+def mark(number: int, reason: str) -> bool:
+    """At the time of tracing: the layer is not sampled in this graph."""
     receiver = _RECEIVERS.get(number)
     if receiver is not None:
-        receiver.mark()
+        receiver.mark(reason)
     return True
 
 

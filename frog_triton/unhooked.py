@@ -99,7 +99,7 @@ class Unhooked:
                 only where this step may prove a layer unhooked; who may not ask takes
                 it for not zero.
         """
-        called = capture.called | capture.unsampled_graphs
+        called = capture.may_be_called()
         sampled, used = set(), set()
         for layer in layers:
             name = layer.name
