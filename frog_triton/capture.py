@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import hooks, ops
 from .layers import LayerAdapter, LinearMap, MatrixMap, pool_samples
-from .pool import Call, Pool
+from .pool import Call, Pool, current_pass
 from .routing import Layer
 from .sampling import Counter, counter_key, draw, take
 
@@ -65,6 +65,7 @@ class SampleCapture:
         self.closed = False
         self._told_of_replicas = False
         self._may_wait = may_wait
+        self._passes: dict[int, list[Pool]] = {}
         self._pools: dict[str, Pool] = {}
         self._steps: dict[str, Callable[[], Counter]] = {}
         self._handles: dict[str, list[tuple[RemovableHandle, nn.Module]]] = {}
@@ -88,13 +89,13 @@ class SampleCapture:
         )
         self._handles[name] = []
         for module in layer.modules:
-            hook = hooks.ForwardHook(self, name, module, layer.adapter)
+            hook = hooks.ForwardHook(self, layer, module)
             self._handles[name].append((hooks.install(hook, module), module))
 
     def unwatch(self, name: str) -> None:
         """Remove a layer's hooks and samples."""
-        for handle, module in self._handles.pop(name):
-            hooks.remove(handle, module)
+        for handle, _ in self._handles.pop(name):
+            handle.remove()
         self._pools.pop(name).close()
         del self._steps[name]
         self.called.discard(name)
@@ -118,6 +119,7 @@ class SampleCapture:
 
     def clear(self) -> None:
         """Drop all samples."""
+        self._passes.clear()
         for pool in self._pools.values():
             pool.clear()
 
@@ -144,9 +146,13 @@ class SampleCapture:
 
     def may_be_called(self) -> set[str]:
         """Names of layers that were called since the last step, as far as is known."""
-        fine = (hooks.IN_EVAL_MODE, hooks.EMPTY)
-        graphs = {n for n, reason in self.unsampled_graphs.items() if reason in fine}
-        return self.called | graphs
+        evaluating = {
+            name
+            for name, reason in self.unsampled_graphs.items()
+            if reason == hooks.IN_EVAL_MODE
+            and not all(module.training for _, module in self._handles[name])
+        }
+        return self.called | evaluating
 
     def calls(self, name: str) -> list[Call]:
         """The layer's samples as they were taken, a call of a module each."""
@@ -282,3 +288,19 @@ class SampleCapture:
         # nothing.
         if pool is not None and x.shape[0]:
             pool.arrive(Call(module, x, y), total)
+            self._expect_end(pool)
+
+    def _expect_end(self, pool: Pool) -> None:
+        """Tell a pool when the backward pass that runs has ended."""
+        this = current_pass()
+        if this is None:
+            return
+        if this not in self._passes:
+            self._passes[this] = []
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(partial(self._finish, this))
+        self._passes[this].append(pool)
+
+    def _finish(self, this: int) -> None:
+        for pool in self._passes.pop(this, ()):
+            pool.finish(this)

@@ -7,6 +7,7 @@ fake tensors. It never travels: a copied or pickled module has none.
 
 from __future__ import annotations
 
+import copyreg
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import traced
-from .layers import LayerAdapter
+from .routing import Layer
 
 if TYPE_CHECKING:
     from .capture import SampleCapture
@@ -41,27 +42,21 @@ class ForwardHook:
 
     Args:
         capture: takes the samples.
-        name: of the layer.
-        module: that is hooked.
-        adapter: of its kind.
+        layer: whose samples they are.
+        module: that is hooked, one of the layer's.
     """
 
-    def __init__(
-        self,
-        capture: SampleCapture,
-        name: str,
-        module: nn.Module,
-        adapter: LayerAdapter,
-    ) -> None:
+    def __init__(self, capture: SampleCapture, layer: Layer, module: nn.Module) -> None:
         self._capture = weakref.ref(capture)
         self._module = weakref.ref(module)
         self._kind = type(module)
-        self._name = name
-        self._adapter = adapter
+        self._name = layer.name
+        self._weight = layer.weight
+        self._adapter = layer.adapter
         self._number = traced.enrol(self)
         self._anchor = traced.make_anchor()
         self._sample_size = capture.sample_size
-        geometry = adapter.geometry(module)
+        geometry = layer.adapter.geometry(module)
         by_position = capture.sampling == "positions"
         self._row = geometry.groups * geometry.dim if by_position else 0
 
@@ -74,7 +69,7 @@ class ForwardHook:
     ) -> Any:
         """Sample the call if it can be; the output stays as it is, unless traced."""
         if torch.compiler.is_compiling():
-            return self._trace(module, args[0] if args else kwargs["input"], output)
+            return self._trace(module, args, kwargs, output)
         capture = self._capture()
         if capture is None:
             return None
@@ -84,16 +79,16 @@ class ForwardHook:
             return None
         if not _takes_gradient(module, output) or _no_ordinary_call():
             return None
-        x = args[0] if args else kwargs["input"]
-        obstacle = self._obstacle(module, x, output)
-        if obstacle:
-            capture.missed(self._name, obstacle)
+        if self._calls_another(module):
+            return None
+        x = args[0] if args else kwargs.get("input")
+        reason = self.refuse() or _unlike_a_matrix(x, output)
+        if reason:
+            capture.missed(self._name, reason)
             return None
         capture.called.add(self._name)
         if not module.training:
             capture.missed(self._name, IN_EVAL_MODE)
-        elif not _first(module):
-            capture.missed(self._name, NOT_FIRST)
         elif not output.numel():
             capture.missed(self._name, EMPTY)
         else:
@@ -101,7 +96,7 @@ class ForwardHook:
         return None
 
     def _sample(
-        self, capture: SampleCapture, module: nn.Module, x: Tensor, output: Tensor
+        self, capture: SampleCapture, module: nn.Module, x: Any, output: Tensor
     ) -> None:
         adapter, name = self._adapter, self._name
         y = adapter.batched(module, output)
@@ -109,35 +104,54 @@ class ForwardHook:
         x = adapter.batched(module, x if type(x) is Tensor else x.as_subclass(Tensor))
         candidates = adapter.positions(y) if self._row else 1
         sample, index = capture.draw(name, module, adapter, x, y.shape, candidates)
-        hooked, shape = _written_tensor(output), output.shape
+        made, shape = _written_tensor(output), output.shape
+        number = made.output_nr
 
-        def on_grad(grad: Tensor) -> None:
-            if not _no_ordinary_call() and not _batched(grad):
-                capture.keep(name, module, adapter, sample, index, grad.view(shape))
+        def on_grads(grads: tuple[Tensor | None, ...]) -> None:
+            grad = grads[number]
+            if grad is None or _no_ordinary_call() or _is_batched(grad):
+                return
+            capture.keep(name, module, adapter, sample, index, grad.view(shape))
 
-        hooked.register_hook(on_grad)
+        # What the layer's own backward gets: after all that is hooked on the tensor.
+        assert made.grad_fn is not None
+        made.grad_fn.register_prehook(on_grads)
 
-    def _obstacle(self, module: nn.Module, x: Any, output: Any) -> str:
-        """Why a call cannot be sampled, if it cannot."""
+    def _calls_another(self, module: nn.Module) -> bool:
+        """Whether another weight is in the layer's place for this call.
+
+        FSDP2 puts a gathered one there, and pruning computes one from the layer's.
+        """
+        weight = module._parameters.get("weight")
+        if weight is None or weight is self._weight or not weight.is_leaf:
+            return False
+        return not hasattr(self._weight, "to_local")
+
+    def refuse(self) -> str:
+        """See `traced.Receiver`."""
+        module = self._module()
+        if module is None:
+            return ""
         if type(module) is not self._kind or "forward" in module.__dict__:
             return REPLACED
-        for tensor in (x, output):
-            if tensor.is_nested:
-                return NESTED
-            if tensor.layout != torch.strided:
-                return "it was called with sparse tensors"
-        if type(output) is not Tensor:
-            return f"its output is a {type(output).__name__}"
-        return ""
+        return "" if _first(module) else NOT_FIRST
 
-    def _trace(self, module: nn.Module, x: Any, output: Any) -> Any:
+    def _trace(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
         """The same by operators that torch.compile can put into its graphs."""
         if torch.compiler.is_exporting() or not _takes_gradient(module, output):
             return None
-        reason = ""
-        if "forward" in module.__dict__:
-            reason = REPLACED
-        elif x.is_nested or output.is_nested:
+        reason = traced.refuse(self._number)
+        if reason:
+            traced.mark(self._number, reason)
+            return None
+        x = args[0] if args else kwargs["input"]
+        if x.is_nested or output.is_nested:
             reason = NESTED
         elif not module.training:
             reason = IN_EVAL_MODE
@@ -187,9 +201,23 @@ def _takes_gradient(module: nn.Module, output: Any) -> bool:
         return False
     own = module._parameters
     weight, bias = own.get("weight"), own.get("bias")
+    if weight is None:  # computed, as by pruning
+        weight = module.__dict__.get("weight")
     return (weight is not None and weight.requires_grad) or (
         bias is not None and bias.requires_grad
     )
+
+
+def _unlike_a_matrix(x: Any, output: Tensor) -> str:
+    """Why a call with such an input and output cannot be sampled, if it cannot."""
+    for tensor in (x, output):
+        if tensor.is_nested:
+            return NESTED
+        if tensor.layout != torch.strided:
+            return "it was called with sparse tensors"
+    if type(output) is not Tensor:
+        return f"its output is a {type(output).__name__}"
+    return ""
 
 
 def _no_ordinary_call() -> bool:
@@ -203,7 +231,7 @@ def _no_ordinary_call() -> bool:
     return any(torch._C._get_dispatch_mode(key) is not None for key in modes)
 
 
-def _batched(grad: Tensor) -> bool:
+def _is_batched(grad: Tensor) -> bool:
     """Whether a backward pass runs for many gradients at once."""
     return torch._C._functorch.is_legacy_batchedtensor(grad)
 
@@ -225,27 +253,21 @@ def _written_tensor(output: Tensor) -> Tensor:
 
 
 def install(hook: ForwardHook, module: nn.Module) -> RemovableHandle:
-    """Put a hook in front of a module's others."""
+    """Put a hook in front of a module's others, and out of what is copied of it."""
     function = _as_function(hook)
-    handle = module.register_forward_hook(function, prepend=True, with_kwargs=True)
-    module.__dict__.setdefault("__reduce_ex__", _WithoutHooks(module))
-    return handle
-
-
-def remove(handle: RemovableHandle, module: nn.Module) -> None:
-    """Leave the module as `install` found it."""
-    handle.remove()
-    if not any(map(_is_ours, module._forward_hooks.values())):
-        module.__dict__.pop("__reduce_ex__", None)
+    copyreg.dispatch_table.setdefault(type(module), _reduce_without_hooks)
+    return module.register_forward_hook(function, prepend=True, with_kwargs=True)
 
 
 def _as_function(hook: ForwardHook) -> Callable[..., Any]:
-    """A hook that torch.jit.script can compile, to nothing."""
+    """A hook that torch.jit.script can compile, to nothing.
 
-    def frog_triton_sampling(
-        module: nn.Module, args: Any, kwargs: Any, output: Any
-    ) -> Any:
-        return hook(module, args, kwargs, output)
+    Quantization moves hooks to other modules, and forgets that they take keywords.
+    """
+
+    def frog_triton_sampling(module: nn.Module, args: Any, *rest: Any) -> Any:
+        kwargs = rest[0] if len(rest) > 1 else {}
+        return hook(module, args, kwargs, rest[-1])
 
     frog_triton_sampling.__wrapped__ = _scripted  # type: ignore[attr-defined]
     return frog_triton_sampling
@@ -260,7 +282,9 @@ def _is_ours(hook: Callable[..., Any]) -> bool:
 
 
 def _first(module: nn.Module) -> bool:
-    """Whether no hook but FROG's own came first; from the next call on, none does."""
+    """Whether no hook but FROG's own came first; of its own none does from now on."""
+    if torch.nn.modules.module._global_forward_hooks:
+        return False
     hooks = module._forward_hooks
     if _is_ours(next(iter(hooks.values()))):
         return True
@@ -269,25 +293,16 @@ def _first(module: nn.Module) -> bool:
     return False
 
 
-class _WithoutHooks:
-    """``module.__reduce_ex__`` for as long as the module is hooked.
-
-    Copying and pickling ask the instance for it.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
-
-    def __call__(self, protocol: Any) -> Any:
-        module = self._module()
-        reduced: Any = type(module).__reduce_ex__(module, protocol)  # type: ignore
-        if isinstance(reduced, str) or not isinstance(reduced[2], dict):
-            return reduced
-        state = {k: v for k, v in reduced[2].items() if k != "__reduce_ex__"}
-        hooks = state.get("_forward_hooks", {})
-        ours = [key for key, hook in hooks.items() if _is_ours(hook)]
-        for name in ("_forward_hooks", "_forward_hooks_with_kwargs"):
-            if name in state:
-                kept = ((k, v) for k, v in state[name].items() if k not in ours)
-                state[name] = OrderedDict(kept)
-        return (*reduced[:2], state, *reduced[3:])
+def _reduce_without_hooks(module: nn.Module) -> Any:
+    """How modules of a hooked type are copied and pickled: without FROG's hooks."""
+    reduced: Any = module.__reduce_ex__(2)
+    if isinstance(reduced, str) or not isinstance(reduced[2], dict):
+        return reduced
+    state = dict(reduced[2])
+    hooks = state.get("_forward_hooks", {})
+    ours = [key for key, hook in hooks.items() if _is_ours(hook)]
+    for name in ("_forward_hooks", "_forward_hooks_with_kwargs") if ours else ():
+        if name in state:
+            kept = ((k, v) for k, v in state[name].items() if k not in ours)
+            state[name] = OrderedDict(kept)
+    return (*reduced[:2], state, *reduced[3:])

@@ -21,9 +21,6 @@ from torch.utils.hooks import RemovableHandle
 from .ops.types import local
 from .sampling import Counter, draw
 
-UNFINISHED = 4
-"""Passes whose samples may wait at once: checkpoints nest passes in each other."""
-
 
 @dataclass
 class Call:
@@ -76,19 +73,17 @@ class _Mark:
     Args:
         grad: that was written.
         number: another one for each mark.
-        zero: whether all of it was zero, as far as the host may ask.
     """
 
-    def __init__(self, grad: Tensor, number: int, zero: bool) -> None:
+    def __init__(self, grad: Tensor, number: int) -> None:
         self._version = grad._version
         self._number = number
-        self.zero = zero
         grad.__dict__["_frog_mark"] = number
 
-    def holds(self, grad: Tensor, added: int = 0) -> bool:
-        """Whether nothing but that many in-place operations came after."""
+    def holds(self, grad: Tensor) -> bool:
+        """Whether nobody has put another in its place, or worked on it in place."""
         known = grad.__dict__.get("_frog_mark") == self._number
-        return known and grad._version == self._version + added
+        return known and grad._version == self._version
 
 
 class Pool:
@@ -127,10 +122,12 @@ class Pool:
         """Forget all samples."""
         self.forwards = 0
         self._merges = 0
-        self._kept = Reservoir()
         self._arriving: dict[int, Reservoir] = {}
-        self._pass = -1
+        self._kept = Reservoir()
         self._mark: _Mark | None = None
+        self._looked = False  # at the gradient, since it was written
+        self._committed = -1  # the last pass that was kept
+        self._unwritten = Reservoir()
 
     def close(self) -> None:
         """Listen to no parameter any more."""
@@ -142,7 +139,7 @@ class Pool:
     def calls(self) -> list[Call]:
         """Samples by call: of the passes that wrote the gradient that is there.
 
-        Where none did, it was set by hand: then of the last pass.
+        Where no pass wrote one, it was set by hand: then of the last pass.
         """
         return self._found.calls
 
@@ -153,20 +150,19 @@ class Pool:
 
     @property
     def _found(self) -> Reservoir:
-        if self._kept.calls or not self._arriving:
-            return self._kept
-        return self._arriving[max(self._arriving)]
+        by_hand = self._mark is None and not self._kept.calls
+        return self._unwritten if by_hand else self._kept
 
     def held(self) -> list[Call]:
         """All calls of which samples are held at this moment."""
-        reservoirs = (self._kept, *self._arriving.values())
+        reservoirs = (self._kept, self._unwritten, *self._arriving.values())
         return [call for reservoir in reservoirs for call in reservoir.calls]
 
     # -- the life of a sample ---------------------------------------------------------
 
     def called(self, module: nn.Module) -> None:
         """Prepare for a call of a module: its pass will be heard when it writes."""
-        self._forget_dropped()
+        self._forget_dropped(again=False)
         for param in self._params:
             if param.requires_grad and id(param) not in self._listening:
                 self._listen(param)
@@ -186,64 +182,68 @@ class Pool:
             call: with its samples.
             total: how many candidates they were drawn from.
         """
-        new, this = Reservoir(total, [call]), torch._C._current_graph_task_id()
-        if this < 0:  # no pass runs that could write
+        new, this = Reservoir(total, [call]), current_pass()
+        if this is None:
             self._merge(self._kept, new)
             return
-        if this != self._pass:
-            self._forget_dropped()
-            self._pass = this
-        self._merge(self._arriving.setdefault(this, Reservoir()), new)
-        while len(self._arriving) > UNFINISHED:
-            del self._arriving[min(self._arriving)]
+        if this not in self._arriving:
+            self._forget_dropped(again=True)
+            self._arriving[this] = Reservoir()
+        self._merge(self._arriving[this], new)
+
+    def finish(self, this: int) -> None:
+        """A pass has ended: what it brought and did not write does not count."""
+        self._unwritten = self._arriving.pop(this, self._unwritten)
 
     def _written(self, param: Tensor) -> None:
         """Keep what this pass brought: it has added to a gradient of the layer's."""
-        this = torch._C._current_graph_task_id()
-        arrived = self._arriving.pop(this, None)
-        if arrived is not None:
-            self._merge(self._kept, arrived)
-        if param is not self._owner or param.grad is None:
+        if not param.requires_grad or param.grad is None:
+            return  # frozen since the forward, so nothing was written
+        this = current_pass()
+        if this in self._arriving:
+            self._merge(self._kept, self._arriving.pop(this))
+            self._committed = this
+        if param is not self._owner:
             return
-        uncalled = this != self._pass and not self._sharded
-        if uncalled and self._mark and not self._mark.holds(param.grad, added=1):
-            # A pass without calls, say of a weight penalty, wrote a gradient anew.
+        if this != self._committed and not self._sharded and _is_fresh(param.grad):
+            # A pass without calls, say of a weight penalty, after the drop of another.
             self._kept = Reservoir()
-        self._mark = self._marked(param.grad)
-
-    def _marked(self, grad: Tensor) -> _Mark:
-        return _Mark(grad, next(self._numbers), self._is_zero(local(grad)))
-
-    def _is_zero(self, grad: Tensor) -> bool:
-        """Whether a gradient is zero, as far as the host may ask."""
-        if not (self._may_wait and grad.is_cpu and grad.layout == torch.strided):
-            return False
-        # Most often the first row tells.
-        return grad.numel() > 0 and not bool(grad[0].any() or grad.any())
+        self._mark = _Mark(param.grad, next(self._numbers))
+        self._looked = False
 
     @property
     def _owner(self) -> nn.Parameter:
         """Of the gradient whose fate the samples share."""
         return next((p for p in self._params if p.requires_grad), self._params[0])
 
-    def _forget_dropped(self) -> None:
-        """Drop samples of a gradient that has been set to None or to zero since."""
+    def _forget_dropped(self, again: bool) -> None:
+        """Drop samples of a gradient that has been set to None or to zero since.
+
+        Args:
+            again: look for zeros even if that was done since it was written.
+        """
         if self._mark is None or not self._kept.calls:
             return
         grad = self._owner.grad
         if grad is None:
             self.clear()
             return
-        if self._is_zero(local(grad)):
-            if not self._mark.zero:
-                self.clear()
-        elif not (self._may_wait and grad.is_cpu) and not self._mark.holds(grad):
-            # Clipped, averaged over ranks, unscaled; or zeroed.
-            self._mark = self._marked(grad)
-            grads = [local(p.grad) for p in self._params if p.grad is not None]
-            found = [g.any() for g in grads if g.numel() and g.layout == torch.strided]
-            for call in self._kept.calls if found else ():
-                call.blank(torch.stack(found).any())
+        unchanged = self._mark.holds(grad)
+        if not unchanged:  # clipped, averaged over ranks, unscaled; or zeroed
+            self._mark = _Mark(grad, next(self._numbers))
+        grads = [local(p.grad) for p in self._params if p.grad is not None]
+        grads = [g for g in grads if g.numel() and g.layout == torch.strided]
+        if self._may_wait and grad.is_cpu:
+            # Also through an alias that leaves no trace: ``grad.data.zero_()``.
+            if again or not unchanged or not self._looked:
+                self._looked = True
+                # Most often the first row tells.
+                if grads and not any(bool(g[0].any() or g.any()) for g in grads):
+                    self.clear()
+        elif grads and not unchanged:
+            alive = torch.stack([g.any() for g in grads]).any()
+            for call in self._kept.calls:
+                call.blank(alive)
 
     def _listen(self, param: Tensor) -> None:
         hook = _Written(self)
@@ -286,6 +286,18 @@ class Pool:
             if share < call.size:
                 key = self._key(self._merges, i)
                 call.thin(draw(call.size, share, key, call.x.device))
+
+
+def current_pass() -> int | None:
+    """A number for the backward pass that runs, if one runs; they may be nested."""
+    number = torch._C._current_graph_task_id()
+    return None if number < 0 else number
+
+
+def _is_fresh(grad: Tensor) -> bool:
+    """Whether a pass has just made a gradient, rather than add to one."""
+    added = "_frog_mark" in grad.__dict__ or grad._version > 0
+    return not added and not grad.requires_grad  # as one that create_graph adds up
 
 
 class _Written:

@@ -27,6 +27,9 @@ class Receiver(Protocol):
     def mark(self, reason: str) -> None:
         """Remember why a graph that calls the layer's module does not sample it."""
 
+    def refuse(self) -> str:
+        """Why no call of the module can be sampled now, if none can."""
+
     def sample(self, x: Tensor, y_shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """``X[index]`` and index; None where nobody wants samples any more."""
 
@@ -51,6 +54,13 @@ def enrol(receiver: Receiver) -> int:
 def make_anchor() -> Tensor:
     """What `keep` returns the gradient of."""
     return torch.zeros(1, device="cpu", requires_grad=True)
+
+
+@torch.compiler.assume_constant_result
+def refuse(number: int) -> str:
+    """At the time of tracing: why no call of the layer can be sampled, if none can."""
+    receiver = _RECEIVERS.get(number)
+    return "" if receiver is None else receiver.refuse()
 
 
 @torch.compiler.assume_constant_result

@@ -232,11 +232,9 @@ def test_a_copy_has_no_hooks(how):
     assert hooks(net) == 3
     other = COPIES[how](net)
     assert hooks(other) == 1
-    assert not any("__reduce_ex__" in vars(m) for m in other.modules())
     assert b"frog" not in pickle.dumps(other)
     opt.close()
     assert hooks(net) == hooks(other) == 1
-    assert not any("__reduce_ex__" in vars(m) for m in net.modules())
     second = FROG(other)
     other(batch(0)).sum().backward()
     second.step()
@@ -596,8 +594,8 @@ class Counting(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("layers", "most"),
     # Torch's operations a layer and pass; before samples were tied to gradients they
-    # were 36 and 61. On a GPU four fewer: it is not asked whether a gradient is zero.
-    [("linear", 35), ("conv", 60)],
+    # were 36 and 61.
+    [("linear", 31), ("conv", 56)],
 )
 def test_operations_of_the_hooks(layers, most):
     def count(hooked):
