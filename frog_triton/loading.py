@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from .fallback import check_updated_by
 from .groups import check_group, chosen, own_tensors
+from .ops.types import is_number
 from .state import BEFORE, STATE_VERSION, move_state
 
 
@@ -98,6 +99,11 @@ def _check_state(
         state_dict: whose groups are in this optimizer's order.
         names: of the parameters.
     """
+    for key, kind in (("let_go", str), ("misses", int)):
+        entries = state_dict.get(key, {})
+        fits = isinstance(entries, Mapping)
+        if not fits or not all(isinstance(value, kind) for value in entries.values()):
+            raise ValueError(f"saved {key} must map names of layers, got {entries!r}")
     pairs = zip(state_dict["param_groups"], optimizer.param_groups, strict=False)
     for i, (saved, group) in enumerate(pairs):
         try:
@@ -106,20 +112,20 @@ def _check_state(
             raise ValueError(f"saved param_groups[{i}]: {error}") from None
         for index, param in zip(saved["params"], group["params"], strict=False):
             for key, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and key in _SHAPED | {"step"}:
+                if key in _SHAPED or (key == "step" and not is_number(value)):
                     _check_tensor(names[param], param, key, value)
 
 
 _SHAPED = {"momentum_buffer", "exp_avg", "exp_avg_sq"}
 
 
-def _check_tensor(name: str, param: Tensor, key: str, value: Tensor) -> None:
+def _check_tensor(name: str, param: Tensor, key: str, value: Any) -> None:
     shape = param.shape if key in _SHAPED else torch.Size()
-    if value.shape != shape:
+    if not isinstance(value, Tensor) or value.shape != shape:
+        found = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
         raise ValueError(
-            f"{name} has shape {tuple(param.shape)}, but its saved {key} has "
-            f"{tuple(value.shape)}; load the state of the same model, with the same "
-            "options of FROG"
+            f"{name} has shape {tuple(param.shape)}, but its saved {key} has {found}; "
+            "load the state of the same model, with the same options of FROG"
         )
     if key in _SHAPED and hasattr(param, "to_local") != hasattr(value, "to_local"):
         raise ValueError(
@@ -182,7 +188,10 @@ def _restore(
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for index, param in zip(saved, params, strict=True):
         for key, value in state_dict["state"].get(index, {}).items():
+            if key == "step" and not isinstance(value, Tensor):
+                value = torch.tensor(float(value))
             if isinstance(value, Tensor):
+                value = value.view(()) if key == "step" else value
                 optimizer.state[param][key] = value.to(param.device, copy=True)
     for group in optimizer.param_groups:
         group["capturable"] = capturable

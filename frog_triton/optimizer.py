@@ -477,35 +477,43 @@ class FROG(Optimizer):
         known = self._unhooked.look(layers, self.capture, not self.capturable)
         if self._ranks is not None:
             found_inf, known = self._agree(self._ranks, found_inf, known)
-        if found_inf is not None and found_inf.is_cpu and not self.capturable:
+        if found_inf is not None and self._may_read(found_inf):
             if found_inf:
                 self.capture.next_step()
                 self._stepped = True
                 return loss
             found_inf = None
-        self._review(known)
-        self._step(found_inf)
+        self._step(known, found_inf)
         self.capture.next_step()
         self._stepped = True
         return loss
 
-    def _step(self, found_inf: Tensor | None) -> None:
+    def _may_read(self, number: Tensor) -> bool:
+        """Whether the host may read a number: on a CPU, and if it is no fake."""
+        return number.is_cpu and not self.capturable and type(number) is Tensor
+
+    def _step(self, known: Known, found_inf: Tensor | None) -> None:
         """Step; where `found_inf` is not 0, change nothing."""
-        due = self._unhooked.due(self.param_groups, self._layer_of)
-        for group, params in due:
-            for param in params:
-                self._make_state(param, group)
-            move_state(self.state, group, params)
         # Products in a lower precision are for the model, not for its optimizer.
         with no_autocast(self.param_groups), self._no_waiting():
             # All is gathered before anything is changed.
-            if self._ranks is not None:
-                self._ranks.send_samples(self._with_gradient(self.param_groups))
-            gathered = [(group, self._gather(group)) for group in self.param_groups]
+            undo = self._review(known)
+            try:
+                due = self._unhooked.due(self.param_groups, self._layer_of)
+                for group, params in due:
+                    for param in params:
+                        self._make_state(param, group)
+                    move_state(self.state, group, params)
+                if self._ranks is not None:
+                    self._ranks.send_samples(self._with_gradient(self.param_groups))
+                gathered = [(group, self._gather(group)) for group in self.param_groups]
+            except BaseException:
+                undo()
+                raise
             for (group, params), (_, steps) in zip(due, gathered, strict=True):
                 if group["updated_by"] == "frog":
-                    here, known = self._here(gathered), self._plan.layers.values()
-                    with tuned(self._tuning, known, self.backend, here):
+                    here, layers = self._here(gathered), self._plan.layers.values()
+                    with tuned(self._tuning, layers, self.backend, here):
                         self._step_rows(steps, group, found_inf)
                 else:
                     states = [self.state[p] for p in params]
@@ -641,24 +649,36 @@ class FROG(Optimizer):
         rows = layer.geometry.rows
         return rows if self._ranks is None else self._ranks.rows_here(layer)
 
-    def _review(self, known: Known) -> None:
-        """Give layers without samples to the fallback, and take back who has some."""
+    def _review(self, known: Known) -> Callable[[], None]:
+        """Give layers without samples to the fallback, and take back who has some.
+
+        Returns:
+            What undoes it.
+        """
+        forget = self._unhooked.remember()
         layers = [
             layer
             for layer in self._plan.layers.values()
             if any(p.grad is not None for p in layer.params)
         ]
-        for layer in self._unhooked.review(layers, known, self.capture):
-            for param in layer.params:
-                self.state.pop(param, None)  # the other kind is made in its place
+        changed = self._unhooked.review(layers, known, self.capture)
+        params = [p for layer in changed for p in layer.params if p in self.state]
+        # The other optimizer's is made in its place.
+        before: dict[Any, Any] = {param: self.state.pop(param) for param in params}
+
+        def undo() -> None:
+            forget()
+            self.state.update(before)
+
+        return undo
 
     # -- state ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """State of all parameters that have had a gradient, and group entries."""
         saved = super().state_dict()
-        misses = dict(self._unhooked.misses)
-        return saved | {"version": STATE_VERSION, "misses": misses}
+        let_go, misses = dict(self._unhooked.reasons), dict(self._unhooked.misses)
+        return saved | {"version": STATE_VERSION, "let_go": let_go, "misses": misses}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -681,8 +701,21 @@ class FROG(Optimizer):
 
     def _take_over(self, loaded: Mapping[str, Any]) -> None:
         """Know again what was known when a state was saved."""
+        let_go = loaded.get("let_go")
+        if let_go is None:  # not by `state_dict`, or by that of version 1
+            let_go = dict.fromkeys(self._let_go_by_state(), REASON)
         self._unhooked = Unhooked(self._fallback)
-        self._unhooked.misses.update(loaded.get("misses", {}))
+        for name in self._plan.layers:
+            if name in let_go:
+                self._unhooked.reasons[name] = let_go[name]
+            elif misses := loaded.get("misses", {}).get(name):
+                self._unhooked.misses[name] = misses
+        self._stepped = any(
+            bool(state["step"] > 0) for state in self.state.values() if "step" in state
+        )
+
+    def _let_go_by_state(self) -> Iterator[str]:
+        """Names of layers that have the fallback's state."""
         groups = self.param_groups
         for half, rest in zip(groups[::2], groups[1::2], strict=True):
             keys = FALLBACKS[rest["updated_by"]].keys
@@ -690,10 +723,7 @@ class FROG(Optimizer):
                 layer, held = self._layer_of[param], self.state.get(param, {}).keys()
                 by_rows = held >= ROW_KEYS | STEP_KEYS
                 if param is layer.weight and held >= keys and not by_rows:
-                    self._unhooked.reasons[layer.name] = REASON
-        self._stepped = any(
-            bool(state["step"] > 0) for state in self.state.values() if "step" in state
-        )
+                    yield layer.name
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse: hooks tie this object to one model.

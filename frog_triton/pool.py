@@ -125,7 +125,6 @@ class Pool:
         self._arriving: dict[int, Reservoir] = {}
         self._kept = Reservoir()
         self._mark: _Mark | None = None
-        self._looked = False  # at the gradient, since it was written
         self._committed = -1  # the last pass that was kept
         self._unwritten = Reservoir()
 
@@ -162,17 +161,13 @@ class Pool:
 
     def called(self, module: nn.Module) -> None:
         """Prepare for a call of a module: its pass will be heard when it writes."""
-        self._forget_dropped(again=False)
-        for param in self._params:
-            if param.requires_grad and id(param) not in self._listening:
-                self._listen(param)
+        self._forget_dropped()
+        self._listen(self._owner)
         if self._sharded:
-            # The pass writes to the gathered parameters, which FSDP2 then reduces.
-            for name in ("weight", "bias"):
-                gathered = module._parameters.get(name)
-                if gathered is None or id(gathered) in self._listening:
-                    continue
-                if gathered.requires_grad and gathered.is_leaf:
+            # The pass writes to a gathered parameter, which FSDP2 then reduces.
+            own = module._parameters
+            for gathered in (own.get("weight"), own.get("bias")):
+                if gathered is not None and gathered.is_leaf:
                     self._listen(gathered)
 
     def arrive(self, call: Call, total: int) -> None:
@@ -187,7 +182,7 @@ class Pool:
             self._merge(self._kept, new)
             return
         if this not in self._arriving:
-            self._forget_dropped(again=True)
+            self._forget_dropped(ask=True)
             self._arriving[this] = Reservoir()
         self._merge(self._arriving[this], new)
 
@@ -209,18 +204,18 @@ class Pool:
             # A pass without calls, say of a weight penalty, after the drop of another.
             self._kept = Reservoir()
         self._mark = _Mark(param.grad, next(self._numbers))
-        self._looked = False
 
     @property
     def _owner(self) -> nn.Parameter:
         """Of the gradient whose fate the samples share."""
         return next((p for p in self._params if p.requires_grad), self._params[0])
 
-    def _forget_dropped(self, again: bool) -> None:
+    def _forget_dropped(self, ask: bool = False) -> None:
         """Drop samples of a gradient that has been set to None or to zero since.
 
         Args:
-            again: look for zeros even if that was done since it was written.
+            ask: whether it is zero even if nothing shows, as after
+                ``grad.data.zero_()``; if the host may ask.
         """
         if self._mark is None or not self._kept.calls:
             return
@@ -228,29 +223,28 @@ class Pool:
         if grad is None:
             self.clear()
             return
-        unchanged = self._mark.holds(grad)
-        if not unchanged:  # clipped, averaged over ranks, unscaled; or zeroed
+        host = self._may_wait and grad.is_cpu
+        changed = not self._mark.holds(grad)
+        if changed:  # clipped, averaged over ranks, unscaled; or zeroed
             self._mark = _Mark(grad, next(self._numbers))
+        elif not (ask and host):
+            return
         grads = [local(p.grad) for p in self._params if p.grad is not None]
         grads = [g for g in grads if g.numel() and g.layout == torch.strided]
-        if self._may_wait and grad.is_cpu:
-            # Also through an alias that leaves no trace: ``grad.data.zero_()``.
-            if again or not unchanged or not self._looked:
-                self._looked = True
-                # Most often the first row tells.
-                if grads and not any(bool(g[0].any() or g.any()) for g in grads):
-                    self.clear()
-        elif grads and not unchanged:
+        if not grads:
+            return
+        if not host:
             alive = torch.stack([g.any() for g in grads]).any()
             for call in self._kept.calls:
                 call.blank(alive)
+        elif not any(bool(g[0].any() or g.any()) for g in grads):
+            self.clear()  # most often the first row has told
 
     def _listen(self, param: Tensor) -> None:
-        hook = _Written(self)
-        self._listening[id(param)] = (
-            param,
-            param.register_post_accumulate_grad_hook(hook),
-        )
+        """Hear when a pass writes a parameter's gradient."""
+        if param.requires_grad and id(param) not in self._listening:
+            handle = param.register_post_accumulate_grad_hook(_Written(self))
+            self._listening[id(param)] = param, handle
 
     # -- every candidate is equally likely --------------------------------------------
 

@@ -67,13 +67,14 @@ def draw(
     Returns:
         int64 tensor of shape ``(min(size, total),)``.
     """
-    index = torch.arange(min(size, total), dtype=torch.int64, device=device)
-    if size >= total:
-        return index
-    start = index * total // size
-    length = (index + 1) * total // size - start
-    offset = _remainder(counter_key(key, 1), total)
-    return (start + _below(length, index, key) + offset) % total
+    index = torch.arange(min(size, total) + 1, dtype=torch.int64, device=device)
+    if size in (0, total) or size > total:
+        return index[:-1]
+    edges = torch.mul(index, total).div_(size, rounding_mode="floor")
+    lower, upper = edges[:-1], edges[1:]
+    drawn = _below(upper - lower, index[:-1], key).add_(lower)
+    drawn += _remainder(counter_key(key, 1), total)
+    return drawn.remainder_(total)
 
 
 def _remainder(key: Counter, total: int) -> Counter:
@@ -107,19 +108,19 @@ def _splitmix64(z: int) -> int:
 def _mix(z: Tensor) -> Tensor:
     """`_splitmix64` of each entry."""
     for shift, multiplier in _MULTIPLIERS:
-        z = (z ^ _shift_right(z, shift)) * _signed(multiplier)
-    return z ^ _shift_right(z, 31)
+        z = _shift_right(z, shift).bitwise_xor_(z).mul_(_signed(multiplier))
+    return _shift_right(z, 31).bitwise_xor_(z)
 
 
 def _below(bound: Tensor, index: Tensor, key: Counter) -> Tensor:
     """One pseudo-random integer in ``[0, bound)`` for each index."""
     z = _mix(torch.as_tensor(_add(index * _signed(_GOLDEN), key)))
-    return ((z & 0xFFFFFFFF) * bound) >> 32
+    return z.bitwise_and_(0xFFFFFFFF).mul_(bound).bitwise_right_shift_(32)
 
 
 def _shift_right(z: Tensor, shift: int) -> Tensor:
     """Logical shift: int64's own is arithmetic."""
-    return (z >> shift) & ((1 << (64 - shift)) - 1)
+    return (z >> shift).bitwise_and_((1 << (64 - shift)) - 1)
 
 
 def _signed(value: int) -> int:

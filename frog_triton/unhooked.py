@@ -10,16 +10,21 @@ them, until samples come (again).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from .capture import SampleCapture
 from .ops.types import local
 from .routing import Layer
 
 REASON = "its weight is used without calling the module"
+
+APART = (
+    "none of its calls since the last step has a part in that gradient: were their own "
+    "gradients or samples dropped, and this one set by hand?"
+)
 
 PATIENCE = 3
 """Steps with a gradient, and without a call, that prove a layer is used otherwise."""
@@ -62,6 +67,15 @@ class Unhooked:
     def holds(self, layer: Layer | None) -> bool:
         """Whether the fallback updates a layer."""
         return layer is not None and layer.name in self.reasons
+
+    def remember(self) -> Callable[[], None]:
+        """What brings the present reasons and misses back."""
+        before = dict(self.reasons), dict(self.misses)
+
+        def bring_back() -> None:
+            self.reasons, self.misses = before
+
+        return bring_back
 
     def forget(self, name: str) -> None:
         """Begin anew with a layer."""
@@ -107,7 +121,8 @@ class Unhooked:
                 sampled.add(name)
             elif self.misses.get(name) == PATIENCE - 1 and name not in called:
                 grads = [local(p.grad) for p in layer.params if p.grad is not None]
-                if not may_wait or any(bool(grad.any()) for grad in grads):
+                real = all(type(grad) is Tensor for grad in grads)  # not fake
+                if not (may_wait and real) or any(bool(g.any()) for g in grads):
                     used.add(name)
         return Known(called, sampled, used, bad=False)
 
@@ -141,9 +156,13 @@ class Unhooked:
                     self.reasons[name] = reasons.get(name, REASON)
                     gone.append(layer)
         without = [x for x in layers if x.name not in known.sampled | {*self.reasons}]
-        self._tell(_IDENTITY, without, reasons)
+        self._tell(_IDENTITY, without, self._apart(without, known) | reasons)
         self._tell(_GONE, gone, self.reasons)
         return changed + gone
+
+    def _apart(self, layers: Iterable[Layer], known: Known) -> dict[str, str]:
+        """Layers that were called, but not for the gradient that is there."""
+        return {x.name: APART for x in layers if x.name in known.called}
 
     def _tell(
         self, message: str, layers: Iterable[Layer], reasons: Mapping[str, str]
@@ -159,7 +178,7 @@ class Unhooked:
             text = message.format(
                 layers=", ".join(named), reason=reason, fallback=self._fallback
             )
-            warnings.warn(text, stacklevel=7)
+            warnings.warn(text, stacklevel=8)
 
 
 _IDENTITY = (

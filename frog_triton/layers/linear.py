@@ -49,4 +49,6 @@ class LinearAdapter(LayerAdapter):
 
 def _at(x: Tensor, index: Tensor) -> Tensor:
     """Rows of ``x`` at flat leading positions, without flattening (a copy) first."""
+    if x.ndim == 2:
+        return x.index_select(0, index)
     return x[tuple(unravel(index, x.shape[:-1]))]
