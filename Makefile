@@ -31,7 +31,7 @@ $(OLDEST): $(READY)
 	touch $(OLDEST)
 
 test: $(READY) $(OLDEST)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # Type checkers cannot follow the package mapping of an editable install, so mypy
 # checks a copy that is installed aside.

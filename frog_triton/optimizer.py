@@ -99,7 +99,8 @@ class FROG(Optimizer):
     those of several passes that add to it are pooled, those of a pass that does not
     write it (`torch.autograd.grad` for a penalty, ``backward(inputs=...)``) do not
     count, and where it is dropped, set to None or to zero by whatever hand, they are
-    dropped. (One way is not seen on a GPU: zeros written through ``grad.data``.)
+    dropped. (Zeros written through ``grad.data`` are not seen on a GPU, or with
+    `capturable`.)
 
     Nothing is decided for good. State is made at the first gradient, and made again
     where it was lost. A layer that has had gradients in three steps in a row without

@@ -45,7 +45,7 @@ def counter_key(*counters: Counter) -> Counter:
             key = _splitmix64((key + _GOLDEN + counter) & _MASK)
         else:
             z = _add(_signed(_GOLDEN), key)
-            key = _mix(torch.as_tensor(_add(z, counter)))
+            key = _mix(_add(z, counter))
     return key
 
 
@@ -105,8 +105,9 @@ def _splitmix64(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def _mix(z: Tensor) -> Tensor:
-    """`_splitmix64` of each entry."""
+def _mix(z: Counter) -> Tensor:
+    """`_splitmix64` of each entry of a tensor."""
+    assert isinstance(z, Tensor)
     for shift, multiplier in _MULTIPLIERS:
         z = _shift_right(z, shift).bitwise_xor_(z).mul_(_signed(multiplier))
     return _shift_right(z, 31).bitwise_xor_(z)
@@ -114,7 +115,7 @@ def _mix(z: Tensor) -> Tensor:
 
 def _below(bound: Tensor, index: Tensor, key: Counter) -> Tensor:
     """One pseudo-random integer in ``[0, bound)`` for each index."""
-    z = _mix(torch.as_tensor(_add(index * _signed(_GOLDEN), key)))
+    z = _mix(_add(index * _signed(_GOLDEN), key))
     return z.bitwise_and_(0xFFFFFFFF).mul_(bound).bitwise_right_shift_(32)
 
 

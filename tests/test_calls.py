@@ -547,6 +547,18 @@ def test_a_pruned_layer_is_still_sampled(bias):
     opt.step()
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_another_default_device(capturable):
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    opt = FROG(net, sample_size=4, capturable=capturable)
+    x = torch.randn(20, 3)
+    with torch.device("meta"):
+        for _ in range(2):
+            net(x).square().sum().backward()
+            opt.step()
+    assert opt.anomalies() == {}
+
+
 def test_the_whole_training_under_fake_tensors():
     """As estimators of memory run it."""
     with FakeTensorMode():

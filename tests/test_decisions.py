@@ -6,6 +6,7 @@ Each situation against Algorithm 1 in float64, or beside torch.optim.AdamW in it
 import copy
 import io
 import math
+import warnings
 from collections import defaultdict
 
 import oracles
@@ -260,7 +261,7 @@ def test_a_state_of_version_1_with_layers_that_were_let_go():
     ids = half["params"]  # of a.weight, a.bias, b.weight, b.bias
     half["params"], rest["params"] = ids[:2], rest["params"] + ids[2:]
     saved |= {"version": 1, "unhooked": ["b.weight", "b.bias"]}
-    del saved["misses"]
+    del saved["misses"], saved["let_go"]
     other, second = attention()
     other.load_state_dict(net.state_dict())
     second.load_state_dict(saved)
@@ -268,6 +269,68 @@ def test_a_state_of_version_1_with_layers_that_were_let_go():
     for model, optimizer in ((net, opt), (other, second)):
         steps(model, optimizer, [False, True], 3)
     assert all(map(torch.equal, net.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_step_that_fails_takes_its_decisions_back(at, monkeypatch):
+    """No memory left, in the very step that lets go of a layer, or takes it back."""
+    calls = [False] * 3 + [True] * 3
+    net, opt = attention()
+    twin, second = attention()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step, call in enumerate(calls):
+            for model, optimizer in ((net, opt), (twin, second)):
+                optimizer.zero_grad()
+                model(batch(step), call).square().sum().backward()
+            if step in (at, at + 1):
+                before = snapshot(net, opt)
+                with monkeypatch.context() as patch:
+
+                    def fail(*args):
+                        raise torch.OutOfMemoryError("no memory")
+
+                    patch.setattr("frog_triton.optimizer.layer_step", fail)
+                    with pytest.raises(torch.OutOfMemoryError):
+                        opt.step()
+                assert_same(before, snapshot(net, opt))
+            opt.step()
+            second.step()
+            assert by(opt, "frog") == by(second, "frog")
+    assert all(map(torch.equal, net.parameters(), twin.parameters()))
+
+
+def test_a_graph_in_eval_mode_is_not_remembered_in_training():
+    net, opt = attention()
+    compiled = torch.compile(net, backend="aot_eager")
+    net.eval()
+    compiled(batch(0), True).square().sum().backward()
+    with pytest.warns(UserWarning, match="eval mode"):
+        opt.step()
+    net.train()
+    with pytest.warns(UserWarning, match="b: "):
+        steps(net, opt, [False] * 3)
+    assert by(opt, "adamw")[:2] == ["b.weight", "b.bias"]
+
+
+def test_a_layer_let_go_of_with_a_frozen_weight_resumes_with_the_same_bits():
+    def run(cut):
+        net, opt = attention()
+        net.b.weight.requires_grad_(False)
+        steps(net, opt, [False] * cut)
+        saved = copy.deepcopy((net.state_dict(), opt.state_dict()))
+        net, opt = attention()
+        net.b.weight.requires_grad_(False)
+        net.load_state_dict(saved[0])
+        opt.load_state_dict(saved[1])
+        steps(net, opt, [False] * (6 - cut), cut)
+        return list(net.parameters())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = run(0)
+        for cut in range(1, 6):
+            assert all(map(torch.equal, run(cut), whole))
 
 
 # -- loading ---------------------------------------------------------------------------
@@ -328,7 +391,22 @@ def unknown_fallback(saved):
     saved["param_groups"][1]["updated_by"] = "adagrad"
 
 
+def no_momentum(saved):
+    saved["state"][0]["momentum_buffer"] = None
+
+
+def misses_in_a_list(saved):
+    saved["misses"] = ["a"]
+
+
+def let_go_in_a_list(saved):
+    saved["let_go"] = ["b"]
+
+
 BROKEN = {
+    no_momentum: r"a\.weight has shape.*its saved momentum_buffer has None",
+    misses_in_a_list: "saved misses must map",
+    let_go_in_a_list: "saved let_go must map",
     other_shape: r"a\.weight has shape \(5, 6\).*momentum_buffer has \(2, 2\)",
     other_counter: r"a\.weight has shape.*its saved step has \(3,\)",
     later_version: "version 99",
@@ -396,6 +474,22 @@ def test_a_pre_hook_in_place_on_the_top_level_as_torch_allows():
     )
     second.load_state_dict(opt.state_dict())
     assert not second.state
+
+
+def test_counters_saved_as_numbers():
+    """As some tools write them."""
+    net, opt = attention()
+    steps(net, opt, [True] * 2)
+    saved = copy.deepcopy(opt.state_dict())
+    for state in saved["state"].values():
+        if "step" in state:
+            state["step"] = int(state["step"])
+    other, second = attention()
+    other.load_state_dict(net.state_dict())
+    second.load_state_dict(saved)
+    for model, optimizer in ((net, opt), (other, second)):
+        steps(model, optimizer, [True], 2)
+    assert all(map(torch.equal, net.parameters(), other.parameters()))
 
 
 def test_a_post_hook_keeps_what_it_put_in():
