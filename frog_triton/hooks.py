@@ -283,8 +283,10 @@ def _is_ours(hook: Callable[..., Any]) -> bool:
 
 def _first(module: nn.Module) -> bool:
     """Whether no hook but FROG's own came first; of its own none does from now on."""
-    if torch.nn.modules.module._global_forward_hooks:
-        return False
+    for hook in torch.nn.modules.module._global_forward_hooks.values():
+        # Torch's own, such as those of its FLOP counter, only look.
+        if not getattr(hook, "__module__", "").startswith("torch."):
+            return False
     hooks = module._forward_hooks
     if _is_ours(next(iter(hooks.values()))):
         return True

@@ -23,6 +23,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from frog_triton import FROG
 
@@ -492,6 +493,17 @@ def test_global_hooks_come_before_any_modules():
     assert not opt.capture.calls("3")
     with pytest.warns(UserWarning, match="another hook came first"):
         opt.step()
+
+
+def test_torchs_own_global_hooks_only_look():
+    net, plain = make(), make()
+    opt = FROG(net)
+    flops = []
+    for model in (net, plain):
+        with FlopCounterMode(display=False) as counter:
+            model(batch(0)).sum().backward()
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1] and opt.capture.calls("3")
 
 
 @pytest.mark.parametrize("change", ["hook", "class"])
