@@ -109,6 +109,8 @@ class ForwardHook:
 
         def on_grads(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[number]
+            if torch.compiler.is_compiling():  # by compiled autograd
+                return
             if grad is None or _no_ordinary_call() or _is_batched(grad):
                 return
             capture.keep(name, module, adapter, sample, index, grad.view(shape))

@@ -16,6 +16,7 @@ from itertools import accumulate, count, pairwise
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch.utils.hooks import RemovableHandle
 
 from .ops.types import local
@@ -195,12 +196,13 @@ class Pool:
         if not param.requires_grad or param.grad is None:
             return  # frozen since the forward, so nothing was written
         this = current_pass()
-        if this in self._arriving:
+        if this is not None and this in self._arriving:
             self._merge(self._kept, self._arriving.pop(this))
             self._committed = this
         if param is not self._owner:
             return
-        if this != self._committed and not self._sharded and _is_fresh(param.grad):
+        uncalled = this not in (None, self._committed) and not self._sharded
+        if uncalled and _is_fresh(param.grad):
             # A pass without calls, say of a weight penalty, after the drop of another.
             self._kept = Reservoir()
         self._mark = _Mark(param.grad, next(self._numbers))
@@ -283,7 +285,13 @@ class Pool:
 
 
 def current_pass() -> int | None:
-    """A number for the backward pass that runs, if one runs; they may be nested."""
+    """A number for the backward pass that runs, if one runs; they may be nested.
+
+    None under compiled autograd, which keeps passes to itself: all samples count then.
+    """
+    compiled = compiled_autograd
+    if compiled.compiled_autograd_enabled or compiled.in_compiled_autograd_region:
+        return None
     number = torch._C._current_graph_task_id()
     return None if number < 0 else number
 

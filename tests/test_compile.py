@@ -1,8 +1,10 @@
 """Models under torch.compile: whole graphs, and the samples of an uncompiled run."""
 
+import contextlib
 import copy
 import gc
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -205,6 +207,40 @@ def test_hooks_put_on_after_the_first_compiled_call_are_missed_with_a_hint():
     with pytest.warns(UserWarning, match=r"compiled.*torch\.compiler\.reset"):
         opt.step()
     assert opt.describe().updated_by("frog") == []
+
+
+def test_compiled_autograd():
+    """A pass is not told from the next there: all that no gradient was dropped of."""
+
+    def train_one(enabled):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        net = Net().double()
+        opt = FROG(net, sample_size=1000)
+        compiled = torch.compile(net, backend="aot_eager")
+        for step in range(2):
+            for micro in range(2):
+                x, y = batch(10 * step + micro)
+                loss = F.cross_entropy(compiled(x.double()), y)
+                with enabled():
+                    loss.backward()
+            opt.step()
+            opt.zero_grad()
+        return net
+
+    backward = torch.compile(backend="aot_eager")
+    on = partial(torch._dynamo.compiled_autograd._enable, backward)
+    assert_close(train_one(on), train_one(contextlib.nullcontext))
+
+
+def test_compiled_autograd_of_a_model_that_is_not_compiled():
+    net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2))
+    opt = FROG(net)
+    loss = net(torch.randn(4, 6)).square().sum()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    with pytest.warns(UserWarning, match="no samples"):
+        opt.step()
 
 
 def test_another_default_device_at_construction():
