@@ -105,7 +105,8 @@ class ForwardHook:
         candidates = adapter.positions(y) if self._row else 1
         sample, index = capture.draw(name, module, adapter, x, y.shape, candidates)
         made, shape = _written_tensor(output), output.shape
-        number = made.output_nr
+        number, held = made.output_nr, [(sample, index)]
+        keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
         def on_grads(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[number]
@@ -113,7 +114,10 @@ class ForwardHook:
                 return
             if grad is None or _no_ordinary_call() or _is_batched(grad):
                 return
-            capture.keep(name, module, adapter, sample, index, grad.view(shape))
+            for x, index in held:
+                capture.keep(name, module, adapter, x, index, grad.view(shape))
+            if not keeps_graph():  # whoever keeps the loss keeps this hook
+                held.clear()
 
         # What the layer's own backward gets: after all that is hooked on the tensor.
         assert made.grad_fn is not None

@@ -82,7 +82,7 @@ class Loading:
 def _check_version(state_dict: Mapping[str, Any]) -> None:
     """Raise ValueError for a state_dict that a later version has written."""
     version = state_dict.get("version", STATE_VERSION)
-    if version > STATE_VERSION:
+    if not isinstance(version, int) or version > STATE_VERSION:
         raise ValueError(
             f"this state_dict has version {version}, but this frog_triton reads up "
             f"to {STATE_VERSION}: upgrade frog_triton"
@@ -126,6 +126,11 @@ def _check_tensor(name: str, param: Tensor, key: str, value: Any) -> None:
         raise ValueError(
             f"{name} has shape {tuple(param.shape)}, but its saved {key} has {found}; "
             "load the state of the same model, with the same options of FROG"
+        )
+    if value.layout != torch.strided or (value.is_complex() and not param.is_complex()):
+        raise ValueError(
+            f"{name}: its saved {key} is {value.layout}, {value.dtype}, but the "
+            f"parameter is {param.layout}, {param.dtype}"
         )
     if key in _SHAPED and hasattr(param, "to_local") != hasattr(value, "to_local"):
         raise ValueError(

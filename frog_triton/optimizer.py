@@ -664,8 +664,10 @@ class FROG(Optimizer):
         ]
         changed = self._unhooked.review(layers, known, self.capture)
         params = [p for layer in changed for p in layer.params if p in self.state]
-        # The other optimizer's is made in its place.
-        before: dict[Any, Any] = {param: self.state.pop(param) for param in params}
+        before: dict[Any, Any] = {param: dict(self.state[param]) for param in params}
+        for param in params:  # the other optimizer's is made in its place
+            for key in ROW_KEYS.union(STEP_KEYS, *(f.keys for f in FALLBACKS.values())):
+                self.state[param].pop(key, None)
 
         def undo() -> None:
             forget()
@@ -677,9 +679,18 @@ class FROG(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """State of all parameters that have had a gradient, and group entries."""
-        saved = super().state_dict()
-        let_go, misses = dict(self._unhooked.reasons), dict(self._unhooked.misses)
-        return saved | {"version": STATE_VERSION, "let_go": let_go, "misses": misses}
+
+        def add(_: Optimizer, saved: dict[str, Any]) -> None:
+            saved["version"] = STATE_VERSION
+            saved["let_go"] = dict(self._unhooked.reasons)
+            saved["misses"] = dict(self._unhooked.misses)
+
+        # Before the user's own hooks.
+        hook = self.register_state_dict_post_hook(add, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

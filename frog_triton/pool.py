@@ -22,6 +22,9 @@ from torch.utils.hooks import RemovableHandle
 from .ops.types import local
 from .sampling import Counter, draw
 
+MOST_PASSES = 16
+"""That may be open at once: checkpoints and implicit layers nest them."""
+
 
 @dataclass
 class Call:
@@ -77,14 +80,14 @@ class _Mark:
     """
 
     def __init__(self, grad: Tensor, number: int) -> None:
-        self._version = grad._version
+        self._version = _version(grad)
         self._number = number
         grad.__dict__["_frog_mark"] = number
 
     def holds(self, grad: Tensor) -> bool:
         """Whether nobody has put another in its place, or worked on it in place."""
         known = grad.__dict__.get("_frog_mark") == self._number
-        return known and grad._version == self._version
+        return known and _version(grad) == self._version
 
 
 class Pool:
@@ -116,23 +119,30 @@ class Pool:
         self._host_key = host_key
         self._may_wait = may_wait
         self._numbers = count()
-        self._listening: dict[int, tuple[Tensor, RemovableHandle]] = {}
+        self._listening: dict[int, tuple[Tensor, RemovableHandle, RemovableHandle]] = {}
         self.clear()
 
     def clear(self) -> None:
         """Forget all samples."""
         self.forwards = 0
         self._merges = 0
-        self._arriving: dict[int, Reservoir] = {}
         self._kept = Reservoir()
         self._mark: _Mark | None = None
-        self._committed = -1  # the last pass that was kept
+        self._arriving: dict[int, Reservoir] = {}
         self._unwritten = Reservoir()
+
+    def _drop(self) -> None:
+        """Forget the samples of a gradient that is gone."""
+        self.forwards = 0
+        self._merges = 0
+        self._kept = Reservoir()
+        self._mark = None
 
     def close(self) -> None:
         """Listen to no parameter any more."""
-        for _, handle in self._listening.values():
-            handle.remove()
+        for _, *handles in self._listening.values():
+            for handle in handles:
+                handle.remove()
         self._listening.clear()
 
     @property
@@ -163,6 +173,8 @@ class Pool:
     def called(self, module: nn.Module) -> None:
         """Prepare for a call of a module: its pass will be heard when it writes."""
         self._forget_dropped()
+        if len(self._arriving) > MOST_PASSES:  # most have raised, and never end
+            self._arriving.clear()
         self._listen(self._owner)
         if self._sharded:
             # The pass writes to a gathered parameter, which FSDP2 then reduces.
@@ -198,14 +210,13 @@ class Pool:
         this = current_pass()
         if this is not None and this in self._arriving:
             self._merge(self._kept, self._arriving.pop(this))
-            self._committed = this
-        if param is not self._owner:
-            return
-        uncalled = this not in (None, self._committed) and not self._sharded
-        if uncalled and _is_fresh(param.grad):
-            # A pass without calls, say of a weight penalty, after the drop of another.
-            self._kept = Reservoir()
-        self._mark = _Mark(param.grad, next(self._numbers))
+        if param is self._owner:
+            self._mark = _Mark(param.grad, next(self._numbers))
+
+    def _about_to_write(self) -> None:
+        """Look before a pass without calls, say of a weight penalty, writes."""
+        if self._kept.calls and current_pass() not in self._arriving:
+            self._forget_dropped(ask=True)
 
     @property
     def _owner(self) -> nn.Parameter:
@@ -223,7 +234,7 @@ class Pool:
             return
         grad = self._owner.grad
         if grad is None:
-            self.clear()
+            self._drop()
             return
         host = self._may_wait and grad.is_cpu
         changed = not self._mark.holds(grad)
@@ -240,13 +251,16 @@ class Pool:
             for call in self._kept.calls:
                 call.blank(alive)
         elif not any(bool(g[0].any() or g.any()) for g in grads):
-            self.clear()  # most often the first row has told
+            self._drop()  # most often the first row has told
 
     def _listen(self, param: Tensor) -> None:
         """Hear when a pass writes a parameter's gradient."""
         if param.requires_grad and id(param) not in self._listening:
-            handle = param.register_post_accumulate_grad_hook(_Written(self))
-            self._listening[id(param)] = param, handle
+            self._listening[id(param)] = (
+                param,
+                param.register_hook(_AboutToWrite(self)),
+                param.register_post_accumulate_grad_hook(_Written(self)),
+            )
 
     # -- every candidate is equally likely --------------------------------------------
 
@@ -257,7 +271,9 @@ class Pool:
         size, more = held.size, new.size
         calls = [*held.calls, *new.calls]
         if size + more > self._limit:
-            share = round(self._limit * new.seen / held.seen)
+            # Rounded at random, or calls with a small share would never be seen.
+            offset = self._host_key(self._merges, 1) % held.seen
+            share = (self._limit * new.seen + offset) // held.seen
             more = min(more, max(share, self._limit - size))
             shares = self._shares(held.calls, self._limit - more)
             self._thin(calls, shares + self._shares(new.calls, more))
@@ -296,10 +312,22 @@ def current_pass() -> int | None:
     return None if number < 0 else number
 
 
-def _is_fresh(grad: Tensor) -> bool:
-    """Whether a pass has just made a gradient, rather than add to one."""
-    added = "_frog_mark" in grad.__dict__ or grad._version > 0
-    return not added and not grad.requires_grad  # as one that create_graph adds up
+def _version(grad: Tensor) -> int:
+    """How often it was changed in place; tensors of inference mode do not count."""
+    return -1 if grad.is_inference() else grad._version
+
+
+class _AboutToWrite:
+    """Tells a pool that a parameter's gradient will be written; keeps nothing alive."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = weakref.ref(pool)
+
+    @torch._disable_dynamo  # compiled autograd would trace it
+    def __call__(self, _: Tensor) -> None:
+        pool = self._pool()
+        if pool is not None:
+            pool._about_to_write()
 
 
 class _Written:

@@ -43,7 +43,7 @@ def move_state(
     group: Mapping[str, Any],
     params: Iterable[nn.Parameter],
 ) -> None:
-    """Follow parameters that were moved to another device.
+    """Follow parameters that were moved to another device, or cast.
 
     The step counters of preconditioned layers stay on the host, where hooks read them,
     unless the group is capturable.
@@ -60,5 +60,8 @@ def move_state(
                 continue
             stays = key == "step" and on_host
             device = torch.device("cpu") if stays else param.device
-            if value.device != device:
-                state[param][key] = value.to(device)
+            # Rows keep a momentum of their own type; torch's optimizers cannot.
+            follows = key != "step" and group["updated_by"] != "frog"
+            dtype = param.dtype if follows else value.dtype
+            if value.device != device or value.dtype != dtype:
+                state[param][key] = value.to(device, dtype)
