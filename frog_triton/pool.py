@@ -236,22 +236,24 @@ class Pool:
         if grad is None:
             self._drop()
             return
-        host = self._may_wait and grad.is_cpu
+        host = self._may_wait and grad.is_cpu and grad.layout == torch.strided
         changed = not self._mark.holds(grad)
         if changed:  # clipped, averaged over ranks, unscaled; or zeroed
             self._mark = _Mark(grad, next(self._numbers))
         elif not (ask and host):
             return
-        grads = [local(p.grad) for p in self._params if p.grad is not None]
-        grads = [g for g in grads if g.numel() and g.layout == torch.strided]
-        if not grads:
+        # Most often the first row tells.
+        if host and local(grad)[:1].any():
             return
-        if not host:
-            alive = torch.stack([g.any() for g in grads]).any()
+        grads = [local(p.grad) for p in self._params if p.grad is not None]
+        found = [g.any() for g in grads if g.numel() and g.layout == torch.strided]
+        if found and host:
+            if not any(found):
+                self._drop()
+        elif found:
+            alive = torch.stack(found).any()
             for call in self._kept.calls:
                 call.blank(alive)
-        elif not any(bool(g[0].any() or g.any()) for g in grads):
-            self._drop()  # most often the first row has told
 
     def _listen(self, param: Tensor) -> None:
         """Hear when a pass writes a parameter's gradient."""

@@ -149,9 +149,15 @@ TRANSFORMS = {
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_a_transform_is_as_without_and_samples_nothing(transform):
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_transform_is_as_without_and_samples_nothing(transform, trained):
     plain, net = make(), make()
     opt = FROG(net, sample_size=EVERYTHING)
+    if trained:  # then its parameters have hooks, too
+        net(batch(3)).square().sum().backward()
+        opt.step()
+        net.load_state_dict(plain.state_dict())
+        opt.state.clear()
     opt.zero_grad()
     expected = TRANSFORMS[transform](plain, batch(0))
     found = TRANSFORMS[transform](net, batch(0))

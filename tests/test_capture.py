@@ -79,6 +79,31 @@ def test_pooling_keeps_every_candidate_with_equal_chance():
     torch.testing.assert_close(counts / 200, expected, rtol=0.1, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "kept"), [((7, 5, 12), 5), ((30, 2, 2), 8), ((1,) * 12, 4)]
+)
+@pytest.mark.parametrize("passes", [True, False])
+def test_calls_with_a_small_share_are_seen_as_often(sizes, kept, passes):
+    """Of several passes, or of one pass."""
+    layer = nn.Linear(1, 2).double()
+    opt = FROG(layer, sample_size=kept, exclude_output_layer=False)
+    counts, trials = torch.zeros(len(sizes)), 400
+    for seed in range(trials):
+        opt.capture.seed = seed
+        opt.zero_grad()
+        losses = [
+            layer(torch.full((size, 1), float(value)).double()).sum()
+            for value, size in enumerate(sizes)
+        ]
+        for loss in losses if passes else [sum(losses)]:
+            loss.backward()
+        counts += torch.bincount(held(opt, "weight")[:, 0].long(), minlength=len(sizes))
+    expected = torch.tensor(sizes) * kept / sum(sizes)
+    # Measured 0.19 of it at most, where it is a third of one sample (2.6 standard
+    # deviations), and 0.05 elsewhere.
+    torch.testing.assert_close(counts / trials, expected, rtol=0.25, atol=0)
+
+
 @pytest.mark.parametrize("options", [{}, PAPER])
 def test_algorithm_1_with_a_module_called_twice(options):
     layer, head = nn.Linear(3, 3).double(), nn.Linear(3, 2).double()

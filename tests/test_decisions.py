@@ -363,6 +363,18 @@ def other_counter(saved):
     saved["state"][0]["step"] = torch.zeros(3)
 
 
+def complex_average(saved):
+    saved["state"][4]["exp_avg"] = torch.zeros(3, 5, dtype=torch.complex64)
+
+
+def sparse_momentum(saved):
+    saved["state"][0]["momentum_buffer"] = torch.zeros(5, 6).to_sparse()
+
+
+def no_version(saved):
+    saved["version"] = None
+
+
 def later_version(saved):
     saved["version"] = 99
 
@@ -404,6 +416,9 @@ def let_go_in_a_list(saved):
 
 
 BROKEN = {
+    complex_average: r"out\.weight: its saved exp_avg is .*complex64",
+    sparse_momentum: r"a\.weight: its saved momentum_buffer is torch.sparse_coo",
+    no_version: "version None",
     no_momentum: r"a\.weight has shape.*its saved momentum_buffer has None",
     misses_in_a_list: "saved misses must map",
     let_go_in_a_list: "saved let_go must map",
@@ -490,6 +505,58 @@ def test_counters_saved_as_numbers():
     for model, optimizer in ((net, opt), (other, second)):
         steps(model, optimizer, [True], 2)
     assert all(map(torch.equal, net.parameters(), other.parameters()))
+
+
+TYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+@pytest.mark.parametrize("fallback", ["adamw", "sgd"])
+@pytest.mark.parametrize("saved", TYPES)
+@pytest.mark.parametrize("here", TYPES)
+def test_a_model_of_another_type_loads_and_goes_on(here, saved, fallback):
+    net, opt = attention(fallback=fallback)
+    net.to(saved)
+
+    def step(model, optimizer, dtype):
+        optimizer.zero_grad()
+        model(batch(0, dtype=dtype), True).square().sum().backward()
+        optimizer.step()
+
+    step(net, opt, saved)
+    other, second = attention(fallback=fallback)
+    other.to(here)
+    second.load_state_dict(opt.state_dict())
+    step(other, second, here)
+    net.to(here)  # in mid run, too
+    step(net, opt, here)
+    for param in second.param_groups[1]["params"]:
+        for key, value in second.state[param].items():
+            assert key == "step" or value.dtype == here
+
+
+def test_a_state_dict_hook_sees_and_changes_all_of_it():
+    net, opt = attention()
+    with pytest.warns(UserWarning, match="without calling"):
+        steps(net, opt, [False] * 3)
+
+    def note(optimizer, saved):
+        assert saved["version"] == 2 and list(saved["let_go"]) == ["b"]
+        saved["note"] = "mine"
+
+    opt.register_state_dict_post_hook(note)
+    assert opt.state_dict()["note"] == "mine"
+    assert len(opt._optimizer_state_dict_post_hooks) == 1
+
+
+def test_what_the_user_keeps_in_the_state_outlives_a_decision():
+    net, opt = attention()
+    steps(net, opt, [False])
+    opt.state[net.b.weight]["note"] = "mine"
+    with pytest.warns(UserWarning, match="without calling"):
+        steps(net, opt, [False] * 2, 1)
+    assert set(opt.state[net.b.weight]) == {"note", "step", "exp_avg", "exp_avg_sq"}
+    steps(net, opt, [True], 3)
+    assert set(opt.state[net.b.weight]) == {"note", "step", "momentum_buffer"}
 
 
 def test_a_post_hook_keeps_what_it_put_in():

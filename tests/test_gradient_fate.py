@@ -5,6 +5,8 @@ inputs and output gradients of those passes alone whose gradient is in ``weight.
 """
 
 import copy
+import gc
+import weakref
 
 import oracles
 import pytest
@@ -593,6 +595,74 @@ def test_frozen_between_forward_and_backward():
     value.backward()
     run.net.requires_grad_(True)
     loss(run.net, batch(0)).backward()
+    run.step(batch(0))
+    run.check()
+
+
+@pytest.mark.parametrize("drop", [d for d in DROPS if d != "data.zero_"])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_penalty_of_its_own_pass_after_a_drop(drop, capturable):
+    run = Watched(capturable=capturable)
+    loss(run.net, 9 * batch(5)).backward()
+    DROPS[drop](run.net, run.opt)
+    (0 * sum(p.square().sum() for p in run.net.parameters())).backward()
+    loss(run.net, batch(0)).backward()
+    run.step(batch(0))
+    run.check()
+
+
+def test_samples_do_not_live_as_long_as_the_loss():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    opt = FROG(net, sample_size=4)
+    losses = []
+    for step in range(3):
+        opt.zero_grad()
+        losses.append(loss(net, batch(step, dtype=torch.float32)))
+        losses[-1].backward()
+        (call,) = opt.capture.calls("0")
+        seen = weakref.ref(call.x)
+        del call
+        opt.step()
+        gc.collect()
+        assert seen() is None
+
+
+def test_a_graph_that_is_retained_keeps_its_samples():
+    run = Watched()
+    value = loss(run.net, batch(0))
+    value.backward(retain_graph=True)
+    run.net.zero_grad()
+    value.backward()
+    run.step(batch(0))
+    run.check()
+
+
+def test_passes_that_raise_leave_little_behind():
+    run = Watched()
+    handle = run.net.first.weight.register_hook(lambda grad: 1 / 0)
+    most = 0
+    for step in range(40):
+        run.net.zero_grad()
+        with pytest.raises((ZeroDivisionError, RuntimeError)):
+            loss(run.net, batch(step)).backward()
+        most = max(most, run.opt.memory_usage()["samples"])
+    one = 8 * 6 * (3 + 5 + 5 + 5)  # bytes of both layers' samples of one pass
+    assert most <= 19 * one
+    handle.remove()
+    run.net.zero_grad()
+    loss(run.net, batch(0)).backward()
+    run.step(batch(0))
+    run.check()
+
+
+def test_gradients_of_inference_mode():
+    run = Watched()
+    loss(run.net, batch(0)).backward()
+    with torch.inference_mode():
+        grads = [p.grad * 1 for p in run.net.parameters()]
+    for param, grad in zip(run.net.parameters(), grads, strict=True):
+        param.grad = grad
+    run.net(batch(1))
     run.step(batch(0))
     run.check()
 
