@@ -136,6 +136,7 @@ class Pool:
         self.forwards = 0
         self._merges = 0
         self._kept = Reservoir()
+        self._unwritten = Reservoir()
         self._mark = None
 
     def close(self) -> None:
