@@ -214,7 +214,7 @@ class Pool:
         if param is self._owner:
             self._mark = _Mark(param.grad, next(self._numbers))
 
-    def _about_to_write(self) -> None:
+    def _about_to_write(self, _: Tensor) -> None:
         """Look before a pass without calls, say of a weight penalty, writes."""
         if self._kept.calls and current_pass() not in self._arriving:
             self._forget_dropped(ask=True)
@@ -261,8 +261,8 @@ class Pool:
         if param.requires_grad and id(param) not in self._listening:
             self._listening[id(param)] = (
                 param,
-                param.register_hook(_AboutToWrite(self)),
-                param.register_post_accumulate_grad_hook(_Written(self)),
+                param.register_hook(_Weakly(self._about_to_write)),
+                param.register_post_accumulate_grad_hook(_Weakly(self._written)),
             )
 
     # -- every candidate is equally likely --------------------------------------------
@@ -320,27 +320,14 @@ def _version(grad: Tensor) -> int:
     return -1 if grad.is_inference() else grad._version
 
 
-class _AboutToWrite:
-    """Tells a pool that a parameter's gradient will be written; keeps nothing alive."""
+class _Weakly:
+    """A method as a hook of a parameter, which keeps no pool alive."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = weakref.ref(pool)
-
-    @torch._disable_dynamo  # compiled autograd would trace it
-    def __call__(self, _: Tensor) -> None:
-        pool = self._pool()
-        if pool is not None:
-            pool._about_to_write()
-
-
-class _Written:
-    """Tells a pool that a parameter's gradient was written; keeps nothing alive."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = weakref.ref(pool)
+    def __init__(self, method: Callable[[Tensor], None]) -> None:
+        self._method = weakref.WeakMethod(method)
 
     @torch._disable_dynamo  # compiled autograd would trace it
-    def __call__(self, param: Tensor) -> None:
-        pool = self._pool()
-        if pool is not None:
-            pool._written(param)
+    def __call__(self, tensor: Tensor) -> None:
+        method = self._method()
+        if method is not None:
+            method(tensor)
