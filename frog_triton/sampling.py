@@ -67,12 +67,17 @@ def draw(
     Returns:
         int64 tensor of shape ``(min(size, total),)``.
     """
-    index = torch.arange(min(size, total) + 1, dtype=torch.int64, device=device)
+    index = torch.arange(min(size, total), device=device)
     if size in (0, total) or size > total:
-        return index[:-1]
-    edges = torch.mul(index, total).div_(size, rounding_mode="floor")
-    lower, upper = edges[:-1], edges[1:]
-    drawn = _below(upper - lower, index[:-1], key).add_(lower)
+        return index
+    length: Tensor | int = total // size
+    if total % size == 0:
+        start = index * length
+    else:
+        edges = torch.arange(0, size * total + 1, total, device=device)
+        edges.div_(size, rounding_mode="floor")
+        start, length = edges[:-1], edges[1:] - edges[:-1]
+    drawn = _below(length, index, key).add_(start)
     drawn += _remainder(counter_key(key, 1), total)
     return drawn.remainder_(total)
 
@@ -113,7 +118,7 @@ def _mix(z: Counter) -> Tensor:
     return _shift_right(z, 31).bitwise_xor_(z)
 
 
-def _below(bound: Tensor, index: Tensor, key: Counter) -> Tensor:
+def _below(bound: Tensor | int, index: Tensor, key: Counter) -> Tensor:
     """One pseudo-random integer in ``[0, bound)`` for each index."""
     z = _mix(_add(index * _signed(_GOLDEN), key))
     return z.bitwise_and_(0xFFFFFFFF).mul_(bound).bitwise_right_shift_(32)
