@@ -152,6 +152,8 @@ class ForwardHook:
         """The same by operators that torch.compile can put into its graphs."""
         if torch.compiler.is_exporting() or not _takes_gradient(module, output):
             return None
+        if self._calls_another(module):
+            return None
         reason = traced.refuse(self._number)
         if reason:
             traced.mark(self._number, reason)

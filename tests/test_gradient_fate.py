@@ -676,15 +676,22 @@ def test_a_foreign_pass_and_a_penalty_make_no_samples():
 
 
 @pytest.mark.parametrize("leaf", [True, False])
-def test_other_weights_in_a_functional_call(leaf):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_other_weights_in_a_functional_call(leaf, compiled):
     """Leaves of their own are not the layer's; what is computed from it may be."""
     run = Watched()
     params = dict(run.net.named_parameters())
     other = {k: 3 * p for k, p in params.items()}
     if leaf:
         other = {k: p.detach().requires_grad_() for k, p in other.items()}
-    y = torch.func.functional_call(run.net, other, 10 * batch(5))
-    (loss(run.net, batch(0)) + y.square().sum()).backward()
+
+    def both(x, z):
+        y = torch.func.functional_call(run.net, other, z)
+        return loss(run.net, x) + y.square().sum()
+
+    if compiled:
+        both = torch.compile(both, backend="aot_eager")
+    both(batch(0), (10 * batch(5),)).backward()
     assert len(run.opt.capture.calls("first")) == (1 if leaf else 2)
     if leaf:
         run.step(batch(0))
