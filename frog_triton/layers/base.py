@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.types import Rows, Window, written_out
+from .rows import Weight
 
 
 @dataclass(frozen=True)
@@ -230,13 +231,29 @@ class LayerAdapter(ABC):
     """What FROG needs to know of one kind of layer.
 
     A new kind is one subclass and one line in the registry of `frog_triton.layers`.
-    In the methods below ``x`` is what the module was called with, in batched form
-    (`batched`), and ``y`` has the shape of the module's output.
+    In the methods below ``x`` is what the module was called with (`input`), in batched
+    form (`batched`), and ``y`` has the shape of the module's output. Weights that are
+    not seen at the module's call need `weights` and `geometry` alone.
     """
 
+    def weights(self, module: nn.Module) -> Sequence[Weight]:
+        """The module's weights, each with its rows; ``weight`` and ``bias`` if not."""
+        return (Weight(),)
+
     @abstractmethod
-    def geometry(self, module: nn.Module) -> Geometry:
-        """Sizes of the module's rows."""
+    def geometry(self, module: nn.Module, weight: Weight | None = None) -> Geometry:
+        """Sizes of the rows of one of the module's weights.
+
+        Args:
+            module: the layer.
+            weight: one of `weights`; None for the first.
+        """
+
+    def input(
+        self, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Any:
+        """Of the module's arguments, what X is made of: one tensor."""
+        return args[0] if args else kwargs.get("input")
 
     @abstractmethod
     def batched(self, module: nn.Module, x: Tensor) -> Tensor:

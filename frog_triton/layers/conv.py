@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..ops.precision import exact_convolutions
 from ..ops.types import Rows, Window, unravel
 from .base import Geometry, LayerAdapter, LinearMap, MatrixMap
+from .rows import Weight
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 # torch's names for padding modes, as F.pad spells them.
@@ -159,7 +160,9 @@ class ConvMap(LinearMap):
 class ConvAdapter(LayerAdapter):
     """`torch.nn.Conv1d`, `Conv2d` and `Conv3d` with all their options."""
 
-    def geometry(self, module: nn.Module) -> Geometry:  # noqa: D102
+    def geometry(  # noqa: D102
+        self, module: nn.Module, weight: Weight | None = None
+    ) -> Geometry:
         conv = cast(_Conv, module)
         rows = conv.weight.shape[0]
         dim = conv.weight.shape[1:].numel()

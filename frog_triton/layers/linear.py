@@ -9,15 +9,30 @@ from torch import Tensor, nn
 
 from ..ops.types import unravel
 from .base import Geometry, LayerAdapter, MatrixMap
+from .rows import Weight, named
+
+_WEIGHT = Weight()
 
 
 class LinearAdapter(LayerAdapter):
-    """`torch.nn.Linear`: every leading index but the first is a position."""
+    """`torch.nn.Linear`: every leading index but the first is a position.
 
-    def geometry(self, module: nn.Module) -> Geometry:  # noqa: D102
-        assert isinstance(module, nn.Linear)
-        rows, dim = module.weight.shape
-        return Geometry(rows, dim, groups=1, bias=module.bias is not None)
+    Args:
+        weight: the one weight, ``(R, D)`` or with `ROWS_SECOND` ``(D, R)``.
+    """
+
+    def __init__(self, weight: Weight = _WEIGHT) -> None:
+        self._weight = weight
+
+    def weights(self, module: nn.Module) -> tuple[Weight, ...]:  # noqa: D102
+        return (self._weight,)
+
+    def geometry(  # noqa: D102
+        self, module: nn.Module, weight: Weight | None = None
+    ) -> Geometry:
+        own = self._weight
+        rows, dim = own.axes.view(named(module, own.name)).shape
+        return Geometry(rows, dim, groups=1, bias=own.bias_of(module) is not None)
 
     def batched(self, module: nn.Module, x: Tensor) -> Tensor:  # noqa: D102
         return x.unsqueeze(0) if x.ndim == 1 else x
