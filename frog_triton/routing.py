@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from .layers import Geometry, LayerAdapter, adapter_for
+from .table import Route as Route
+from .table import RoutingTable as RoutingTable
 
 Exclusion = str | type[nn.Module]
 
@@ -43,51 +45,6 @@ class Layer:
     def params(self) -> list[nn.Parameter]:
         """The weight, and the bias if there is one."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
-
-
-@dataclass
-class Route:
-    """One line of the routing table.
-
-    Attributes:
-        name: the parameter's name in the model.
-        shape: its shape.
-        updated_by: ``"frog"``, the fallback's name, or ``"-"``.
-        reason: why.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    updated_by: str
-    reason: str
-
-
-class RoutingTable(list[Route]):
-    """All routes of a model; prints as a table.
-
-    Attributes:
-        note: a line printed below it.
-    """
-
-    note: str = ""
-
-    def __str__(self) -> str:
-        header = ("parameter", "shape", "updated by", "why")
-        lines = [
-            (r.name, "x".join(map(str, r.shape)), r.updated_by, r.reason) for r in self
-        ]
-        widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-        rule = tuple("-" * width for width in widths)
-        return "\n".join(
-            "  ".join(
-                cell.ljust(w) for cell, w in zip(line, widths, strict=True)
-            ).rstrip()
-            for line in (header, rule, *lines)
-        ) + (f"\n{self.note}" if self.note else "")
-
-    def updated_by(self, name: str) -> list[str]:
-        """Names of the parameters that `name` updates."""
-        return [route.name for route in self if route.updated_by == name]
 
 
 @dataclass
