@@ -27,13 +27,16 @@ def _gather_kernel(
     PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
+    UPSAMPLE_H: tl.constexpr,
+    UPSAMPLE_W: tl.constexpr,
     INDEXED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """One piece of one row: channel, then kernel row, then kernel column.
 
     Positions are flat indices over (example, output row, output column); what the
-    padding adds is zero. Without INDEXED, every position is wanted.
+    padding adds is zero, and so is what UPSAMPLE puts between input positions. Without
+    INDEXED, every position is wanted.
     """
     position = tl.program_id(0).to(tl.int64)
     if INDEXED:
@@ -46,6 +49,11 @@ def _gather_kernel(
     channel = d // (KERNEL_H * KERNEL_W)
     h = out_h * STRIDE_H - PAD_H + (tap // KERNEL_W) * DILATION_H
     w = out_w * STRIDE_W - PAD_W + (tap % KERNEL_W) * DILATION_W
+    # Only whole quotients stay, so it is the same however division rounds.
+    if UPSAMPLE_H > 1:
+        h = tl.where(h % UPSAMPLE_H == 0, h // UPSAMPLE_H, -1)
+    if UPSAMPLE_W > 1:
+        w = tl.where(w % UPSAMPLE_W == 0, w // UPSAMPLE_W, -1)
     inside = (h >= 0) & (h < HEIGHT) & (w >= 0) & (w < WIDTH)
     at = example * stride_xn + channel * stride_xc + h * stride_xh + w * stride_xw
     x = tl.load(x_ptr + at, mask=inside & (d < ROW), other=0.0)

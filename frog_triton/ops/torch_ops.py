@@ -524,6 +524,11 @@ def gather_patches(
             + taps * window.dilation[axis]
             - window.pads[axis]
         )
+        if window.upsample:
+            factor = window.upsample[axis]
+            # Between two input positions is a zero, as there is outside.
+            whole = coordinate % factor == 0
+            coordinate = torch.where(whole, coordinate // factor, -1)
         size = x.shape[2 + axis]
         coordinate, valid = _wrap(coordinate, size, window.padding_mode)
         shape = [count] + [1] * spatial

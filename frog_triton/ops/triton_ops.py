@@ -603,6 +603,7 @@ def _gather(
     stride_h, stride_w = (*ones, *window.stride)
     dilation_h, dilation_w = (*ones, *window.dilation)
     pad_h, pad_w = (*zeros, *window.pads)
+    upsample_h, upsample_w = (*ones, *(window.upsample or (1,) * spatial))
     height, width = (*ones, *x.shape[2:])
     out_height, out_width = (*ones, *output_shape)
     stride_xh, stride_xw = (*zeros, *x.stride()[2:])
@@ -636,6 +637,8 @@ def _gather(
         PAD_W=pad_w,
         DILATION_H=dilation_h,
         DILATION_W=dilation_w,
+        UPSAMPLE_H=upsample_h,
+        UPSAMPLE_W=upsample_w,
         INDEXED=index is not None,
     )
     return out

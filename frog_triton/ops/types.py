@@ -102,6 +102,9 @@ class Window:
         dilation: between its taps.
         pads: padding before the first input position.
         padding_mode: torch's name of what is there.
+        upsample: from one input position to the next, as zeros stand between them: the
+            stride of a transposed convolution, whose window steps by one. Ones if
+            empty; otherwise the padding is zeros.
     """
 
     kernel: tuple[int, ...]
@@ -109,6 +112,7 @@ class Window:
     dilation: tuple[int, ...]
     pads: tuple[int, ...]
     padding_mode: str
+    upsample: tuple[int, ...] = ()
 
 
 class SampleMap(Protocol):
