@@ -86,6 +86,43 @@ def test_describe_built_in_models(capsys, tmp_path, name):
     assert code == 0 and len(content["layers"]) == counts[name]
     assert f"total: {content['launches']} launches" in out
     assert "output layer" in out and "nothing was timed" in out
+    assert out.startswith(f"{name}: {content['coverage']['text']}\n")
+    assert (
+        len(content["fallback"]) + content["coverage"]["tensors"]
+        == (content["coverage"]["all_tensors"])
+    )
+
+
+def test_describe_groups_what_is_left_and_ends_with_totals(capsys, tmp_path):
+    out_file = tmp_path / "out.json"
+    code, out, _ = run(capsys, "describe", "resnet18", "--json", out_file)
+    rows = [line.strip("│ ").split() for line in out.splitlines() if "│" in line]
+    # Norms of 64 channels (5), 128, 256 and 512 (5 each), a weight and a bias each.
+    norms = 2 * 5 * (64 + 128 + 256 + 512)
+    kernels = 9 * (3 * 64 + 4 * 64 * 64)  # the stem and the first stage
+    for wide in (128, 256, 512):
+        # Two blocks of two; the first of them halves the map, with a shortcut.
+        kernels += 9 * (wide // 2 + 3 * wide) * wide + wide // 2 * wide
+    head = 512 * 10 + 10
+    assert code == 0 and sum(f"{norms:,}" in row for row in rows) == 1
+    found = [[cell for cell in row if cell != "│"] for row in rows[-3:]]
+    assert found == [
+        ["total", "20", f"{kernels:,}", "frog", "99.9%"],
+        ["total", "42", f"{norms + head:,}", "adamw", "0.1%"],
+        ["total", "62", f"{kernels + norms + head:,}"],
+    ]
+    content = json.loads(out_file.read_text())["coverage"]
+    assert content["parameters"] == kernels and not content["low"]
+
+
+def test_describe_says_why_nothing_is_preconditioned(capsys, factory, tmp_path):
+    out_file = tmp_path / "out.json"
+    code, out, _ = run(capsys, "describe", f"{factory}:norm", "--json", out_file)
+    content = json.loads(out_file.read_text())
+    assert code == 0 and "FROG preconditions none of 2 tensors" in out
+    assert "no adapter for BatchNorm2d" in out and "launches" not in out
+    assert content["layers"] == [] and len(content["fallback"]) == 2
+    assert content["coverage"]["low"] and content["coverage"]["share"] == 0
 
 
 def test_describe_a_model_of_ones_own(capsys, factory):
@@ -106,7 +143,6 @@ def test_describe_a_model_of_ones_own(capsys, factory):
         (["describe", "FILE:nothing"], 2, "has no function called 'nothing'"),
         (["describe", "FILE:wrong"], 2, "returned int"),
         (["describe", "FILE:broken"], 1, "no such data"),
-        (["describe", "FILE:norm"], 1, "no layer that FROG preconditions"),
         (["describe", "FILE:build", "--sample-size", "0"], 2, "must be positive"),
         (["describe", "FILE:build", "--cg-iters", "0"], 2, "must be positive"),
         (["describe", "FILE:bare", "--sampling", "examples"], 2, "pass inputs="),

@@ -4,8 +4,8 @@
     frog-triton describe gpt2-small --sample-size 256 --dtype bfloat16
     frog-triton describe my_model.py:build --gpu a100 --json layers.json
 
-Counts are those of the launches that a step makes; floors follow from datasheet rates.
-Nothing is run on a GPU.
+The first line says how much of the model FROG preconditions. Counts are those of the
+launches that a step makes; floors follow from datasheet rates. Nothing is run on a GPU.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from ..autotune.traffic import GPUS
 from ..capture import SAMPLINGS
 from ..cost import Cost, cost
+from ..table import RoutingTable
 from . import models
 from .errors import CommandError
 from .output import add_outputs, console, print_table, write_json
@@ -71,10 +72,42 @@ def run(args: argparse.Namespace) -> int:
     """Print the tables."""
     loaded = models.load(args.model)
     counted = count(args, loaded, args.gpu)
-    if not counted.layers:
-        raise CommandError(f"{loaded.name} has no layer that FROG preconditions", 1)
+    table = models.routing(loaded.model)
+    coverage = table.coverage
+    console().print(f"{loaded.name}: {coverage}", soft_wrap=True)
+    if counted.layers:
+        _print_layers(counted)
+    _print_fallback(table)
+    if counted.layers:
+        console().print(str(counted).rsplit("\n", 1)[-1])
+    layers = [
+        {**asdict(line), "layer": line.layer.name, "rows": line.layer.rows}
+        for line in counted.layers
+    ]
+    rest = [r for r in table if r.updated_by != "frog"]
+    content = {
+        "model": loaded.name,
+        "gpu": args.gpu,
+        "coverage": {
+            "text": str(coverage),
+            "share": coverage.share,
+            "low": coverage.low,
+            **asdict(coverage),
+        },
+        "launches": counted.launches,
+        "bytes": counted.bytes,
+        "operations": counted.operations,
+        "floor_us": counted.floor_us,
+        "layers": layers,
+        "fallback": [{"parameter": r.name, "why": r.reason} for r in rest],
+    }
+    write_json(args.json, content)
+    return 0
+
+
+def _print_layers(counted: Cost) -> None:
     print_table(
-        f"{loaded.name}: preconditioned by FROG",
+        "Preconditioned by FROG",
         ("layer ", "R", "D", "N", "solve ", "shared by", "GFLOP", "MB", "floor us"),
         [
             (
@@ -91,22 +124,13 @@ def run(args: argparse.Namespace) -> int:
             for line in counted.layers
         ],
     )
-    rest = models.routing(loaded.model)
-    print_table("Left to the fallback", ("parameter ", "why "), rest)
-    console().print(str(counted).rsplit("\n", 1)[-1])
-    layers = [
-        {**asdict(line), "layer": line.layer.name, "rows": line.layer.rows}
-        for line in counted.layers
-    ]
-    content = {
-        "model": loaded.name,
-        "gpu": args.gpu,
-        "launches": counted.launches,
-        "bytes": counted.bytes,
-        "operations": counted.operations,
-        "floor_us": counted.floor_us,
-        "layers": layers,
-        "fallback": [{"parameter": name, "why": why} for name, why in rest],
-    }
-    write_json(args.json, content)
-    return 0
+
+
+def _print_fallback(table: RoutingTable) -> None:
+    """What FROG leaves, like parameters in a line, and the totals of the whole."""
+    left = [line for line in table.lines() if line.updated_by != "frog"]
+    print_table(
+        "Left to the fallback, and totals",
+        ("parameter ", "shape ", "tensors", "elements", "updated by ", "why "),
+        [line.cells() for line in [*left, *table.totals()]],
+    )

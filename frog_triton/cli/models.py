@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..benchmarks.models import resnet
 from ..benchmarks.train.models import GPT
 from ..routing import route
+from ..table import Route, RoutingTable
 from .errors import CommandError
 
 
@@ -96,10 +97,14 @@ def _from_file(name: str) -> tuple[nn.Module, Tensor | None]:
     return model.to("meta"), None if inputs is None else inputs.to("meta")
 
 
-def routing(model: nn.Module) -> list[tuple[str, str]]:
-    """Parameters that FROG leaves to the fallback, each with the reason."""
+def routing(model: nn.Module) -> RoutingTable:
+    """Who would update each parameter, and why, with FROG's defaults."""
     plan = route(model, dict.fromkeys(model.parameters(), 0))
     layered = plan.preconditioned()
-    return [
-        (name, plan.reasons[p]) for p, name in plan.names.items() if p not in layered
-    ]
+    table = RoutingTable()
+    for param, name in plan.names.items():
+        updated_by = "frog" if param in layered else "adamw"
+        frozen = "" if param.requires_grad else "; frozen"
+        reason = plan.reasons[param] + frozen
+        table.append(Route(name, tuple(param.shape), updated_by, reason))
+    return table
