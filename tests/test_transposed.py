@@ -52,6 +52,10 @@ CASES = {
     ),
     "2d-1x1": (lambda: nn.ConvTranspose2d(4, 3, 1), (2, 4, 3, 2)),
     "2d-1x1-stride": (lambda: nn.ConvTranspose2d(4, 3, 1, 2), (2, 4, 2, 3)),
+    "2d-fewer-samples-than-weights": (
+        lambda: nn.ConvTranspose2d(16, 2, 3, 2),
+        (1, 16, 2, 2),
+    ),
     "2d-unbatched": (lambda: nn.ConvTranspose2d(2, 3, 3, 2), (2, 3, 4)),
     "3d": (
         lambda: nn.ConvTranspose3d(2, 3, (2, 3, 1), (3, 1, 2), (0, 1, 0), (1, 0, 1)),
@@ -124,7 +128,7 @@ def derivatives(p):
     return torch.stack([torch.stack([p.axes.matrix(j) for j in js]) for js in dense])
 
 
-# In float64 all below measured at most 4e-16, of entries near one.
+# Measured: 2e-15 at most.
 EXACT = {"rtol": 1e-13, "atol": 1e-13}
 
 
@@ -238,7 +242,7 @@ def test_drawn_positions_of_any_window(data):
         for backend in BACKENDS.values()
     ]
     assert torch.equal(*taken)
-    # Measured: 3e-7.
+    # Measured: 1e-7.
     torch.testing.assert_close(taken[0] @ rows.T, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -296,10 +300,10 @@ def test_groups_of_a_map_and_their_scales(name):
 @pytest.mark.parametrize("formulation", ["primal", "gram", "auto"])
 @pytest.mark.parametrize(
     ("backend", "dtype", "limit"),
-    # Measured: 1e-14; 9e-7 in float32 by torch and by the kernels.
+    # Measured: 1.4e-15, 4e-7 and 1.3e-6.
     [
-        ("torch", torch.float64, 1e-12),
-        ("torch", torch.float32, 1e-5),
+        ("torch", torch.float64, 1e-13),
+        ("torch", torch.float32, 5e-6),
         ("triton", torch.float32, 1e-5),
     ],
 )
