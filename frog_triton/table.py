@@ -171,10 +171,11 @@ def _line(routes: Sequence[Route]) -> Line:
 def _names(routes: Sequence[Route]) -> str:
     """Names for a line: of the parameters, or of modules that have several."""
     parts = [route.name.rpartition(".") for route in routes]
-    modules = dict.fromkeys(module or leaf for module, _, leaf in parts)
+    modules = {module for module, *_ in parts}
     several = len(modules) > 1 and len({leaf for *_, leaf in parts}) > 1
+    names = [(several and module) or module + dot + leaf for module, dot, leaf in parts]
     patterns: dict[str, list[str]] = {}
-    for name in modules if several else (route.name for route in routes):
+    for name in dict.fromkeys(names):
         patterns.setdefault(_starred(name), []).append(name)
     shown: list[str] = []
     width = 0

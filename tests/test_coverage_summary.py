@@ -313,6 +313,8 @@ def test_many_names_are_cut():
         for i in range(4)
     )
     assert [line.names for line in biases.lines()] == ["*.bias"]
+    tokens = RoutingTable(rest(name, (3,), "ViT") for name in ("cls_token", "pos"))
+    assert [line.names for line in tokens.lines()] == ["cls_token, pos"]
 
 
 def test_describe_is_headed_by_the_coverage():
