@@ -106,8 +106,8 @@ def take_sequences(
         args: what it was called with.
         kwargs: likewise, by name.
         index: int64 ``(S,)``, which sequences of the batch. Those of a
-            `PackedSequence` count in the order they are packed, longest first, and
-            an index on the CPU saves waiting for the device.
+            `PackedSequence` count as they are packed, longest first; with an index
+            on the CPU nothing waits for the device.
     """
     x, hx = _arguments(args, kwargs)
     places = None
@@ -194,8 +194,8 @@ def replay(
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         outputs = _run(module, sequences, products)
         ends = [
-            torch.zeros_like(output) if grad is None else grad.to(output.dtype)
-            for output, grad in zip(outputs, grads, strict=True)
+            torch.zeros_like(y) if grad is None else grad.to(y.dtype)
+            for y, grad in zip(outputs, grads, strict=True)
         ]
         results = [y for calls in products.calls.values() for _, y in calls]
         found = torch.autograd.grad(outputs, results, ends)
@@ -233,8 +233,7 @@ class _Products:
 def _run(module: nn.Module, sequences: Sequences, products: _Products) -> list[Tensor]:
     """What the module computes of the sequences, as `take_grads` shapes it."""
     dtype = next(iter(products.params.values())).dtype
-    x = sequences.x.to(dtype)
-    given = [state.to(dtype) for state in sequences.states]
+    x, *given = (tensor.to(dtype) for tensor in (sequences.x, *sequences.states))
     steps = torch.arange(len(x))[:, None]
     valid, reverse = None, len(x) - 1 - steps
     if sequences.places is not None:
@@ -252,8 +251,8 @@ def _run(module: nn.Module, sequences: Sequences, products: _Products) -> list[T
                 weight = products.params[f"weight_hh{suffix}"]
                 state = _zero_state(module, weight, batch=x.shape[1])
             order = reverse if suffix.endswith("_reverse") else None
-            ordered = _reordered(x, order)
-            out, final = _scan(module, suffix, ordered, state, valid, products)
+            turned = _reordered(x, order)
+            out, final = _scan(module, suffix, turned, state, valid, products)
             outputs.append(_reordered(out, order))
             finals.append(final)
         x = torch.cat(outputs, -1)
