@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import hooks, ops
-from .layers import LayerAdapter, LinearMap, MatrixMap, pool_samples
-from .pool import Call, Pool, current_pass
-from .routing import Layer
-from .sampling import Counter, counter_key, draw, take
+from .layers import LinearMap, Seen
+from .pool import Call, Pool, current_pass, joined
+from .products import SEEN, WATCHES, ProductWatch
+from .routing import Layer, Use
+from .sampling import Counter, counter_key, draw, draw_groups, take
+from .taps import IN_EVAL_MODE, Tap
 
 SAMPLINGS = {"examples": 32, "positions": 256}
 """Ways to sample, each with its default size."""
@@ -40,6 +42,8 @@ class SampleCapture:
         may_wait: whether the host may wait for the device.
 
     Attributes:
+        size_inside: positions kept of a product inside of a module, which are drawn
+            whatever the sampling: in proportion to the defaults.
         called: names of layers that were called since the last step, in a way that
             makes samples or might have, in training mode.
         unsampled: why a call made none, by layer.
@@ -64,11 +68,15 @@ class SampleCapture:
         self.unsampled_graphs: dict[str, str] = {}
         self.closed = False
         self._told_of_replicas = False
+        ratio = SAMPLINGS["positions"] // SAMPLINGS[sampling]
+        self.size_inside = sample_size * ratio
         self._may_wait = may_wait
         self._passes: dict[int, list[Pool]] = {}
         self._pools: dict[str, Pool] = {}
         self._steps: dict[str, Callable[[], Counter]] = {}
-        self._handles: dict[str, list[tuple[RemovableHandle, nn.Module]]] = {}
+        self._layers: dict[str, Layer] = {}
+        self._watching: dict[str, list[RemovableHandle | ProductWatch]] = {}
+        self._watches: dict[nn.Module, ProductWatch] = {}
 
     def watch(self, layer: Layer, step: Callable[[], Counter]) -> None:
         """Put hooks on the modules that share a layer's weight.
@@ -79,25 +87,39 @@ class SampleCapture:
                 wait for the device.
         """
         name = layer.name
+        inside = layer.uses[0].weight.seen is not Seen.CALL
+        self._layers[name] = layer
         self._steps[name] = step
         self._pools[name] = Pool(
-            self.sample_size,
+            self.size_inside if inside else self.sample_size,
             layer.params,
             partial(self._key, name),
             partial(self._host_key, name),
             self._may_wait,
         )
-        self._handles[name] = []
-        for module in layer.modules:
-            hook = hooks.ForwardHook(self, layer, module)
-            self._handles[name].append((hooks.install(hook, module), module))
+        self._watching[name] = [self._watch(layer, use) for use in layer.uses]
+
+    def _watch(self, layer: Layer, use: Use) -> RemovableHandle | ProductWatch:
+        make = WATCHES.get(type(use.adapter)) or SEEN.get(use.weight.seen)
+        if make is None:
+            return hooks.install(hooks.ForwardHook(self, layer, use), use.module)
+        if use.module not in self._watches:
+            self._watches[use.module] = make(self, use.module)
+        watch = self._watches[use.module]
+        watch.add(layer, use)
+        return watch
 
     def unwatch(self, name: str) -> None:
         """Remove a layer's hooks and samples."""
-        for handle, _ in self._handles.pop(name):
-            handle.remove()
+        for watching in self._watching.pop(name):
+            if isinstance(watching, RemovableHandle):
+                watching.remove()
+            elif watching.discard(name):
+                self._watches = {
+                    m: w for m, w in self._watches.items() if w is not watching
+                }
         self._pools.pop(name).close()
-        del self._steps[name]
+        del self._steps[name], self._layers[name]
         self.called.discard(name)
 
     def tensors(self) -> Iterator[Tensor]:
@@ -114,7 +136,7 @@ class SampleCapture:
     def close(self) -> None:
         """Remove all hooks and samples, for good."""
         self.closed = True
-        for name in list(self._handles):
+        for name in list(self._watching):
             self.unwatch(name)
 
     def clear(self) -> None:
@@ -149,8 +171,8 @@ class SampleCapture:
         evaluating = {
             name
             for name, reason in self.unsampled_graphs.items()
-            if reason == hooks.IN_EVAL_MODE
-            and not all(module.training for _, module in self._handles[name])
+            if reason == IN_EVAL_MODE
+            and not all(m.training for m in self._layers[name].modules)
         }
         return self.called | evaluating
 
@@ -158,40 +180,21 @@ class SampleCapture:
         """The layer's samples as they were taken, a call of a module each."""
         return self._pools[name].calls
 
-    def samples(
-        self, name: str, adapter: LayerAdapter, bias: bool
-    ) -> tuple[LinearMap, Tensor] | None:
+    def samples(self, layer: Layer, bias: bool) -> tuple[LinearMap, Tensor] | None:
         """The layer's samples as a map and gradients ``(n, R, P)``, or None."""
-        calls = self.calls(name)
-        if not calls:
-            return None
-        if self.sampling == "positions":
-            groups = adapter.geometry(calls[0].module).groups
-            maps: list[LinearMap] = [MatrixMap(c.x, groups, bias) for c in calls]
-            ys = [c.y.unsqueeze(-1) for c in calls]
-        else:
-            maps = [adapter.linear_map(c.module, c.x, bias) for c in calls]
-            ys = [adapter.canonical(c.y) for c in calls]
-        return pool_samples(maps, ys)
+        calls = self.calls(layer.name)
+        return joined(layer.geometry, calls, bias) if calls else None
 
     def draw(
-        self,
-        name: str,
-        module: nn.Module,
-        adapter: LayerAdapter,
-        x: Tensor,
-        y_shape: torch.Size,
-        candidates: int,
+        self, tap: Tap, module: nn.Module, x: Tensor, y_shape: torch.Size
     ) -> tuple[Tensor, Tensor]:
         """Copy a sample of a call's input.
 
         Args:
-            name: of the layer.
+            tap: that saw the call.
             module: that was called.
-            adapter: of its kind.
             x: its input, batched.
             y_shape: shape of its output, batched.
-            candidates: in one example of it.
 
         Returns:
             Sampled examples, or rows of X, and the index that they were taken at.
@@ -199,35 +202,61 @@ class SampleCapture:
         Raises:
             torch.OutOfMemoryError: naming the layer.
         """
-        pool = self._pools[name]
-        pool.called(module)
-        key = self._key(name, pool.forwards)
+        key = self._next_key(tap, module)
+        with self._naming(tap):
+            total, adapter = y_shape[0], tap.adapter
+            if tap.by_position:
+                total *= adapter.positions(x.new_empty(()).expand(y_shape))
+            index = draw(total, tap.size, key, x.device)
+            if not tap.by_position:
+                return take(x, index), index
+            backend = ops.resolve(self.backend, x.device, x.dtype)
+            rows = adapter.take_input_positions(module, x, y_shape, index, backend)
+            return rows, index
+
+    def draw_tokens(
+        self,
+        tap: Tap,
+        module: nn.Module,
+        x: Tensor,
+        ends: Tensor,
+        order: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Copy a sample of each group's tokens.
+
+        Args:
+            tap: that saw the product.
+            module: that made it.
+            x: tokens ``(T, D)``.
+            ends: where each group's tokens end ``(groups,)``, in order.
+            order: of the tokens by their group; None where they lie so.
+
+        Returns:
+            Rows ``(N, groups * D)``, zeros where a group has fewer tokens; the index
+            that they were taken at ``(N * groups,)``; and which of them there are.
+        """
+        key = self._next_key(tap, module)
+        with self._naming(tap):
+            index, there = draw_groups(ends, x.shape[0], tap.size, key)
+            index = index if order is None else order[index]
+            rows = torch.where(there[:, None], x.index_select(0, index), 0)
+            return rows.view(-1, len(ends) * x.shape[1]), index, there
+
+    def _next_key(self, tap: Tap, module: nn.Module) -> Counter:
+        pool = self._pools[tap.name]
+        pool.called(tap.gathered(module))
+        key = self._key(tap.name, pool.forwards)
         pool.forwards += 1
-        with self._naming(name):
-            total = y_shape[0] * candidates
-            index = draw(total, self.sample_size, key, x.device)
-            if self.sampling == "positions":
-                backend = ops.resolve(self.backend, x.device, x.dtype)
-                return adapter.take_input_positions(
-                    module, x, y_shape, index, backend
-                ), index
-            return take(x, index), index
+        return key
 
     def keep(
-        self,
-        name: str,
-        module: nn.Module,
-        adapter: LayerAdapter,
-        x: Tensor,
-        index: Tensor,
-        grad: Tensor,
+        self, tap: Tap, module: nn.Module, x: Tensor, index: Tensor, grad: Tensor
     ) -> None:
         """Pool a call's sample, now that its output's gradient is there.
 
         Args:
-            name: of the layer.
+            tap: that saw the call.
             module: that was called.
-            adapter: of its kind.
             x: from `draw`.
             index: from `draw`.
             grad: the output's gradient.
@@ -235,26 +264,50 @@ class SampleCapture:
         Raises:
             torch.OutOfMemoryError: naming the layer.
         """
-        self.called.add(name)
+        self.called.add(tap.name)
+        adapter = tap.adapter
         y = adapter.batched(module, grad.detach())
-        with self._naming(name):
-            if self.sampling == "positions":
+        with self._naming(tap):
+            if tap.by_position:
                 total = y.shape[0] * adapter.positions(y)
                 y = adapter.take_output_positions(y, index)
+                adapter = None
             else:
                 total = y.shape[0]
                 y = take(y, index)
-            self.add(name, module, x, y, total)
+            self.pool(tap.name, Call(module, x, y, adapter, tap.part), total)
+
+    def keep_tokens(
+        self,
+        tap: Tap,
+        module: nn.Module,
+        x: Tensor,
+        index: Tensor,
+        there: Tensor,
+        grad: Tensor,
+    ) -> None:
+        """Pool what `draw_tokens` has drawn; as `keep`."""
+        if tap.name not in self._layers:
+            return
+        self.called.add(tap.name)
+        with self._naming(tap):
+            rows = self._layers[tap.name].geometry
+            y = grad.detach().reshape(-1, rows.rows // rows.groups)
+            total = y.shape[0]
+            y = torch.where(there[:, None], y.index_select(0, index), 0)
+            call = Call(module, x, y.view(len(x), -1), None, tap.part)
+            self.pool(tap.name, call, total)
 
     @contextmanager
-    def _naming(self, name: str) -> Iterator[None]:
+    def _naming(self, tap: Tap) -> Iterator[None]:
         try:
             yield
         except torch.OutOfMemoryError as error:
             positions = "" if self.sampling == "positions" else "sampling='positions', "
+            what = "positions" if tap.by_position else "examples"
             raise torch.OutOfMemoryError(
-                f"{name}: no memory for its {self.sample_size} sampled "
-                f"{self.sampling}; take a smaller sample_size, {positions}or smaller "
+                f"{tap.name}: no memory for its {tap.size} sampled "
+                f"{what}; take a smaller sample_size, {positions}or smaller "
                 f"batches ({error})"
             ) from error
 
@@ -283,11 +336,20 @@ class SampleCapture:
             y: the output gradients that belong to them.
             total: how many candidates they were drawn from.
         """
+        layer = self._layers.get(name)
+        adapter = None
+        if layer is not None and self.sampling != "positions":
+            use = layer.uses[layer.modules.index(module)]
+            adapter = use.adapter if use.weight.seen is Seen.CALL else None
+        self.pool(name, Call(module, x, y, adapter), total)
+
+    def pool(self, name: str, call: Call, total: int) -> None:
+        """Pool a call's samples, drawn from `total` candidates."""
         pool = self._pools.get(name)
         # The layer may be let go between forward and backward; an empty batch says
         # nothing.
-        if pool is not None and x.shape[0]:
-            pool.arrive(Call(module, x, y), total)
+        if pool is not None and call.size:
+            pool.arrive(call, total)
             self._expect_end(pool)
 
     def _expect_end(self, pool: Pool) -> None:

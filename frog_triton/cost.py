@@ -240,7 +240,8 @@ def _shapes(
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
         adapter = adapter_for(module)
         assert adapter is not None
-        x = adapter.batched(module, args[0])[:1].to("meta")
+        x = adapter.input(module, args, {})
+        x = adapter.batched(module, x)[:1].to("meta")
         seen.setdefault(module, adapter.linear_map(module, x, False))
 
     if inputs is not None:

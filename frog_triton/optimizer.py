@@ -579,6 +579,7 @@ class FROG(Optimizer):
                     ranks.share_rows(steps)
             self._solved |= solved
         for step in steps:
+            step.write_back()
             counter = self.state[step.layer.weight]["step"]
             # The host's counts calls: it does not wait to hear of a skipped step.
             skipped = found_inf if self.capturable else None
@@ -638,7 +639,7 @@ class FROG(Optimizer):
         momenta = (self.state[p].get("momentum_buffer") for p in layer.params)
         dtype = next(m.dtype for m in momenta if m is not None)
         if self._ranks is None:
-            found = self.capture.samples(layer.name, layer.adapter, bias)
+            found = self.capture.samples(layer, bias)
         else:
             found = self._ranks.samples(layer, bias, dtype)
         if found is not None:

@@ -10,7 +10,7 @@ whatever hand, so are its samples.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, count, pairwise
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch.utils.hooks import RemovableHandle
 
+from .layers import Geometry, LayerAdapter, LinearMap, MatrixMap, pool_samples
 from .ops.types import local
 from .sampling import Counter, draw
 
@@ -26,13 +27,27 @@ MOST_PASSES = 16
 """That may be open at once: checkpoints and implicit layers nest them."""
 
 
+Part = tuple[int, int] | None
+"""Groups of rows, the first and one past the last; None for all of a layer."""
+
+
 @dataclass
 class Call:
-    """Samples of one forward-backward pass through one module."""
+    """Samples of one forward-backward pass through one module.
+
+    Attributes:
+        module: that was called.
+        x: whole examples of its input, or rows of X.
+        y: the output gradients that belong to them.
+        adapter: of the module's kind, where `x` are whole examples; None for rows.
+        part: groups of rows that the samples are of.
+    """
 
     module: nn.Module
     x: Tensor
     y: Tensor
+    adapter: LayerAdapter | None = None
+    part: Part = None
 
     @property
     def size(self) -> int:
@@ -47,6 +62,10 @@ class Call:
         """Make all zero unless `alive`: such samples leave the Fisher as it is."""
         self.x = torch.where(alive, self.x, 0)
         self.y = torch.where(alive, self.y, 0)
+
+
+Reservoirs = dict[Part, "Reservoir"]
+"""Of the parts of a layer, each of which meets inputs of its own."""
 
 
 @dataclass
@@ -126,17 +145,17 @@ class Pool:
         """Forget all samples."""
         self.forwards = 0
         self._merges = 0
-        self._kept = Reservoir()
+        self._kept: Reservoirs = {}
         self._mark: _Mark | None = None
-        self._arriving: dict[int, Reservoir] = {}
-        self._unwritten = Reservoir()
+        self._arriving: dict[int, Reservoirs] = {}
+        self._unwritten: Reservoirs = {}
 
     def _drop(self) -> None:
         """Forget the samples of a gradient that is gone."""
         self.forwards = 0
         self._merges = 0
-        self._kept = Reservoir()
-        self._unwritten = Reservoir()
+        self._kept = {}
+        self._unwritten = {}
         self._mark = None
 
     def close(self) -> None:
@@ -152,37 +171,40 @@ class Pool:
 
         Where no pass wrote one, it was set by hand: then of the last pass.
         """
-        return self._found.calls
+        return _calls(self._found)
 
     @property
     def seen(self) -> int:
         """How many candidates there were for `calls`."""
-        return self._found.seen
+        return sum(reservoir.seen for reservoir in self._found.values())
 
     @property
-    def _found(self) -> Reservoir:
-        by_hand = self._mark is None and not self._kept.calls
+    def _found(self) -> Reservoirs:
+        by_hand = self._mark is None and not _calls(self._kept)
         return self._unwritten if by_hand else self._kept
 
     def held(self) -> list[Call]:
         """All calls of which samples are held at this moment."""
-        reservoirs = (self._kept, self._unwritten, *self._arriving.values())
-        return [call for reservoir in reservoirs for call in reservoir.calls]
+        held = (self._kept, self._unwritten, *self._arriving.values())
+        return [call for reservoirs in held for call in _calls(reservoirs)]
 
     # -- the life of a sample ---------------------------------------------------------
 
-    def called(self, module: nn.Module) -> None:
-        """Prepare for a call of a module: its pass will be heard when it writes."""
+    def called(self, gathered: Iterable[Tensor | None]) -> None:
+        """Prepare for a call of a module: its pass will be heard when it writes.
+
+        Args:
+            gathered: what stands in the module for weight and bias; FSDP2 gathers them.
+        """
         self._forget_dropped()
         if len(self._arriving) > MOST_PASSES:  # most have raised, and never end
             self._arriving.clear()
         self._listen(self._owner)
         if self._sharded:
             # The pass writes to a gathered parameter, which FSDP2 then reduces.
-            own = module._parameters
-            for gathered in (own.get("weight"), own.get("bias")):
-                if gathered is not None and gathered.is_leaf:
-                    self._listen(gathered)
+            for tensor in gathered:
+                if tensor is not None and tensor.is_leaf:
+                    self._listen(tensor)
 
     def arrive(self, call: Call, total: int) -> None:
         """Take a call's samples, now that its output's gradient is there.
@@ -191,13 +213,13 @@ class Pool:
             call: with its samples.
             total: how many candidates they were drawn from.
         """
-        new, this = Reservoir(total, [call]), current_pass()
+        new, this = {call.part: Reservoir(total, [call])}, current_pass()
         if this is None:
             self._merge(self._kept, new)
             return
         if this not in self._arriving:
             self._forget_dropped(ask=True)
-            self._arriving[this] = Reservoir()
+            self._arriving[this] = {}
         self._merge(self._arriving[this], new)
 
     def finish(self, this: int) -> None:
@@ -216,7 +238,7 @@ class Pool:
 
     def _about_to_write(self, _: Tensor) -> None:
         """Look before a pass without calls, say of a weight penalty, writes."""
-        if self._kept.calls and current_pass() not in self._arriving:
+        if self._kept and current_pass() not in self._arriving:
             self._forget_dropped(ask=True)
 
     @property
@@ -231,7 +253,7 @@ class Pool:
             ask: whether it is zero even if nothing shows, as after
                 ``grad.data.zero_()``; if the host may ask.
         """
-        if self._mark is None or not self._kept.calls:
+        if self._mark is None or not self._kept:
             return
         grad = self._owner.grad
         if grad is None:
@@ -253,7 +275,7 @@ class Pool:
                 self._drop()
         elif found:
             alive = torch.stack(found).any()
-            for call in self._kept.calls:
+            for call in _calls(self._kept):
                 call.blank(alive)
 
     def _listen(self, param: Tensor) -> None:
@@ -267,7 +289,12 @@ class Pool:
 
     # -- every candidate is equally likely --------------------------------------------
 
-    def _merge(self, held: Reservoir, new: Reservoir) -> None:
+    def _merge(self, held: Reservoirs, new: Reservoirs) -> None:
+        """Pool the samples of each part in the first."""
+        for part, reservoir in new.items():
+            self._pool(held.setdefault(part, Reservoir()), reservoir)
+
+    def _pool(self, held: Reservoir, new: Reservoir) -> None:
         """Pool the samples of two reservoirs in the first."""
         held.seen += new.seen
         self._merges += 1
@@ -301,6 +328,65 @@ class Pool:
             if share < call.size:
                 key = self._key(self._merges, i)
                 call.thin(draw(call.size, share, key, call.x.device))
+
+
+def _calls(reservoirs: Reservoirs) -> list[Call]:
+    return [call for reservoir in reservoirs.values() for call in reservoir.calls]
+
+
+def joined(
+    geometry: Geometry, calls: Sequence[Call], bias: bool
+) -> tuple[LinearMap, Tensor]:
+    """Samples of a layer's calls as one map, and their gradients ``(n, R, P)``.
+
+    Args:
+        geometry: of the layer.
+        calls: at least one.
+        bias: whether the bias takes part.
+    """
+    groups, dim = geometry.groups, geometry.dim
+    if all(c.part is None and (groups == 1 or c.x.shape[1] != dim) for c in calls):
+        maps: list[LinearMap] = [
+            MatrixMap(c.x, groups, bias)
+            if c.adapter is None
+            else c.adapter.linear_map(c.module, c.x, bias)
+            for c in calls
+        ]
+        ys = [
+            c.y.unsqueeze(-1) if c.adapter is None else c.adapter.canonical(c.y)
+            for c in calls
+        ]
+        return pool_samples(maps, ys)
+    if all(c.part is None and c.x.shape[1] == dim for c in calls):
+        # All groups meet the same inputs, as in self-attention.
+        x, y = torch.cat([c.x for c in calls]), torch.cat([c.y for c in calls])
+        return MatrixMap(x, 1, bias), y.unsqueeze(-1)
+    x, y = _by_group(geometry, calls)
+    return MatrixMap(x, groups, bias), y.unsqueeze(-1)
+
+
+def _by_group(geometry: Geometry, calls: Sequence[Call]) -> tuple[Tensor, Tensor]:
+    """Rows of X ``(N, groups * D)`` and Y ``(N, R)``; a zero where there is none.
+
+    Zeros weigh nothing in the Fisher, so groups may have samples of different number.
+    """
+    groups, dim, rows = geometry.groups, geometry.dim, geometry.rows
+    sizes = [0] * groups
+    placed = []
+    for call in calls:
+        first, end = call.part or (0, groups)
+        shared = call.x.shape[1] == dim
+        x = call.x.view(call.size, -1, dim).expand(-1, end - first, -1)
+        assert shared or call.x.shape[1] == (end - first) * dim
+        y = call.y.unflatten(1, (end - first, -1))
+        start = max(sizes[first:end])
+        sizes[first:end] = [start + call.size] * (end - first)
+        placed.append((slice(start, start + call.size), slice(first, end), x, y))
+    xs = calls[0].x.new_zeros(max(sizes), groups, dim)
+    ys = calls[0].y.new_zeros(max(sizes), groups, rows // groups)
+    for at, part, x, y in placed:
+        xs[at, part], ys[at, part] = x, y
+    return xs.flatten(1), ys.flatten(1)
 
 
 def current_pass() -> int | None:

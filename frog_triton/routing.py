@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from .layers import Geometry, LayerAdapter, adapter_for
+from .layers import Geometry, LayerAdapter, adapter_for, is_proven, left_out
+from .layers.rows import RowAxes, Weight, owner
 from .table import Route as Route
 from .table import RoutingTable as RoutingTable
 
@@ -18,21 +19,38 @@ Exclusion = str | type[nn.Module]
 
 
 @dataclass
+class Use:
+    """One module's use of a weight.
+
+    Attributes:
+        module: that uses it.
+        weight: which of the module's weights it is.
+        adapter: of the module's kind.
+        proven: whether the module's forward is known to be what the adapter says. One
+            that is not inherited is checked at the first call.
+    """
+
+    module: nn.Module
+    weight: Weight
+    adapter: LayerAdapter
+    proven: bool = True
+
+
+@dataclass
 class Layer:
     """A preconditioned weight, the modules that use it, and its bias if it has one.
 
     Attributes:
-        name: of the (first) module; the weight's own name where the model is a layer.
-        modules: the modules that share the weight, usually one.
-        adapter: of their kind.
+        name: of the (first) module, with the weight's label where a module has several;
+            the weight's own name where the model is a layer.
+        uses: by the modules that share the weight, usually one.
         geometry: of the rows.
         weight: the parameter.
         bias: the bias that belongs to the rows, or None.
     """
 
     name: str
-    modules: tuple[nn.Module, ...]
-    adapter: LayerAdapter
+    uses: tuple[Use, ...]
     geometry: Geometry
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -45,6 +63,21 @@ class Layer:
     def params(self) -> list[nn.Parameter]:
         """The weight, and the bias if there is one."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """That share the weight."""
+        return [use.module for use in self.uses]
+
+    @property
+    def axes(self) -> RowAxes:
+        """Where the weight has its rows."""
+        return self.uses[0].weight.axes
+
+    @property
+    def unit(self) -> int:
+        """Rows that a sharded weight never parts: those of one expert."""
+        return self.geometry.rows // max(1, self.weight.shape[self.axes.rows[0]])
 
 
 @dataclass
@@ -94,50 +127,59 @@ def route(
             )
     excluded = _excluded(model, exclude)
     owners = _owners(model)
-    supported = [
-        (name, module)
-        for name, module in model.named_modules()
-        if adapter_for(module) is not None and _own_weight(module) is not None
-    ]
-    output = supported[-1][1] if supported and exclude_output_layer else None
-    layered: set[nn.Parameter] = set()
-    for name, module in supported:
-        weight = _own_weight(module)
-        assert weight is not None
-        if weight in layered or weight in plan.reasons:
-            continue  # shared with a module seen before
-        users = owners[weight]
+    uses = _uses(model)
+    output = list(uses)[-1] if uses and exclude_output_layer else None
+    for weight, (name, *_) in uses.items():
+        users = uses[weight][1]
         reason = None if weight in group_of else "not in params"
         reason = reason or excluded.get(weight)
-        if reason is None and any(user is output for user in users):
+        if reason is None and weight is output:
             reason = "output layer"
-        reason = reason or _obstacle(module, users)
-        if reason is None:
-            layer = _layer(name, module, users, owners)
-            bias = layer.bias
-            if bias is not None and group_of.get(bias) != group_of[weight]:
-                plan.reasons[bias] = "in another group than its weight"
-            elif bias is not None and bias in excluded:
-                plan.reasons[bias] = excluded[bias]
-            elif bias is not None and bias.dtype != weight.dtype:
-                plan.reasons[bias] = "of another dtype than its weight"
-            if bias in plan.reasons:
-                layer = layer.without_bias()
-            plan.layers[layer.name] = layer
-            layered.add(weight)
-        else:
+        reason = reason or _obstacle(weight, users, owners[weight])
+        if reason is not None:
             plan.reasons[weight] = reason
-    _explain(plan, model, excluded)
+            continue
+        layer = _layer(name, weight, users, owners)
+        bias = layer.bias
+        if bias is not None and group_of.get(bias) != group_of[weight]:
+            plan.reasons[bias] = "in another group than its weight"
+        elif bias is not None and bias in excluded:
+            plan.reasons[bias] = excluded[bias]
+        elif bias is not None and bias.dtype != weight.dtype:
+            plan.reasons[bias] = "of another dtype than its weight"
+        if bias in plan.reasons:
+            layer = layer.without_bias()
+        plan.layers[layer.name] = layer
+    _explain(plan, model, uses, excluded)
     for param in plan.names:
         if param not in group_of:
             plan.reasons[param] = "not in params"
     return plan
 
 
-def _own_weight(module: nn.Module) -> nn.Parameter | None:
-    """The weight, unless a parametrization or a hook computes it."""
-    weight = module._parameters.get("weight")
-    return weight if isinstance(weight, nn.Parameter) else None
+Uses = dict[nn.Parameter, tuple[str, list[Use]]]
+"""Of each weight that an adapter names: its layer's name, and who uses it."""
+
+
+def _uses(model: nn.Module) -> Uses:
+    """All weights of the model that adapters name, in the order of their modules."""
+    uses: Uses = {}
+    inner: set[nn.Module] = set()  # whose weight a module around them uses itself
+    for name, module in model.named_modules():
+        adapter = None if module in inner else adapter_for(module)
+        if adapter is None:
+            continue
+        for weight in adapter.weights(module):
+            param = weight.of(module)
+            if param is None:
+                continue
+            held, _ = owner(module, weight.name)
+            if held is not None and held is not module:
+                inner.add(held)
+            label = ".".join(filter(None, [name, weight.label])) or "weight"
+            use = Use(module, weight, adapter, is_proven(module))
+            uses.setdefault(param, (label, []))[1].append(use)
+    return uses
 
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
@@ -148,75 +190,105 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
     return owners
 
 
-def _obstacle(module: nn.Module, users: list[nn.Module]) -> str | None:
-    """Why a supported layer cannot be preconditioned after all."""
-    adapter = adapter_for(module)
-    assert adapter is not None
-    geometry = adapter.geometry(module)
-    weight = _own_weight(module)
-    if weight is None or not weight.is_floating_point():
+def _obstacle(
+    weight: nn.Parameter, users: list[Use], owners: list[nn.Module]
+) -> str | None:
+    """Why a weight that adapters name cannot be preconditioned after all."""
+    if not weight.is_floating_point():
         return "weight is not real"
     if weight.numel() == 0:
         return "weight has no elements"
-    for user in users:
-        other = adapter_for(user)
-        if other is not adapter or _own_weight(user) is not weight:
-            return f"weight shared with {type(user).__name__}"
-        theirs = other.geometry(user)
-        if (theirs.rows, theirs.dim, theirs.groups) != (
-            geometry.rows,
-            geometry.dim,
-            geometry.groups,
-        ):
-            return "weight shared by layers of different geometry"
+    holders = [owner(use.module, use.weight.name)[0] for use in users]
+    for held in owners:
+        if held not in holders:
+            return f"weight shared with {type(held).__name__}"
+    first = users[0]
+    for use in users:
+        if use.adapter is not first.adapter or use.weight != first.weight:
+            return f"weight shared with {type(use.module).__name__}"
+    shapes = {_shape(use) for use in users}
+    if len(shapes) > 1:
+        return "weight shared by layers of different geometry"
+    return _cut_by_shards(weight, first.weight.axes)
+
+
+def _shape(use: Use) -> tuple[int, int, int]:
+    found = use.adapter.geometry(use.module, use.weight)
+    return found.rows, found.dim, found.groups
+
+
+def _cut_by_shards(weight: nn.Parameter, axes: RowAxes) -> str | None:
+    """Why a weight is left alone whose rows lie on several ranks by default."""
+    first = axes.rows[0]
+    if first == 0:
+        return None  # other placements are an error, which says what to do
+    for placement in getattr(weight, "placements", ()):
+        if placement.is_shard() and placement.dim != first:
+            return (
+                f"sharded on dimension {placement.dim}, which cuts its rows: shard it "
+                f"on {first} by fully_shard's shard_placement_fn"
+            )
     return None
 
 
 def _layer(
     name: str,
-    module: nn.Module,
-    users: list[nn.Module],
+    weight: nn.Parameter,
+    users: list[Use],
     owners: dict[nn.Parameter, list[nn.Module]],
 ) -> Layer:
-    adapter, weight = adapter_for(module), _own_weight(module)
-    assert adapter is not None and weight is not None
-    bias = module._parameters.get("bias")
-    geometry = adapter.geometry(module)
-    layer = Layer(name or "weight", tuple(users), adapter, geometry, weight, bias)
+    first = users[0]
+    bias = first.weight.bias_of(first.module)
+    geometry = first.adapter.geometry(first.module, first.weight)
+    layer = Layer(name, tuple(users), geometry, weight, bias)
     # A bias is part of the rows only if it goes wherever the weight goes.
-    if bias is None or owners[bias] != users:
+    if bias is None or not _follow(bias, users, owners[bias]):
         return layer.without_bias()
     return layer
 
 
-def _explain(plan: Plan, model: nn.Module, excluded: dict[nn.Parameter, str]) -> None:
+def _follow(bias: nn.Parameter, users: list[Use], owners: list[nn.Module]) -> bool:
+    """Whether all that use a weight, and nobody else, use its bias."""
+    holders = [
+        owner(use.module, use.weight.bias)[0] for use in users if use.weight.bias
+    ]
+    return owners == holders and all(u.weight.bias_of(u.module) is bias for u in users)
+
+
+def _explain(
+    plan: Plan,
+    model: nn.Module,
+    uses: Uses,
+    excluded: dict[nn.Parameter, str],
+) -> None:
     """Fill in the reasons of all that has none yet."""
     for layer in plan.layers.values():
-        kind = type(layer.modules[0]).__name__
-        shared = "" if len(layer.modules) == 1 else f", shared by {len(layer.modules)}"
+        kind = type(layer.uses[0].module).__name__
+        shared = "" if len(layer.uses) == 1 else f", shared by {len(layer.uses)}"
         for param in layer.params:
             plan.reasons[param] = kind + shared
+    follows = {}  # a bias that is no part of the rows, and the weight it belongs to
+    for weight, (_, users) in uses.items():
+        for use in users:
+            bias = use.weight.bias_of(use.module)
+            if bias is not None:
+                follows[bias] = weight
+    preconditioned = plan.preconditioned()
     for module in model.modules():
         for local, param in module.named_parameters(recurse=False):
             if param in plan.reasons:
                 continue
-            kind = type(module).__name__
-            weight = _own_weight(module)
             if param in excluded:
                 reason = excluded[param]
-            elif weight is not None and local == "bias" and weight in plan.reasons:
-                follows = plan.reasons[weight]
+            elif param in follows:
+                weight = follows[param]
                 reason = (
                     "bias not shared like its weight"
-                    if weight in plan.preconditioned()
-                    else follows
+                    if weight in preconditioned
+                    else plan.reasons[weight]
                 )
-            elif adapter_for(module) is not None:
-                reason = f"{kind} whose weight is computed"
-            elif "forward" in vars(module):
-                reason = f"{kind} whose forward was replaced"
             else:
-                reason = f"no adapter for {kind}"
+                reason = left_out(model, module, local)
             plan.reasons[param] = reason
 
 

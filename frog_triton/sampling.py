@@ -82,6 +82,39 @@ def draw(
     return drawn.remainder_(total)
 
 
+def draw_groups(
+    ends: Tensor, total: int, size: int, key: Counter
+) -> tuple[Tensor, Tensor]:
+    """Draw up to `size` indices of each group, without asking how long groups are.
+
+    As many slots for each group as twice its fair share would fill, at most `size`. A
+    group with more members has one drawn a slot, each in a slice of its own; one with
+    fewer has all of them, and slots that stay empty.
+
+    Args:
+        ends: where each group's members end ``(groups,)``, in order, on the device.
+        total: members of all groups, or more.
+        size: slots of a group at most.
+        key: from `counter_key`.
+
+    Returns:
+        Indices below `total` ``(slots * groups,)``, a group after the other for each
+        slot, and which of them are members.
+    """
+    ends = ends.to(torch.int64)
+    groups = ends.shape[0]
+    slots = max(1, min(size, -(-2 * total // groups)))
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    counts = (ends - starts).expand(slots, groups)
+    slot = torch.arange(slots, device=ends.device)[:, None]
+    number = slot * groups + torch.arange(groups, device=ends.device)
+    within = (slot * counts + _below(counts, number, key)) // slots
+    within = (within + _remainder(counter_key(key, 1), max(total, 1))) % counts.clamp(1)
+    chosen = torch.where(counts > slots, within, slot)
+    there = (slot < counts).flatten()
+    return (starts + chosen).clamp(max=max(total - 1, 0)).flatten(), there
+
+
 def _remainder(key: Counter, total: int) -> Counter:
     """``key % total``, where a tensor's bits stand for an unsigned number."""
     if isinstance(key, int):

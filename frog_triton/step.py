@@ -14,7 +14,7 @@ from torch import Tensor
 from . import ops
 from .autotune.tuning import Tuning
 from .launches import MOST_PROBLEMS, Bucket, portions, shape_of
-from .layers import LinearMap, MatrixMap
+from .layers import LinearMap, MatrixMap, RowAxes
 from .ops.types import Rows, local, stack_rows, written_out
 from .orthogonal import orthogonal_update_, orthogonalize
 from .preconditioner import solve
@@ -38,6 +38,8 @@ class LayerStep:
         params: theta in the parameters' own shapes, updated in place.
         finite: without `grads`, rows whose gradient was finite.
         counted: which of the layer's counters are of these rows; None for all.
+        homes: momentum and parameters whose rows lie apart in memory, with the copy
+            that this step works on; see `write_back`.
     """
 
     layer: Layer
@@ -49,6 +51,12 @@ class LayerStep:
     params: Rows
     finite: Tensor | None = None
     counted: slice | None = None
+    homes: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    def write_back(self) -> None:
+        """Bring home what the step has worked on a copy of."""
+        for home, rows in self.homes:
+            home.copy_(rows.view(home.shape))
 
     def narrow(self, rows: slice, counted: slice, x: LinearMap, y: Tensor) -> LayerStep:
         """Some rows alone, with the samples that belong to them."""
@@ -99,18 +107,25 @@ def layer_step(
     Raises:
         ValueError: the layer has more groups than the backend can take.
     """
-    weight, bias = layer.weight, layer.bias
+    weight, bias, axes = layer.weight, layer.bias, layer.axes
+    homes: list[tuple[Tensor, Tensor]] = []
+
+    def flat(tensor: Tensor, kept: bool = True) -> Tensor:
+        """A bias as ``(R,)``."""
+        return _at_home(tensor, tensor.flatten(), homes if kept else [])
+
     momentum_bias = params_bias = bias_grad = None
     if bias is not None and bias.grad is not None:
-        momentum_bias, params_bias = local(state[bias]["momentum_buffer"]), local(bias)
-        bias_grad = _without_overlap(local(bias.grad))
+        momentum_bias = flat(local(state[bias]["momentum_buffer"]))
+        params_bias = flat(local(bias))
+        bias_grad = flat(_without_overlap(local(bias.grad)), kept=False)
     x, y = samples(layer, bias_grad is not None)
     if weight.grad is not None:
-        momentum = Rows(
-            local(state[weight]["momentum_buffer"]).flatten(1), momentum_bias
-        )
-        params = Rows(local(weight), params_bias)
-        grads = Rows(_without_overlap(local(weight.grad)).flatten(1), bias_grad)
+        kept = axes.view(local(state[weight]["momentum_buffer"]))
+        rows = _at_home(kept, axes.matrix(local(state[weight]["momentum_buffer"])), homes)
+        momentum = Rows(rows, momentum_bias)
+        params = Rows(_param_rows(axes, local(weight), homes), params_bias)
+        grads = Rows(axes.matrix(_without_overlap(local(weight.grad))), bias_grad)
     else:  # frozen: the bias is the whole row
         assert momentum_bias is not None and params_bias is not None
         nothing = (params_bias.shape[0], 0)
@@ -125,7 +140,28 @@ def layer_step(
             f"{layer.name}: {x.groups} groups are more than a launch can hold, "
             f"{MOST_PROBLEMS}; build FROG with backend='torch', or exclude the layer"
         )
-    return LayerStep(layer, chosen, x, y, momentum, grads, params)
+    return LayerStep(
+        layer, chosen, x, y, momentum, grads, params, homes=tuple(homes)
+    )
+
+
+def _at_home(
+    home: Tensor, rows: Tensor, homes: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Rows, noted with where they are to be copied back if they are a copy."""
+    if rows.untyped_storage()._cdata != home.untyped_storage()._cdata:
+        homes.append((home, rows))
+    return rows
+
+
+def _param_rows(
+    axes: RowAxes, weight: Tensor, homes: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """A parameter with its rows in front, in its own memory where there is a way."""
+    view = axes.view(weight)
+    if len(axes.rows) == 1:
+        return view
+    return _at_home(view, view.flatten(0, len(axes.rows) - 1), homes)
 
 
 class Direction(NamedTuple):

@@ -30,8 +30,13 @@ class Receiver(Protocol):
     def refuse(self) -> str:
         """Why no call of the module can be sampled now, if none can."""
 
-    def sample(self, x: Tensor, y_shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
-        """``X[index]`` and index; None where nobody wants samples any more."""
+    def sample(
+        self, x: Tensor, y_shape: Sequence[int], output: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """``X[index]`` and index; None where nobody wants samples (any more).
+
+        The output is there where it is still to prove what the layer computes.
+        """
 
     def keep(self, x: Tensor, index: Tensor, grad: Tensor) -> None:
         """Take the output's gradient in, for samples that `sample` gave."""
@@ -80,6 +85,7 @@ def tap(
     count: int,
     row: int,
     number: int,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """Sample a layer's call in the graph that is being made.
 
@@ -91,11 +97,12 @@ def tap(
         count: how many samples there will be.
         row: the length of a sampled row of X; 0 if whole examples are sampled.
         number: from `enrol`.
+        seen: the output, detached, where it is still to prove what the layer computes.
 
     Returns:
         The output, to be used from now on.
     """
-    sampled, index = torch.ops.frog_triton.sample(x, y_shape, count, row, number)
+    sampled, index = torch.ops.frog_triton.sample(x, y_shape, count, row, number, seen)
     tapped: Tensor = _Tap.apply(output, anchor, sampled, index, number)
     return tapped
 
@@ -128,12 +135,17 @@ class _Tap(torch.autograd.Function):
 
 @torch.library.custom_op("frog_triton::sample", mutates_args=(), tags=_TAGS)
 def _sample(
-    x: Tensor, y_shape: Sequence[int], count: int, row: int, number: int
+    x: Tensor,
+    y_shape: Sequence[int],
+    count: int,
+    row: int,
+    number: int,
+    seen: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     receiver = _RECEIVERS.get(number)
-    found = None if receiver is None else receiver.sample(x, y_shape)
+    found = None if receiver is None else receiver.sample(x, y_shape, seen)
     if found is None:
-        sampled, index = _empty_sample(x, y_shape, count, row, number)
+        sampled, index = _empty_sample(x, y_shape, count, row, number, seen)
         return sampled.zero_(), index.zero_()
     sampled, index = found
     return sampled.contiguous(), index
@@ -141,7 +153,12 @@ def _sample(
 
 @_sample.register_fake
 def _empty_sample(
-    x: Tensor, y_shape: Sequence[int], count: int, row: int, number: int
+    x: Tensor,
+    y_shape: Sequence[int],
+    count: int,
+    row: int,
+    number: int,
+    seen: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     shape = (count, row) if row else (count, *x.shape[1:])
     return x.new_empty(shape), x.new_empty(count, dtype=torch.int64)

@@ -1,6 +1,10 @@
 """Layer kinds and their registry.
 
-A new kind is one `LayerAdapter` subclass and one `register` line.
+A new kind is one `LayerAdapter` subclass and one `register` line; a module with one
+matrix for a weight is the line alone:
+
+    frog_triton.layers.register(MyLinear, LinearAdapter())                # (out, in)
+    frog_triton.layers.register(Conv1D, LinearAdapter(Weight(axes=ROWS_SECOND)))
 """
 
 from __future__ import annotations
@@ -14,44 +18,109 @@ from .base import (
     MatrixMap,
     pool_samples,
 )
+from .computed import computed_by
 from .conv import ConvAdapter, ConvMap
 from .linear import LinearAdapter
+from .products import AttentionAdapter, ExpertsAdapter, is_experts
+from .rows import EXPERTS, EXPERTS_SECOND, ROWS_FIRST, ROWS_SECOND, RowAxes, Seen, Weight
 
 __all__ = [
+    "EXPERTS",
+    "EXPERTS_SECOND",
+    "ROWS_FIRST",
+    "ROWS_SECOND",
+    "ConvAdapter",
     "ConvMap",
+    "ExpertsAdapter",
     "Geometry",
     "LayerAdapter",
+    "LinearAdapter",
     "LinearMap",
     "MatrixMap",
+    "RowAxes",
+    "Seen",
+    "Weight",
     "adapter_for",
+    "is_proven",
+    "left_out",
     "pool_samples",
     "register",
 ]
 
-_REGISTRY: dict[type[nn.Module], LayerAdapter] = {}
+Kind = type[nn.Module] | str
+_REGISTRY: dict[Kind, LayerAdapter] = {}
 
 
-def register(kind: type[nn.Module], adapter: LayerAdapter) -> None:
-    """Let `adapter` serve modules of type `kind`."""
+def register(kind: Kind, adapter: LayerAdapter) -> None:
+    """Let `adapter` serve modules of type `kind`.
+
+    Args:
+        kind: a module type, or its full name (``"package.module.Class"``), so that the
+            package need not be imported.
+        adapter: says what the weights are, where their rows lie, and where their
+            samples are seen.
+    """
     _REGISTRY[kind] = adapter
 
 
 def adapter_for(module: nn.Module) -> LayerAdapter | None:
     """The adapter of a module's kind, or None.
 
-    A subclass is served by its parent's adapter as long as it inherits ``forward``:
-    a layer that computes something else is not the linear map its parent is. Nor is
-    one whose ``forward`` was replaced on the instance.
+    A subclass is served by its parent's adapter. Where it, or the instance, has a
+    forward of its own, that may still compute what its parent's does: see `is_proven`.
     """
+    found = _registered(module)
+    if found is None:
+        return ExpertsAdapter() if is_experts(module) else None
+    return found[1]
+
+
+def is_proven(module: nn.Module) -> bool:
+    """Whether a module's forward is its registered kind's own, or need not be.
+
+    One that is not inherited is checked at the first call that makes samples.
+    """
+    found = _registered(module)
+    if found is None:
+        return True
+    kind, adapter = found
+    if any(weight.seen is not Seen.CALL for weight in adapter.weights(module)):
+        return True
     if "forward" in vars(module):
-        return None
+        return False
+    return type(module).forward is kind.forward
+
+
+def left_out(model: nn.Module, module: nn.Module, name: str) -> str:
+    """Why no adapter names a parameter.
+
+    Args:
+        model: the whole model.
+        module: that holds the parameter.
+        name: of the parameter there.
+    """
+    for parent in model.modules():
+        why = computed_by(parent)
+        if why and any(module is child for child in parent.modules()):
+            kind = type(parent).__name__.removeprefix("Parametrized")
+            if name in ("original0", "weight_g"):
+                return f"the scale of a {kind}'s rows, {why}'s g"
+            return f"{kind} whose weight is computed by {why}"
+    return f"no adapter for {type(module).__name__}"
+
+
+def _registered(module: nn.Module) -> tuple[type, LayerAdapter] | None:
     for kind in type(module).__mro__:
-        if kind in _REGISTRY:
-            same = type(module).forward is kind.forward
-            return _REGISTRY[kind] if same else None
+        for key in (kind, f"{kind.__module__}.{kind.__qualname__}"):
+            if key in _REGISTRY:
+                return kind, _REGISTRY[key]
     return None
 
 
 register(nn.Linear, LinearAdapter())
 for _kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
     register(_kind, ConvAdapter())
+register(nn.MultiheadAttention, AttentionAdapter())
+register(
+    "transformers.pytorch_utils.Conv1D", LinearAdapter(Weight(axes=ROWS_SECOND))
+)

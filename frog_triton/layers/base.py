@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.types import Rows, Window, written_out
+from .computed import row_wise
 from .rows import Weight
 
 
@@ -238,7 +239,7 @@ class LayerAdapter(ABC):
 
     def weights(self, module: nn.Module) -> Sequence[Weight]:
         """The module's weights, each with its rows; ``weight`` and ``bias`` if not."""
-        return (Weight(),)
+        return (row_wise(module, Weight()),)
 
     @abstractmethod
     def geometry(self, module: nn.Module, weight: Weight | None = None) -> Geometry:

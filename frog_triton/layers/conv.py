@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..ops.precision import exact_convolutions
 from ..ops.types import Rows, Window, unravel
 from .base import Geometry, LayerAdapter, LinearMap, MatrixMap
-from .rows import Weight
+from .rows import Weight, named
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 # torch's names for padding modes, as F.pad spells them.
@@ -164,9 +164,10 @@ class ConvAdapter(LayerAdapter):
         self, module: nn.Module, weight: Weight | None = None
     ) -> Geometry:
         conv = cast(_Conv, module)
-        rows = conv.weight.shape[0]
-        dim = conv.weight.shape[1:].numel()
-        return Geometry(rows, dim, conv.groups, bias=conv.bias is not None)
+        weight = weight or self.weights(module)[0]
+        shape = named(module, weight.name).shape
+        bias = weight.bias_of(module) is not None
+        return Geometry(shape[0], shape[1:].numel(), conv.groups, bias)
 
     def batched(self, module: nn.Module, x: Tensor) -> Tensor:  # noqa: D102
         spatial = len(cast(_Conv, module).kernel_size)
@@ -188,8 +189,8 @@ class ConvAdapter(LayerAdapter):
             tuple(conv.kernel_size),
             tuple(conv.stride),
             tuple(conv.dilation),
-            tuple(before for before, _ in _pads(conv)),
-            conv.padding_mode,
+            tuple(before for before, _ in self.pads(module, x.shape[2:])),
+            self.padding_mode(module),
         )
         patches: Tensor = backend.gather_patches(x, index, y_shape[2:], window)
         return patches
@@ -203,11 +204,11 @@ class ConvAdapter(LayerAdapter):
         self, module: nn.Module, x: Tensor, bias: bool
     ) -> ConvMap:
         conv = cast(_Conv, module)
-        pads = _pads(conv)
+        pads, mode = self.pads(module, x.shape[2:]), self.padding_mode(module)
         padding = tuple(before for before, _ in pads)
-        if conv.padding_mode != "zeros" or any(a != b for a, b in pads):
+        if mode != "zeros" or any(a != b for a, b in pads):
             flat = [p for pair in reversed(pads) for p in pair]
-            x = F.pad(x, flat, mode=_PAD_MODES.get(conv.padding_mode, "constant"))
+            x = F.pad(x, flat, mode=_PAD_MODES.get(mode, "constant"))
             padding = (0,) * len(pads)
         spec = ConvSpec(
             tuple(conv.kernel_size),
@@ -221,14 +222,52 @@ class ConvAdapter(LayerAdapter):
     def canonical(self, y: Tensor) -> Tensor:  # noqa: D102
         return y.flatten(2)
 
+    def pads(self, module: nn.Module, size: Sequence[int]) -> list[tuple[int, int]]:
+        """Padding before and after, per spatial dimension, ``'same'`` resolved.
 
-def _pads(conv: _Conv) -> list[tuple[int, int]]:
-    """Padding before and after, per spatial dimension, ``'same'`` resolved."""
-    if conv.padding == "valid":
-        return [(0, 0)] * len(conv.kernel_size)
-    if conv.padding == "same":
-        total = [
-            d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
-        ]
-        return [(t // 2, t - t // 2) for t in total]
-    return [(int(p), int(p)) for p in conv.padding]
+        Args:
+            module: the layer.
+            size: spatial shape of its input.
+        """
+        conv = cast(_Conv, module)
+        if conv.padding == "valid":
+            return [(0, 0)] * len(conv.kernel_size)
+        if conv.padding == "same":
+            total = [
+                d * (k - 1)
+                for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+            ]
+            return [(t // 2, t - t // 2) for t in total]
+        return [(int(p), int(p)) for p in conv.padding]
+
+    def padding_mode(self, module: nn.Module) -> str:
+        """Torch's name of what the padding holds."""
+        return cast(_Conv, module).padding_mode
+
+
+class SameConvAdapter(ConvAdapter):
+    """Convolutions padded with zeros to TensorFlow's "same", whatever their `padding`.
+
+    Of an input of size i, stride s, kernel k and dilation d the output has
+    ``ceil(i / s)`` positions, for which
+
+        total = max((ceil(i / s) - 1) s + (k - 1) d + 1 - i, 0)
+
+    zeros are added, ``total // 2`` of them before: as many as timm's ``pad_same``
+    adds. Unlike torch's ``'same'`` it depends on the input's size.
+    """
+
+    def pads(  # noqa: D102
+        self, module: nn.Module, size: Sequence[int]
+    ) -> list[tuple[int, int]]:
+        conv = cast(_Conv, module)
+        pads = []
+        for i, k, s, d in zip(
+            size, conv.kernel_size, conv.stride, conv.dilation, strict=True
+        ):
+            total = max((-(-i // s) - 1) * s + (k - 1) * d + 1 - i, 0)
+            pads.append((total // 2, total - total // 2))
+        return pads
+
+    def padding_mode(self, module: nn.Module) -> str:  # noqa: D102
+        return "zeros"

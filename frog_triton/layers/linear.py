@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.types import unravel
 from .base import Geometry, LayerAdapter, MatrixMap
+from .computed import row_wise
 from .rows import Weight, named
 
 _WEIGHT = Weight()
@@ -25,12 +26,12 @@ class LinearAdapter(LayerAdapter):
         self._weight = weight
 
     def weights(self, module: nn.Module) -> tuple[Weight, ...]:  # noqa: D102
-        return (self._weight,)
+        return (row_wise(module, self._weight),)
 
     def geometry(  # noqa: D102
         self, module: nn.Module, weight: Weight | None = None
     ) -> Geometry:
-        own = self._weight
+        own = weight or self.weights(module)[0]
         rows, dim = own.axes.view(named(module, own.name)).shape
         return Geometry(rows, dim, groups=1, bias=own.bias_of(module) is not None)
 

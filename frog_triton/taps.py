@@ -1,0 +1,317 @@
+"""Samples one weight's products: an input, an output, and the output's gradient.
+
+A `Tap` is told of products by whoever sees them (`hooks` sees a module's own call,
+`products` what happens inside of one). It copies a sample of the input and waits for
+the output's gradient, in a graph of autograd or in one that torch.compile makes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import traced
+from .layers.linear import LinearAdapter
+from .layers.recognise import recognise
+from .layers.rows import Seen, owner
+from .routing import Layer, Use
+
+if TYPE_CHECKING:
+    from .capture import SampleCapture
+    from .pool import Part
+
+IN_EVAL_MODE = (
+    "samples are taken in training mode with gradients enabled: did its forward pass "
+    "run in eval mode?"
+)
+NESTED = "it was called with nested tensors"
+EMPTY = "its inputs were empty"
+
+_PRODUCT = LinearAdapter()
+"""Takes rows of a product inside of a module, whatever the module's own kind."""
+
+
+class Tap:
+    """Takes samples of one layer's products in one module.
+
+    Holds weak references, so that neither module nor optimizer is kept alive.
+
+    Args:
+        capture: takes the samples.
+        layer: whose samples they are.
+        use: of its weight by the module.
+        part: groups of rows that the products make, first and end; None for all.
+    """
+
+    def __init__(
+        self, capture: SampleCapture, layer: Layer, use: Use, part: Part = None
+    ) -> None:
+        self._capture = weakref.ref(capture)
+        self._module = weakref.ref(use.module)
+        self.use = use
+        self.name = layer.name
+        self.part = part
+        self.weight = layer.weight
+        self.inside = use.weight.seen is not Seen.CALL
+        self.by_position = self.inside or capture.sampling == "positions"
+        self.size = capture.size_inside if self.inside else capture.sample_size
+        geometry = layer.geometry
+        groups = 1 if self.inside else geometry.groups
+        self._row = groups * geometry.dim if self.by_position else 0
+        self._number = traced.enrol(self)
+        self._anchor = traced.make_anchor()
+        self.refuted = ""
+
+    @property
+    def capture(self) -> SampleCapture | None:
+        """What takes the samples, if it still lives."""
+        return self._capture()
+
+    @property
+    def module(self) -> nn.Module | None:
+        """That uses the weight, if it still lives."""
+        return self._module()
+
+    @property
+    def adapter(self) -> Any:
+        """Knows the form of input and output."""
+        return _PRODUCT if self.inside else self.use.adapter
+
+    # -- what keeps a call from being sampled ------------------------------------------
+
+    def applies(self, module: nn.Module) -> bool:
+        """Whether the module now uses the layer's own weight, which takes a gradient.
+
+        FSDP2 puts a gathered one in its place; `torch.func.functional_call` any other.
+        """
+        held, name = owner(module, self.use.weight.name)
+        if held is None:
+            return False
+        weight = held._parameters.get(name)
+        if weight is None:  # computed, as by pruning
+            weight = held.__dict__.get(name)
+            return weight is not None and weight.requires_grad
+        if weight is not self.weight and weight.is_leaf:
+            if not hasattr(self.weight, "to_local"):
+                return False
+        if weight.requires_grad:
+            return True
+        bias = self.use.weight.bias_of(module)
+        return bias is not None and bias.requires_grad
+
+    def gathered(self, module: nn.Module) -> list[Tensor | None]:
+        """What now stands in the module for the weight and its bias."""
+        return [self.use.weight.of(module), self.use.weight.bias_of(module)]
+
+    def reason(self, module: nn.Module, output: Tensor) -> str:
+        """Why a call that could be sampled is not, if it is not."""
+        if not module.training:
+            return IN_EVAL_MODE
+        return EMPTY if not output.numel() else ""
+
+    def see(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        """Sample a product inside of a module.
+
+        Returns:
+            The output to be used from now on.
+        """
+        if torch.compiler.is_compiling():
+            tapped = self.trace(module, x, output)
+            return output if tapped is None else tapped
+        capture = self._capture()
+        if capture is not None and self.may_sample(capture, module, x, output):
+            self.take(capture, module, x, output)
+        return output
+
+    def may_sample(
+        self, capture: SampleCapture, module: nn.Module, x: Tensor, output: Tensor
+    ) -> bool:
+        """Whether a product is to be sampled; if not, the reason is noted."""
+        if not output.requires_grad:
+            return False
+        reason = unlike_a_matrix(x, output)
+        if reason:
+            capture.missed(self.name, reason)
+            return False
+        capture.called.add(self.name)
+        reason = self.reason(module, output)
+        if reason:
+            capture.missed(self.name, reason)
+        return not reason
+
+    # -- in a graph of autograd --------------------------------------------------------
+
+    def take(
+        self, capture: SampleCapture, module: nn.Module, x: Tensor, output: Tensor
+    ) -> None:
+        """Copy a sample of a product's input, and wait for the output's gradient."""
+        y = self.adapter.batched(module, output)
+        x = x.detach()
+        x = x if type(x) is Tensor else x.as_subclass(Tensor)
+        x = self.adapter.batched(module, x)
+        held = capture.draw(self, module, x, y.shape)
+        on_gradient(output, held, partial(capture.keep, self, module))
+
+    def take_tokens(
+        self,
+        capture: SampleCapture,
+        module: nn.Module,
+        x: Tensor,
+        output: Tensor,
+        ends: Tensor,
+        order: Tensor | None = None,
+    ) -> None:
+        """The same of a grouped product, in which each token has a group.
+
+        Args:
+            capture: takes the samples.
+            module: that made the product.
+            x: tokens ``(T, D)``.
+            output: ``(T, R / groups)``.
+            ends: where each group's tokens end, ``(groups,)``, on the device.
+            order: of the tokens by their group; None where they lie so.
+        """
+        held = capture.draw_tokens(self, module, x.detach(), ends, order)
+        on_gradient(output, held, partial(capture.keep_tokens, self, module))
+
+    # -- in a graph that torch.compile makes -------------------------------------------
+
+    def trace(self, module: nn.Module, x: Any, output: Tensor) -> Tensor | None:
+        """The same by operators that torch.compile can put into its graphs.
+
+        Returns:
+            The output to be used from now on; None leaves it as it is.
+        """
+        reason = traced.refuse(self._number)
+        if not reason and (x.is_nested or output.is_nested):
+            reason = NESTED
+        reason = reason or self.reason(module, output)
+        if reason:
+            traced.mark(self._number, reason)
+            return None
+        y = self.adapter.batched(module, output)
+        positions = self.adapter.positions(y) if self._row else 1
+        count = torch.sym_min(self.size, y.shape[0] * positions)
+        x = self.adapter.batched(module, x.detach())
+        seen = None if self.use.proven else output.detach()
+        return traced.tap(
+            output, self._anchor, x, y.shape, count, self._row, self._number, seen
+        )
+
+    def refuse(self) -> str:
+        """See `traced.Receiver`."""
+        return self.refuted
+
+    def mark(self, reason: str) -> None:
+        """See `traced.Receiver`."""
+        capture = self._capture()
+        if capture is not None:
+            capture.unsampled_graphs[self.name] = reason
+
+    def sample(
+        self, x: Tensor, y_shape: Sequence[int], output: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """See `traced.Receiver`."""
+        capture, module = self._capture(), self._module()
+        if capture is None or module is None or not capture.watches(self.name):
+            return None
+        if output is not None and not self.prove(capture, module, x, output):
+            return None
+        capture.called.add(self.name)
+        return capture.draw(self, module, x, torch.Size(y_shape))
+
+    def prove(
+        self, capture: SampleCapture, module: nn.Module, x: Tensor, output: Tensor
+    ) -> bool:
+        """Whether the module's forward computes what its adapter says; checked once."""
+        if self.use.proven:
+            return True
+        y = self.adapter.batched(module, output.detach())
+        x = self.adapter.batched(module, x.detach())
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            found = recognise(module, self.use.adapter, x, y)
+        if found is None:
+            return False
+        if isinstance(found, str):
+            self.refuted = found
+            capture.missed(self.name, found)
+            return False
+        self.use.adapter, self.use.proven = found, True
+        return True
+
+    def keep(self, x: Tensor, index: Tensor, grad: Tensor) -> None:
+        """See `traced.Receiver`."""
+        capture, module = self._capture(), self._module()
+        if capture is not None and module is not None:
+            capture.keep(self, module, x, index, grad)
+
+
+def on_gradient(output: Tensor, held: Any, receive: Callable[..., None]) -> None:
+    """Call ``receive(*held, grad)`` when the output's gradient is there.
+
+    What is held lives as long as the graph does, or until the gradient has come.
+    """
+    made, shape = _written_tensor(output), output.shape
+    number, kept = made.output_nr, [held]
+    keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+
+    def on_grads(grads: tuple[Tensor | None, ...]) -> None:
+        grad = grads[number]
+        if torch.compiler.is_compiling():  # by compiled autograd
+            return
+        if grad is None or no_ordinary_call() or _is_batched(grad):
+            return
+        for each in kept:
+            receive(*each, grad.view(shape))
+        if not keeps_graph():  # whoever keeps the loss keeps this hook
+            kept.clear()
+
+    # What the product's own backward gets: after all that is hooked on the tensor.
+    assert made.grad_fn is not None
+    made.grad_fn.register_prehook(on_grads)
+
+
+def unlike_a_matrix(x: Any, output: Tensor) -> str:
+    """Why a product of such tensors cannot be sampled, if it cannot."""
+    for tensor in (x, output):
+        if tensor.is_nested:
+            return NESTED
+        if tensor.layout != torch.strided:
+            return "it was called with sparse tensors"
+    if type(output) is not Tensor:
+        return f"its output is a {type(output).__name__}"
+    return ""
+
+
+def no_ordinary_call() -> bool:
+    """Whether torch transforms or records what runs instead of running it."""
+    if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    keys = torch._C._TorchDispatchModeKey
+    modes = (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)
+    return any(torch._C._get_dispatch_mode(key) is not None for key in modes)
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Whether a backward pass runs for many gradients at once."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def _written_tensor(output: Tensor) -> Tensor:
+    """The output, or the tensor that it is another shape of.
+
+    A Linear layer's output for a sequence is a view. An in-place activation on it
+    takes the view's old node out of the graph, and its hooks with that; those of the
+    viewed tensor stay.
+    """
+    base = output._base
+    if base is None or not (base.is_contiguous() and output.is_contiguous()):
+        return output
+    return base if base.numel() == output.numel() else output
