@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LINT_SITE := .lint/site
 OLDEST := $(VENV)/triton-3.6
+VISION := $(VENV)/vision
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test coverage lint clean
 
 install: $(READY)
 
@@ -17,7 +18,8 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint constraints.txt --editable '.[demo,dev,examples,peers]'
+	  --constraint constraints.txt --editable '.[demo,dev,examples,peers]' \
+	  diffusers peft
 	touch $(READY)
 
 demo: $(READY)
@@ -30,8 +32,21 @@ $(OLDEST): $(READY)
 	  --target $(OLDEST) triton==3.6.0
 	touch $(OLDEST)
 
-test: $(READY) $(OLDEST)
+# Aside, since transformers imports torchvision wherever it finds it, and torchvision's
+# build for CUDA cannot be imported beside a torch for the CPU.
+$(VISION): $(READY)
+	rm -rf $(VISION)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --constraint constraints.txt --target $(VISION) timm torchvision
+	touch $(VISION)
+
+test: $(READY) $(OLDEST) $(VISION)
 	$(BIN)/python -m pytest -n 2
+
+# The table of what FROG preconditions of real models.
+coverage: $(READY) $(VISION)
+	PYTHONPATH=$(VISION) $(BIN)/python -m frog_triton bench coverage \
+	  --write benchmarks/results/coverage.md
 
 # Type checkers cannot follow the package mapping of an editable install, so mypy
 # checks a copy that is installed aside.

@@ -5,6 +5,7 @@
     frog-triton bench train cifar10-small --data DIR
     frog-triton bench stability
     frog-triton bench stability --case overfit-mlp gan
+    frog-triton bench coverage
 
 Without a GPU, kernels and step print counts and floors, and time nothing.
 """
@@ -21,6 +22,7 @@ _BENCHES = {
     "kernels": ("the convolution kernels beside cuDNN", "bench_kernels", ()),
     "step": ("FROG's step beside other optimizers'", "bench_step", ()),
     "train": ("optimizers on a workload", "train.bench", ("matplotlib",)),
+    "coverage": ("how much of real models FROG preconditions", "coverage", ()),
     "stability": ("which optimizers survive", "train.stability", ("sklearn",)),
 }
 
