@@ -492,18 +492,12 @@ def labelled():
     return dict(input_ids=tokens(), labels=tokens())
 
 
-def seen(size=16):
-    return dict(pixel_values=pixels(size), labels=torch.tensor([0, 1]))
+def seen():
+    return dict(pixel_values=pixels(), labels=torch.tensor([0, 1]))
 
 
 def both():
     return dict(input_ids=tokens(), pixel_values=pixels(), return_loss=True)
-
-
-def detected():
-    boxes = torch.rand(1, 4) / 4 + 0.3
-    target = dict(class_labels=torch.tensor([1]), boxes=boxes)
-    return dict(pixel_values=pixels(32), labels=[target, target])
 
 
 DETR = dict(
@@ -515,7 +509,7 @@ DETR = dict(
 )
 
 TRANSFORMERS = {
-    # model: configuration, its arguments, batch, by name, by what happens if else
+    # model: its configuration's kind and options, a batch, its outputs
     "BertForSequenceClassification": (
         ("BertConfig", TEXT),
         lambda: dict(input_ids=tokens(), labels=torch.tensor([0, 1])),
@@ -534,7 +528,15 @@ TRANSFORMERS = {
     "T5ForConditionalGeneration": (
         (
             "T5Config",
-            dict(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2),
+            dict(
+                vocab_size=20,
+                d_model=16,
+                d_kv=8,
+                d_ff=16,
+                num_layers=1,
+                num_heads=2,
+                decoder_start_token_id=0,
+            ),
         ),
         labelled,
         "lm_head",
@@ -633,6 +635,69 @@ def test_detr_with_two_heads():
         return total(out.logits) + total(out.pred_boxes)
 
     assert by_passes(model, loss) == outputs
+
+
+TIMM = {
+    "resnet18": "fc",
+    "mobilenetv3_small_100": "classifier",
+    "convnext_atto": "head.fc",
+    "vit_tiny_patch16_224": "head",
+    "resnetv2_50x1_bit": "head.fc",
+    "deit_tiny_distilled_patch16_224": "head head_dist",
+    "levit_128s": "head.linear head_dist.linear",
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_models_of_timm(name):
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        assert by_name(timm.create_model(name, num_classes=5)) == set(
+            TIMM[name].split()
+        )
+        assert by_name(timm.create_model(name, num_classes=0)) is None
+
+
+def test_distilled_heads_of_timm_in_a_pass():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1)
+    model.set_distilled_training()
+    both = lambda m: sum(total(y) for y in m(pixels(32)))  # noqa: E731
+    assert by_passes(model, both) == {"head", "head_dist"}
+    assert by_passes(model, lambda m: total(m(pixels(32))[0])) == {"head"}
+
+
+TORCHVISION = {
+    "resnet18": "fc",
+    "mobilenet_v3_small": "classifier.3",
+    "vit_b_16": "heads.head",
+    "googlenet": "aux1.fc2 aux2.fc2 fc",
+    "fcn_resnet50": "classifier.4 aux_classifier.4",
+    "retinanet_resnet50_fpn": (
+        "head.classification_head.cls_logits head.regression_head.bbox_reg"
+    ),
+}
+
+
+def of_torchvision(name):
+    models = pytest.importorskip("torchvision").models
+    no_backbone = dict(weights_backbone=None) if "resnet50" in name else {}
+    aux = dict(aux_loss=True) if "fcn" in name else {}
+    return models.get_model(name, weights=None, **no_backbone, **aux)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_models_of_torchvision(name):
+    with torch.device("meta"):
+        assert by_name(of_torchvision(name)) == set(TORCHVISION[name].split())
+
+
+def test_segmentation_of_torchvision_in_a_pass():
+    model = of_torchvision("fcn_resnet50")
+    found = by_passes(model, lambda m: sum(map(total, m(pixels(32)).values())))
+    assert found == {"classifier.4", "aux_classifier.4"}
+    found = by_passes(model, lambda m: total(m(pixels(32))["out"]))
+    assert found == {"classifier.4"}
 
 
 # -- what it costs ---------------------------------------------------------------------
