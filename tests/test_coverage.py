@@ -49,7 +49,7 @@ def _broken():
 
 
 ASIDE = Path(sys.prefix) / "vision"
-"""Where `make test` puts timm and torchvision: transformers' tests do without them."""
+"""Where `make test` puts timm and torchvision."""
 
 TOY = Model("toy", "torch", _toy)
 
@@ -150,10 +150,11 @@ def test_three_models_of_the_zoo(monkeypatch, tmp_path):
 def test_a_model_of_timm_beside_any_torch(tmp_path):
     json_ = tmp_path / "coverage.json"
     words = ["--models", "mobilenetv3", "--steps", "2", "--json", str(json_)]
+    paths = [str(ASIDE), *filter(None, [os.environ.get("PYTHONPATH")])]
     subprocess.run(
         [sys.executable, "-m", "frog_triton", "bench", "coverage", *words],
         check=True,
-        env={**os.environ, "PYTHONPATH": str(ASIDE)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         cwd=tmp_path,
     )
     (entry,) = json.loads(json_.read_text())["results"]
