@@ -22,7 +22,9 @@ from torch.utils.hooks import RemovableHandle
 from . import hooks, ops
 from .layers import LinearMap, Seen
 from .pool import Call, Pool, current_pass, joined
-from .products import SEEN, WATCHES, ProductWatch
+from .products import WATCHES as PRODUCT_WATCHES
+from .products import ProductWatch
+from .replays import ReplayWatch
 from .routing import Layer, Use
 from .sampling import Counter, counter_key, draw, draw_groups, take
 from .taps import IN_EVAL_MODE, Tap
@@ -100,9 +102,11 @@ class SampleCapture:
         self._watching[name] = [self._watch(layer, use) for use in layer.uses]
 
     def _watch(self, layer: Layer, use: Use) -> RemovableHandle | ProductWatch:
-        make = WATCHES.get(type(use.adapter)) or SEEN.get(use.weight.seen)
-        if make is None:
+        if use.weight.seen is Seen.CALL:
             return hooks.install(hooks.ForwardHook(self, layer, use), use.module)
+        make: type[ProductWatch] = ReplayWatch
+        if use.weight.seen is Seen.PRODUCT:
+            make = PRODUCT_WATCHES.get(type(use.adapter), ProductWatch)
         if use.module not in self._watches:
             self._watches[use.module] = make(self, use.module)
         watch = self._watches[use.module]
@@ -241,6 +245,23 @@ class SampleCapture:
             index = index if order is None else order[index]
             rows = torch.where(there[:, None], x.index_select(0, index), 0)
             return rows.view(-1, len(ends) * x.shape[1]), index, there
+
+    def draw_sequences(
+        self, tap: Tap, module: nn.Module, total: int, count: int
+    ) -> Tensor:
+        """Which of a recurrent call's sequences to run again, an index on the host."""
+        pool = self._pools[tap.name]
+        pool.called(tap.gathered(module))
+        key = self._host_key(tap.name, pool.forwards, 2)
+        pool.forwards += 1
+        return draw(total, count, key)
+
+    def expect(self, name: str, before_write: Callable[[], None]) -> None:
+        """Call something once, when the pass that runs is to write a layer's gradient."""
+        pool = self._pools.get(name)
+        if pool is not None:
+            pool.expect(before_write)
+            self._expect_end(pool)
 
     def _next_key(self, tap: Tap, module: nn.Module) -> Counter:
         pool = self._pools[tap.name]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .routing import Layer, Use
-from .taps import Tap, no_ordinary_call, unlike_a_matrix
+from .taps import Tap, no_ordinary_call, takes_gradient, unlike_a_matrix
 
 if TYPE_CHECKING:
     from .capture import SampleCapture
@@ -103,15 +103,6 @@ class ForwardHook(Tap):
         if not self.applies(module):
             return None
         return self.trace(module, self.adapter.input(module, args, kwargs), output)
-
-
-def takes_gradient(output: Any) -> bool:
-    """Whether an output may get a gradient."""
-    return (
-        torch.is_grad_enabled()
-        and isinstance(output, Tensor)
-        and output.requires_grad
-    )
 
 
 # -- on the module, and on no copy of it -----------------------------------------------

@@ -38,6 +38,7 @@ from .guards import (
     problem_with_grads,
     refuse_to_make_in_graph,
 )
+from .layers import ROWS_FIRST
 from .loading import Loading
 from .ops.launch import capturable as without_host_copies
 from .ops.types import local
@@ -382,8 +383,11 @@ class FROG(Optimizer):
     def _make_state(self, param: nn.Parameter, group: dict[str, Any]) -> None:
         """Make what is missing of a parameter's state: all of it at first."""
         if group["updated_by"] == "frog":
-            weight, dtype = self._layer_of[param].weight, self._momentum_dtype
-            self._complete(param, ROW_KEYS, partial(row_state, dtype=dtype))
+            layer, dtype = self._layer_of[param], self._momentum_dtype
+            weight = layer.weight
+            axes = layer.axes if param is weight else ROWS_FIRST
+            make = partial(row_state, dtype=dtype, axes=axes)
+            self._complete(param, ROW_KEYS, make)
             place = weight.device if self.capturable else torch.device("cpu")
             # The layer's counter, whether the weight has a gradient or not.
             self._complete(weight, STEP_KEYS, lambda _: {"step": step_counter(place)})

@@ -149,6 +149,7 @@ class Pool:
         self._mark: _Mark | None = None
         self._arriving: dict[int, Reservoirs] = {}
         self._unwritten: Reservoirs = {}
+        self._expected: dict[int | None, list[Callable[[], None]]] = {}
 
     def _drop(self) -> None:
         """Forget the samples of a gradient that is gone."""
@@ -222,8 +223,15 @@ class Pool:
             self._arriving[this] = {}
         self._merge(self._arriving[this], new)
 
+    def expect(self, before_write: Callable[[], None]) -> None:
+        """Call something once, when this pass is about to write the gradient."""
+        calls = self._expected.setdefault(current_pass(), [])
+        if before_write not in calls:
+            calls.append(before_write)
+
     def finish(self, this: int) -> None:
         """A pass has ended: what it brought and did not write does not count."""
+        self._expected.pop(this, None)
         self._unwritten = self._arriving.pop(this, self._unwritten)
 
     def _written(self, param: Tensor) -> None:
@@ -238,6 +246,8 @@ class Pool:
 
     def _about_to_write(self, _: Tensor) -> None:
         """Look before a pass without calls, say of a weight penalty, writes."""
+        for bring in self._expected.pop(current_pass(), ()):
+            bring()
         if self._kept and current_pass() not in self._arriving:
             self._forget_dropped(ask=True)
 
@@ -349,7 +359,7 @@ def joined(
         maps: list[LinearMap] = [
             MatrixMap(c.x, groups, bias)
             if c.adapter is None
-            else c.adapter.linear_map(c.module, c.x, bias)
+            else c.adapter.linear_map(c.module, c.x, bias, c.y.shape[2:])
             for c in calls
         ]
         ys = [

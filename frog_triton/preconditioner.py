@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import ops
 from .formulation import choose_formulation
-from .layers import adapter_for
+from .layers import Seen, adapter_for
+from .layers.rows import named
 from .ops.types import Rows, is_number
 from .solvers import FORMULATIONS, Batch, Solution
 
@@ -111,18 +112,24 @@ def precondition(
         raise TypeError(
             f"{kind} has no adapter; register one with frog_triton.layers.register"
         )
-    weight = _parameter(module, "weight")
+    spec = adapter.weights(module)[0]
+    if spec.seen is not Seen.CALL:
+        raise TypeError(
+            f"{kind} has several products inside; pass the layer of one of them"
+        )
+    weight, geometry = named(module, spec.name), adapter.geometry(module, spec)
     _check_shape(kind, "momentum", momentum, weight.shape)
     if momentum_bias is not None:
-        if getattr(module, "bias", None) is None:
+        if not geometry.bias:
             raise ValueError(f"{kind} has no bias: leave momentum_bias out")
-        _check_shape(kind, "momentum_bias", momentum_bias, weight.shape[:1])
+        shape = torch.Size([geometry.rows])
+        _check_shape(kind, "momentum_bias", momentum_bias, shape)
     inputs = adapter.batched(module, inputs)
     output_grads = adapter.batched(module, output_grads)
     dtype = torch.promote_types(momentum.dtype, torch.float32)
     x = adapter.linear_map(module, inputs, momentum_bias is not None)
     y = adapter.canonical(output_grads)
-    expected = (x.samples, weight.shape[0], x.positions)
+    expected = (x.samples, geometry.rows, x.positions)
     if tuple(y.shape) != expected:
         raise ValueError(
             f"{kind}: output_grads of shape {tuple(output_grads.shape)} do not belong "
@@ -130,7 +137,7 @@ def precondition(
             "at this layer's output for the same examples"
         )
     m = Rows(
-        momentum.to(dtype).reshape(weight.shape[0], -1),
+        spec.axes.matrix(momentum.to(dtype)).contiguous(),
         None if momentum_bias is None else momentum_bias.to(dtype),
     )
     chosen = ops.resolve(backend, momentum.device, dtype)
@@ -145,13 +152,8 @@ def precondition(
             formulation=formulation,
         )
         z = solution.rows()
-    return z.weight[0].view(weight.shape), None if z.bias is None else z.bias[0]
-
-
-def _parameter(module: nn.Module, name: str) -> Tensor:
-    value = getattr(module, name)
-    assert isinstance(value, Tensor)
-    return value
+    direction = spec.axes.back(z.weight[0], weight)
+    return direction, None if z.bias is None else z.bias[0]
 
 
 def _check_shape(kind: str, name: str, value: Tensor, shape: torch.Size) -> None:

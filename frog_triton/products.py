@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 
 from . import hooks
 from .layers.products import AttentionAdapter
-from .layers.rows import Seen
 from .routing import Layer, Use
 from .taps import IN_EVAL_MODE, Tap, no_ordinary_call
 
@@ -92,7 +91,7 @@ class ProductWatch:
         if not any(t.requires_grad for t in tensors_in(output)):
             return
         for tap in self.taps.values():
-            if mode is None and not module.training and tap.applies(module):
+            if not module.training and tap.applies(module):
                 capture.called.add(tap.name)
                 capture.missed(tap.name, IN_EVAL_MODE)
             elif mode is not None and tap.name not in capture.called:
@@ -309,9 +308,7 @@ class _Products(TorchFunctionMode):
         if found is not None and not found.inputs_first:
             self._product(found, input, output)
 
-    def on_matmul(
-        self, output: Tensor, input: Tensor, other: Any, **_: Any
-    ) -> None:
+    def on_matmul(self, output: Tensor, input: Tensor, other: Any, **_: Any) -> None:
         """``x @ w``: the weight's matrix is ``(in, out)``."""
         found = self.find(other)
         if found is not None and found.inputs_first:
@@ -406,4 +403,4 @@ if hasattr(F, "grouped_mm"):
     _LOOKS[F.grouped_mm] = _Products.on_grouped
 
 WATCHES: dict[type, type[ProductWatch]] = {AttentionAdapter: AttentionWatch}
-SEEN: dict[Seen, type[ProductWatch]] = {Seen.PRODUCT: ProductWatch}
+"""By the type of a module's adapter, where it wants one of its own."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .layers.rows import ROWS_FIRST, RowAxes
+
 STATE_VERSION = 2
 BEFORE: dict[str, Any] = {"orthogonalize": False}
 """Options that are younger than some saved states, as those were written without."""
@@ -20,17 +22,24 @@ STEP_KEYS = frozenset({"step"})
 """What that of a layer's weight holds, too: the layer's step counter."""
 
 
-def row_state(param: nn.Parameter, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Fresh state of a preconditioned parameter.
+def row_state(
+    param: nn.Parameter, dtype: torch.dtype | None, axes: RowAxes = ROWS_FIRST
+) -> dict[str, Tensor]:
+    """Fresh state of a preconditioned parameter, shaped like it.
 
     Args:
         param: a layer's weight or bias.
         dtype: of the momentum. None: float32, or the parameter's own if that is wider.
+        axes: where it has its rows. Rows lie one after the other in memory if there is
+            a way, whatever the parameter's own order.
     """
     dtype = dtype or torch.promote_types(param.dtype, torch.float32)
     # Sharded like the parameter.
     fmt = torch.contiguous_format
-    return {"momentum_buffer": torch.zeros_like(param, dtype=dtype, memory_format=fmt)}
+    buffer = torch.zeros_like(param, dtype=dtype, memory_format=fmt)
+    if axes.split == 1 and not hasattr(param, "to_local"):
+        buffer = axes.home(axes.view(buffer).contiguous())
+    return {"momentum_buffer": buffer}
 
 
 def step_counter(device: torch.device) -> Tensor:

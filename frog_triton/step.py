@@ -121,9 +121,11 @@ def layer_step(
         bias_grad = flat(_without_overlap(local(bias.grad)), kept=False)
     x, y = samples(layer, bias_grad is not None)
     if weight.grad is not None:
-        kept = axes.view(local(state[weight]["momentum_buffer"]))
-        rows = _at_home(kept, axes.matrix(local(state[weight]["momentum_buffer"])), homes)
-        momentum = Rows(rows, momentum_bias)
+        buffer = local(state[weight]["momentum_buffer"])
+        rows = axes.matrix(buffer)
+        dense = ops.resolve(backend, weight.device, buffer.dtype).GROUPS_LAYERS
+        rows = rows.contiguous() if dense else rows
+        momentum = Rows(_at_home(axes.view(buffer), rows, homes), momentum_bias)
         params = Rows(_param_rows(axes, local(weight), homes), params_bias)
         grads = Rows(axes.matrix(_without_overlap(local(weight.grad))), bias_grad)
     else:  # frozen: the bias is the whole row
@@ -140,14 +142,10 @@ def layer_step(
             f"{layer.name}: {x.groups} groups are more than a launch can hold, "
             f"{MOST_PROBLEMS}; build FROG with backend='torch', or exclude the layer"
         )
-    return LayerStep(
-        layer, chosen, x, y, momentum, grads, params, homes=tuple(homes)
-    )
+    return LayerStep(layer, chosen, x, y, momentum, grads, params, homes=tuple(homes))
 
 
-def _at_home(
-    home: Tensor, rows: Tensor, homes: list[tuple[Tensor, Tensor]]
-) -> Tensor:
+def _at_home(home: Tensor, rows: Tensor, homes: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Rows, noted with where they are to be copied back if they are a copy."""
     if rows.untyped_storage()._cdata != home.untyped_storage()._cdata:
         homes.append((home, rows))

@@ -251,6 +251,13 @@ class Tap:
             capture.keep(self, module, x, index, grad)
 
 
+def takes_gradient(output: Any) -> bool:
+    """Whether an output may get a gradient."""
+    return (
+        torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad
+    )
+
+
 def on_gradient(output: Tensor, held: Any, receive: Callable[..., None]) -> None:
     """Call ``receive(*held, grad)`` when the output's gradient is there.
 

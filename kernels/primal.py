@@ -593,6 +593,8 @@ def _primal_update_kernel(
     GROUPS,
     total,
     pap_blocks,
+    stride_theta_r,
+    stride_theta_d,
     ALIGN: tl.constexpr,
     THETA_DTYPE: tl.constexpr,
     M_DTYPE: tl.constexpr,
@@ -614,7 +616,8 @@ def _primal_update_kernel(
     layer_rows = group * R + rows.to(tl.int64)
     at = problem * R + rows
     d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    local = layer_rows[:, None] * D + native_column(d, CHANNELS, TAPS)[None, :]
+    column = native_column(d, CHANNELS, TAPS)[None, :]
+    local = layer_rows[:, None] * D + column
     stored = (layer * GROUPS * R + layer_rows)[:, None] * D + d[None, :]
 
     alpha, rho, _ = _step_length(
@@ -663,11 +666,13 @@ def _primal_update_kernel(
     m = m.to(tl.float32) * m_scale[:, None]
     z = tl.where(plain[:, None], m, z) * scale[:, None]
     theta_ptr = layer_pointer(theta_table_ptr, layer, THETA_DTYPE, ALIGN)
+    theta_ptr += layer_rows[:, None] * stride_theta_r
+    theta_ptr += column.to(tl.int64) * stride_theta_d
     if STEP:
-        theta = tl.load(theta_ptr + local, mask=mask, other=0.0).to(tl.float32)
+        theta = tl.load(theta_ptr, mask=mask, other=0.0).to(tl.float32)
         z = decay * theta - lr * z
     tl.debug_barrier()
-    tl.store(theta_ptr + local, z.to(THETA_DTYPE), mask=mask)
+    tl.store(theta_ptr, z.to(THETA_DTYPE), mask=mask)
     if HAS_BIAS:
         first = row_ok & (block_d == 0)
         z = alpha * tl.load(p_bias_ptr + at, mask=first, other=0.0)

@@ -18,11 +18,22 @@ from .base import (
     MatrixMap,
     pool_samples,
 )
+from .bilinear import BilinearAdapter
 from .computed import computed_by
 from .conv import ConvAdapter, ConvMap
 from .linear import LinearAdapter
 from .products import AttentionAdapter, ExpertsAdapter, is_experts
-from .rows import EXPERTS, EXPERTS_SECOND, ROWS_FIRST, ROWS_SECOND, RowAxes, Seen, Weight
+from .recurrent import RecurrentAdapter
+from .rows import (
+    EXPERTS,
+    EXPERTS_SECOND,
+    ROWS_FIRST,
+    ROWS_SECOND,
+    RowAxes,
+    Seen,
+    Weight,
+)
+from .transposed import TransposedConvAdapter
 
 __all__ = [
     "EXPERTS",
@@ -120,7 +131,10 @@ def _registered(module: nn.Module) -> tuple[type, LayerAdapter] | None:
 register(nn.Linear, LinearAdapter())
 for _kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
     register(_kind, ConvAdapter())
+for _kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+    register(_kind, TransposedConvAdapter())
+register(nn.Bilinear, BilinearAdapter())
 register(nn.MultiheadAttention, AttentionAdapter())
-register(
-    "transformers.pytorch_utils.Conv1D", LinearAdapter(Weight(axes=ROWS_SECOND))
-)
+for _kind in (nn.RNNBase, nn.RNNCellBase):
+    register(_kind, RecurrentAdapter())
+register("transformers.pytorch_utils.Conv1D", LinearAdapter(Weight(axes=ROWS_SECOND)))

@@ -288,8 +288,22 @@ class LayerAdapter(ABC):
         """Output gradients at flat positions ``index``: ``(N, R)``."""
 
     @abstractmethod
-    def linear_map(self, module: nn.Module, x: Tensor, bias: bool) -> LinearMap:
-        """The map of whole examples ``x``."""
+    def linear_map(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        bias: bool,
+        output_shape: Sequence[int] | None = None,
+    ) -> LinearMap:
+        """The map of whole examples ``x``.
+
+        Args:
+            module: the layer.
+            x: its input.
+            bias: whether the bias takes part.
+            output_shape: spatial shape of the output, which a transposed convolution
+                may be told at the call; None for what follows from the module.
+        """
 
     @abstractmethod
     def canonical(self, y: Tensor) -> Tensor:

@@ -49,7 +49,11 @@ class BilinearAdapter(LinearAdapter):
         return _products(module, taken)
 
     def linear_map(  # noqa: D102
-        self, module: nn.Module, x: Tensor, bias: bool
+        self,
+        module: nn.Module,
+        x: Tensor,
+        bias: bool,
+        output_shape: Sequence[int] | None = None,
     ) -> MatrixMap:
         return MatrixMap(_products(module, x.reshape(-1, x.shape[-1])), bias=bias)
 

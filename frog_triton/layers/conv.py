@@ -201,7 +201,11 @@ class ConvAdapter(LayerAdapter):
         return y[where]
 
     def linear_map(  # noqa: D102
-        self, module: nn.Module, x: Tensor, bias: bool
+        self,
+        module: nn.Module,
+        x: Tensor,
+        bias: bool,
+        output_shape: Sequence[int] | None = None,
     ) -> ConvMap:
         conv = cast(_Conv, module)
         pads, mode = self.pads(module, x.shape[2:]), self.padding_mode(module)

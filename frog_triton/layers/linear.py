@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -55,7 +56,11 @@ class LinearAdapter(LayerAdapter):
         return _at(y, index)
 
     def linear_map(  # noqa: D102
-        self, module: nn.Module, x: Tensor, bias: bool
+        self,
+        module: nn.Module,
+        x: Tensor,
+        bias: bool,
+        output_shape: Sequence[int] | None = None,
     ) -> MatrixMap:
         return MatrixMap(x.reshape(-1, x.shape[-1]), bias=bias)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
 from torch import Tensor, nn
 
 
@@ -39,15 +40,16 @@ class RowAxes:
         view = self.view(tensor)
         return view.flatten(0, len(self.rows) - 1).flatten(1)
 
+    def home(self, view: Tensor) -> Tensor:
+        """What `view` was made of, in the same memory; not of split parameters."""
+        order = [*self.rows, *(i for i in range(view.ndim) if i not in self.rows)]
+        return view.permute(*(order.index(axis) for axis in range(view.ndim)))
+
     def back(self, rows: Tensor, like: Tensor) -> Tensor:
-        """A tensor shaped like `like` of rows ``(R, D)``: undoes `matrix`."""
-        view = self.view(like)
-        moved = rows.reshape(view.shape)
-        if self.rows != tuple(range(len(self.rows))):
-            rest = [axis for axis in range(view.ndim) if axis not in self.rows]
-            order = [*self.rows, *rest]
-            moved = moved.permute(*(order.index(axis) for axis in range(view.ndim)))
-        return moved.reshape(like.shape)
+        """Rows ``(R, D)`` in the shape of `like`: undoes `matrix`."""
+        made = torch.empty_like(like, dtype=rows.dtype)
+        self.view(made).copy_(rows.reshape(self.view(made).shape))
+        return made
 
 
 ROWS_FIRST = RowAxes()

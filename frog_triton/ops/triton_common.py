@@ -40,9 +40,8 @@ def biases(rows: Sequence[Rows]) -> list[Tensor]:
 
 
 def flat(param: Rows) -> Rows:
-    """A parameter as dense rows ``(R, D)``, in place where its layout allows it."""
-    weight = param.weight.reshape(param.weight.shape[0], -1)
-    return Rows(weight.contiguous(), param.bias)
+    """A parameter as rows ``(R, D)`` of any strides, in place if its layout allows."""
+    return Rows(param.weight.reshape(param.weight.shape[0], -1), param.bias)
 
 
 def write_back(params: Sequence[Rows], rows: Sequence[Rows]) -> None:

@@ -508,6 +508,8 @@ def _gram_step(
         D=dim,
         GROUPS=groups,
         stride_xn=samples[0].stride(0),
+        stride_theta_r=thetas[0].weight.stride(0),
+        stride_theta_d=thetas[0].weight.stride(1),
         ALIGN=tables.align,
         THETA_DTYPE=DTYPES[thetas[0].weight.dtype],
         M_DTYPE=DTYPES[m.dtype],

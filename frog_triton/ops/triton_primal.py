@@ -444,6 +444,8 @@ def finish(
         GROUPS=s.groups,
         total=state.pp.numel(),
         pap_blocks=state.pap.shape[0],
+        stride_theta_r=thetas[0].weight.stride(0),
+        stride_theta_d=thetas[0].weight.stride(1),
         ALIGN=tables.align,
         THETA_DTYPE=DTYPES[thetas[0].weight.dtype],
         M_DTYPE=DTYPES[m.weight.dtype],

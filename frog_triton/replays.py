@@ -1,0 +1,130 @@
+"""Samples recurrent layers by running a few of their sequences again.
+
+Their gates are computed in a fused kernel. What its outputs' gradients are is heard in
+the backward pass; just before that pass writes the weights' gradients, the sampled
+sequences are run once more, step by step, with the weights as they are then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import recurrent
+from .pool import Call, current_pass
+from .products import ProductWatch
+from .taps import Tap, takes_gradient
+
+if TYPE_CHECKING:
+    from .capture import SampleCapture
+
+COMPILED = "recurrent layers are not sampled inside of graphs of torch.compile"
+SHARDED = "its weights are sharded while its backward pass runs"
+
+
+class ReplayWatch(ProductWatch):
+    """Watches a recurrent layer or cell."""
+
+    def mode(self, module: nn.Module, taps: dict[str, Tap]) -> None:
+        """Nothing is to be seen inside."""
+        if torch.compiler.is_compiling():
+            for tap in taps.values():
+                tap.mark(COMPILED)
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        super()._after(module, args, kwargs, output)
+        capture = self._capture()
+        if torch.compiler.is_compiling() or capture is None or output is None:
+            return
+        if not (module.training and self._is_ours(module)):
+            return
+        taps = [tap for tap in self.taps.values() if tap.applies(module)]
+        outputs = recurrent.outputs_of(module, output)
+        if not taps or not any(takes_gradient(tensor) for tensor in outputs):
+            return
+        for tap in taps:
+            capture.called.add(tap.name)
+        total = recurrent.batch_size(module, args, kwargs)
+        steps = recurrent.length(module, args, kwargs)
+        if not total * steps:
+            return
+        size = max(1, taps[0].size // steps)
+        index = capture.draw_sequences(taps[0], module, total, size)
+        for tap in taps[1:]:
+            capture.draw_sequences(tap, module, total, 0)
+        sequences = recurrent.take_sequences(module, args, kwargs, index)
+        replay = _Replay(capture, module, taps, sequences, len(outputs), total * steps)
+        replay.listen(outputs)
+
+
+class _Replay:
+    """One call, from its forward to the gradients of its weights.
+
+    Args:
+        capture: takes the samples.
+        module: that was called.
+        taps: of its weights.
+        sequences: to run again.
+        outputs: how many there are.
+        total: positions of the whole call.
+    """
+
+    def __init__(
+        self,
+        capture: SampleCapture,
+        module: nn.Module,
+        taps: Sequence[Tap],
+        sequences: recurrent.Sequences,
+        outputs: int,
+        total: int,
+    ) -> None:
+        self._capture, self._module, self._taps = capture, module, taps
+        self._sequences, self._count, self._total = sequences, outputs, total
+        self._grads: dict[int | None, list[Tensor | None]] = {}
+
+    def listen(self, outputs: Sequence[Tensor]) -> None:
+        """Hear of the gradients of the call's outputs."""
+        for i, tensor in enumerate(outputs):
+            if tensor.grad_fn is None:
+                continue
+            number, shape = tensor.output_nr, tensor.shape
+
+            def on_grads(
+                grads: Sequence[Tensor | None],
+                i: int = i,
+                number: int = number,
+                shape: torch.Size = shape,
+            ) -> None:
+                grad = grads[number]
+                if grad is not None and not torch.compiler.is_compiling():
+                    self._heard(i, grad.view(shape))
+
+            tensor.grad_fn.register_prehook(on_grads)
+
+    def _heard(self, number: int, grad: Tensor) -> None:
+        this = current_pass()
+        if this not in self._grads:
+            self._grads = {this: [None] * self._count}
+        for tap in self._taps:
+            self._capture.expect(tap.name, self._run)
+        given: list[Tensor | None] = [None] * self._count
+        given[number] = grad
+        taken = recurrent.take_grads(self._module, self._sequences, given)
+        self._grads[this][number] = taken[number]
+
+    def _run(self) -> None:
+        grads = self._grads.pop(current_pass(), None)
+        if grads is None:
+            return  # for another of the weights
+        params = dict(self._module.named_parameters(recurse=False))
+        if any(hasattr(param, "to_local") for param in params.values()):
+            for tap in self._taps:
+                self._capture.missed(tap.name, SHARDED)
+            return
+        found = recurrent.replay(self._module, self._sequences, grads, params)
+        for tap in self._taps:
+            x, y = found[tap.use.weight.name]
+            self._capture.pool(tap.name, Call(self._module, x, y), self._total)
