@@ -182,7 +182,8 @@ class SampleCapture:
 
     def calls(self, name: str) -> list[Call]:
         """The layer's samples as they were taken, a call of a module each."""
-        return self._pools[name].calls
+        pool = self._pools.get(name)
+        return [] if pool is None else pool.calls
 
     def samples(self, layer: Layer, bias: bool) -> tuple[LinearMap, Tensor] | None:
         """The layer's samples as a map and gradients ``(n, R, P)``, or None."""

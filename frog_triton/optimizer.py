@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from . import ops
 from .autotune.tuning import Tuning
 from .capture import SAMPLINGS, SampleCapture
+from .coverage import tell
 from .diagnostics import Diagnostics, memory_usage
 from .distributed import check_placements, find_ranks
 from .fallback import FALLBACKS, check_updated_by
@@ -43,9 +44,10 @@ from .loading import Loading
 from .ops.launch import capturable as without_host_copies
 from .ops.types import local
 from .preconditioner import check_solver_options
-from .routing import Exclusion, Layer, Plan, Route, RoutingTable, route
+from .routing import OUTPUT_LAYER, Exclusion, Layer, Plan, Route, RoutingTable, route
 from .sampling import Counter
 from .scaling import skipping, steps_taken, unscale_
+from .seeking import Seeker
 from .state import (
     MOMENTUM_DTYPES,
     ROW_KEYS,
@@ -72,6 +74,9 @@ if TYPE_CHECKING:
     from .distributed.division import Group
     from .distributed.ranks import Ranks
 
+
+Due = Sequence[tuple[dict[str, Any], Sequence[nn.Parameter]]]
+"""Groups, each with the parameters that it updates in a step."""
 
 ADAMW_LR = 3e-3
 """Of parameters that AdamW updates beside FROG, unless `fallback_lr` says otherwise."""
@@ -173,8 +178,11 @@ class FROG(Optimizer):
             names one. None: all parameters.
         exclude: module or parameter names, shell patterns of them, or module types
             that go to the fallback.
-        exclude_output_layer: send the last supported layer to the fallback, as the
-            paper advises. The last in the order of ``model.modules()``.
+        exclude_output_layer: send output layers to the fallback, as the paper advises.
+            A model's only layer is preconditioned.
+        output_layers: which those are, as for `exclude`. None: what the model's
+            ``get_output_embeddings()`` and names such as ``lm_head`` tell, else those
+            after which the first step meets no other layer on the way to the loss.
         fallback: ``"adamw"``, or ``"sgd"`` (with `momentum` and `nesterov`).
         fallback_lr: its learning rate. None: 3e-3 for AdamW, `lr` for SGD.
         momentum_dtype: of the momentum of preconditioned rows. None: float32, or the
@@ -223,6 +231,7 @@ class FROG(Optimizer):
         params: Iterable[Any] | None = None,
         exclude: Sequence[Exclusion] = (),
         exclude_output_layer: bool = True,
+        output_layers: Sequence[Exclusion] | None = None,
         fallback: str = "adamw",
         fallback_lr: float | Tensor | None = None,
         momentum_dtype: torch.dtype | None = None,
@@ -260,6 +269,8 @@ class FROG(Optimizer):
             )
         if isinstance(exclude, str | type):
             exclude = (exclude,)
+        if isinstance(output_layers, str | type):
+            output_layers = (output_layers,)
         defaults = {
             "lr": scalar(lr),
             "momentum": scalar(momentum),
@@ -279,6 +290,7 @@ class FROG(Optimizer):
         self._model = model
         self._exclude = tuple(exclude)
         self._exclude_output_layer = exclude_output_layer
+        self._output_layers = None if output_layers is None else tuple(output_layers)
         self._fallback = fallback
         self._fallback_lr = fallback_lr
         self._momentum_dtype = momentum_dtype
@@ -307,13 +319,15 @@ class FROG(Optimizer):
         )
         super().__init__(groups, defaults)
         own_tensors(self.param_groups)
+        self._seeker: Seeker | None = None
+        if self._plan.guess is not None:
+            self._unhooked.reasons[self._plan.guess] = OUTPUT_LAYER
+        if self._plan.search:
+            self._seeker = Seeker(model, self._plan)
+            weakref.finalize(self, self._seeker.close)
         self._watch(self._plan.layers.values())
         weakref.finalize(self, self.capture.close)
-        if not self._plan.layers:
-            warnings.warn(
-                "FROG preconditions no parameter of this model; describe() says why",
-                stacklevel=2,
-            )
+        self._tell()
 
     # -- construction ---------------------------------------------------------------
 
@@ -345,7 +359,13 @@ class FROG(Optimizer):
                 if param in group_of or optimized != "not in params":
                     raise ValueError(f"{names[param]} appears in more than one group")
                 group_of[param] = i
-        plan = route(self._model, group_of, self._exclude, self._exclude_output_layer)
+        plan = route(
+            self._model,
+            group_of,
+            self._exclude,
+            self._exclude_output_layer,
+            self._output_layers,
+        )
         for layer in plan.layers.values():
             try:
                 dtype = self._momentum_dtype or layer.weight.dtype
@@ -369,7 +389,9 @@ class FROG(Optimizer):
         gone = [p for p in kept if p not in plan.names]
         reasons = plan.reasons | kept | dict.fromkeys(gone, "no longer in the model")
         names = {p: old.names[p] for p in gone} | plan.names
-        self._plan = Plan({**old.layers, **plan.layers}, names, reasons)
+        layers = {**old.layers, **plan.layers}
+        guess = plan.guess if not old.layers else None
+        self._plan = Plan(layers, names, reasons, guess, plan.search and not old.layers)
         self._layer_of |= {p: lay for lay in plan.layers.values() for p in lay.params}
 
     def _watch(self, layers: Iterable[Layer]) -> None:
@@ -379,6 +401,19 @@ class FROG(Optimizer):
         this = weakref.ref(self)
         for layer in layers:
             self.capture.watch(layer, _step_reader(this, layer))
+
+    def _tell(self) -> None:
+        """Say once how much is preconditioned; warn below half."""
+        coverage = self.routes().coverage
+        if self._ranks is None or self._ranks.division.rank == 0:
+            tell(str(coverage))
+        if not self._plan.layers:
+            warnings.warn(
+                "FROG preconditions no parameter of this model; describe() says why",
+                stacklevel=3,
+            )
+        elif coverage.low:
+            warnings.warn(f"{coverage}; describe() says why", stacklevel=3)
 
     def _make_state(self, param: nn.Parameter, group: dict[str, Any]) -> None:
         """Make what is missing of a parameter's state: all of it at first."""
@@ -480,6 +515,7 @@ class FROG(Optimizer):
         found_inf = self._found_inf()
         layers = self._plan.layers.values()
         known = self._unhooked.look(layers, self.capture, not self.capturable)
+        known = self._seek(known)
         if self._ranks is not None:
             found_inf, known = self._agree(self._ranks, found_inf, known)
         if found_inf is not None and self._may_read(found_inf):
@@ -489,9 +525,18 @@ class FROG(Optimizer):
                 return loss
             found_inf = None
         self._step(known, found_inf)
+        if known.decided:
+            self._stop_seeking()
         self.capture.next_step()
         self._stepped = True
         return loss
+
+    def _seek(self, known: Known) -> Known:
+        """What the first step shows of output layers."""
+        found = None if self._seeker is None else self._seeker.found(known.sampled)
+        if found is None:
+            return known
+        return known._replace(outputs=found, decided=True)
 
     def _may_read(self, number: Tensor) -> bool:
         """Whether the host may read a number: on a CPU, and if it is no fake."""
@@ -510,8 +555,8 @@ class FROG(Optimizer):
                         self._make_state(param, group)
                     move_state(self.state, group, params)
                 if self._ranks is not None:
-                    self._ranks.send_samples(self._with_gradient(self.param_groups))
-                gathered = [(group, self._gather(group)) for group in self.param_groups]
+                    self._ranks.send_samples(self._layers_due(due))
+                gathered = [(entry[0], self._gather([entry])) for entry in due]
             except BaseException:
                 undo()
                 raise
@@ -599,11 +644,9 @@ class FROG(Optimizer):
     def _no_waiting(self) -> AbstractContextManager[Any]:
         return without_host_copies() if self.capturable else nullcontext()
 
-    def _gather(self, group: dict[str, Any]) -> list[LayerStep]:
-        """What the layers of a group bring to the step."""
-        if group["updated_by"] != "frog":
-            return []
-        layers = self._with_gradient([group])
+    def _gather(self, due: Due) -> list[LayerStep]:
+        """What layers bring to the step."""
+        layers = self._layers_due(due)
         for layer in layers:
             self._counts_of(layer)
         return [
@@ -611,14 +654,13 @@ class FROG(Optimizer):
             for layer in layers
         ]
 
-    def _with_gradient(self, groups: Iterable[dict[str, Any]]) -> list[Layer]:
-        """Layers of these groups that have a gradient, and are not let go of."""
+    def _layers_due(self, due: Due) -> list[Layer]:
+        """Layers among parameters that FROG updates."""
         layers = {
             self._layer_of[p].name: self._layer_of[p]
-            for group in groups
+            for group, params in due
             if group["updated_by"] == "frog"
-            for p in group["params"]
-            if p.grad is not None and not self._unhooked.holds(self._layer_of[p])
+            for p in params
         }
         return list(layers.values())
 
@@ -667,7 +709,10 @@ class FROG(Optimizer):
             for layer in self._plan.layers.values()
             if any(p.grad is not None for p in layer.params)
         ]
-        changed = self._unhooked.review(layers, known, self.capture)
+        changed = []
+        if known.decided:
+            changed = self._unhooked.decide(layers, known.outputs)
+        changed += self._unhooked.review(layers, known, self.capture)
         params = [p for layer in changed for p in layer.params if p in self.state]
         before: dict[Any, Any] = {param: dict(self.state[param]) for param in params}
         for param in params:  # the other optimizer's is made in its place
@@ -680,6 +725,24 @@ class FROG(Optimizer):
 
         return undo
 
+    def _stop_seeking(self) -> None:
+        """The output layers are known: they need no samples any more."""
+        outputs = self._unhooked.outputs
+        if self._seeker is not None:
+            self._seeker.close()
+            self._seeker = None
+            if outputs != [self._plan.guess] and (
+                self._ranks is None or self._ranks.division.rank == 0
+            ):
+                names = ", ".join(outputs) or "none"
+                tell(f"FROG: output layers, as the first step shows: {names}")
+        for layer in self._plan.layers.values():
+            watched = self.capture.watches(layer.name)
+            if layer.name in outputs and watched:
+                self.capture.unwatch(layer.name)
+            elif layer.name not in outputs and not watched:
+                self._watch([layer])
+
     # -- state ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -689,6 +752,7 @@ class FROG(Optimizer):
             saved["version"] = STATE_VERSION
             saved["let_go"] = dict(self._unhooked.reasons)
             saved["misses"] = dict(self._unhooked.misses)
+            saved["decided"] = self._seeker is None
 
         # Before the user's own hooks.
         hook = self.register_state_dict_post_hook(add, prepend=True)
@@ -722,11 +786,15 @@ class FROG(Optimizer):
         if let_go is None:  # not by `state_dict`, or by that of version 1
             let_go = dict.fromkeys(self._let_go_by_state(), REASON)
         self._unhooked = Unhooked(self._fallback)
+        if self._plan.guess is not None and "decided" not in loaded:
+            self._unhooked.reasons[self._plan.guess] = OUTPUT_LAYER
         for name in self._plan.layers:
             if name in let_go:
                 self._unhooked.reasons[name] = let_go[name]
             elif misses := loaded.get("misses", {}).get(name):
                 self._unhooked.misses[name] = misses
+        if loaded.get("decided", True) and not self.capture.closed:
+            self._stop_seeking()
         self._stepped = any(
             bool(state["step"] > 0) for state in self.state.values() if "step" in state
         )
@@ -769,19 +837,25 @@ class FROG(Optimizer):
         Args:
             file: where to print; standard output by default.
         """
+        table = self.routes()
+        print(table, file=file)
+        return table
+
+    def routes(self) -> RoutingTable:
+        """What `describe` prints."""
         updated_by: dict[nn.Parameter, str] = {}
-        for i, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                gone = self._unhooked.holds(self._layer_of.get(p))
-                by = self.param_groups[i + 1] if gone else group
-                updated_by[p] = by["updated_by"]
+        pairs = zip(self.param_groups[::2], self.param_groups[1::2], strict=True)
+        for rows, rest in pairs:
+            for p in (*rows["params"], *rest["params"]):
+                layer = self._layer_of.get(p)
+                gone = layer is None or self._unhooked.holds(layer)
+                updated_by[p] = (rest if gone else rows)["updated_by"]
         table = RoutingTable(
             Route(name, tuple(p.shape), updated_by.get(p, "-"), self._reason(p))
             for p, name in self._plan.names.items()
         )
         if self._ranks is not None:
             table.note = self._ranks.summary()
-        print(table, file=file)
         return table
 
     def _reason(self, param: nn.Parameter) -> str:
@@ -792,6 +866,8 @@ class FROG(Optimizer):
         if layer is not None and here:
             if layer.name in self._unhooked.reasons:
                 reason = self._unhooked.reasons[layer.name]
+                if reason == OUTPUT_LAYER and self._seeker is not None:
+                    notes.append("the last; the first step will show")
             else:
                 notes.append(self._solved.get(layer.name, ""))
         if layer is not None and self._ranks is not None:
@@ -884,6 +960,8 @@ class FROG(Optimizer):
     def close(self) -> None:
         """Remove the hooks from the model. The optimizer takes no more samples."""
         self.capture.close()
+        if self._seeker is not None:
+            self._seeker.close()
 
     def __enter__(self) -> Self:
         """Nothing to do; `close` is called at the end of the block."""

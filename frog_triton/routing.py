@@ -12,10 +12,14 @@ from torch.nn.parameter import UninitializedParameter
 
 from .layers import Geometry, LayerAdapter, adapter_for, is_proven, left_out
 from .layers.rows import RowAxes, Weight, owner
+from .outputs import named_outputs
 from .table import Route as Route
 from .table import RoutingTable as RoutingTable
 
 Exclusion = str | type[nn.Module]
+
+OUTPUT_LAYER = "output layer"
+"""The reason of what goes to the fallback because the loss follows it."""
 
 
 @dataclass
@@ -88,15 +92,21 @@ class Plan:
         layers: what FROG preconditions, by name, in model order.
         names: every parameter's name, in model order.
         reasons: why a parameter goes where it goes.
+        guess: the name of the layer that is taken for the output layer until the first
+            step shows which is; None where the model or the user has told.
+        search: whether the first step is to show it.
     """
 
     layers: dict[str, Layer] = field(default_factory=dict)
     names: dict[nn.Parameter, str] = field(default_factory=dict)
     reasons: dict[nn.Parameter, str] = field(default_factory=dict)
+    guess: str | None = None
+    search: bool = False
 
     def preconditioned(self) -> set[nn.Parameter]:
-        """Parameters that belong to a layer."""
-        return {p for layer in self.layers.values() for p in layer.params}
+        """Parameters that belong to a layer, but for the guessed output layer."""
+        layers = (x for x in self.layers.values() if x.name != self.guess)
+        return {p for layer in layers for p in layer.params}
 
 
 def route(
@@ -104,6 +114,7 @@ def route(
     group_of: Mapping[nn.Parameter, int],
     exclude: Sequence[Exclusion] = (),
     exclude_output_layer: bool = True,
+    output_layers: Sequence[Exclusion] | None = None,
 ) -> Plan:
     """Sort the parameters of a model into layers FROG can precondition and the rest.
 
@@ -112,8 +123,9 @@ def route(
         group_of: the user's group of each parameter to be optimized. A bias in
             another group than its weight is not part of the rows.
         exclude: module or parameter names, shell patterns of them, or module types.
-        exclude_output_layer: leave the last supported layer, in the order of
-            ``model.modules()``, to the fallback.
+        exclude_output_layer: leave output layers to the fallback.
+        output_layers: which these are, as for `exclude`. None: those that the model's
+            methods and names tell, else until the first step the last one.
 
     Raises:
         TypeError: an exclusion is neither a string nor a module type.
@@ -128,13 +140,21 @@ def route(
     excluded = _excluded(model, exclude)
     owners = _owners(model)
     uses = _uses(model)
-    output = list(uses)[-1] if uses and exclude_output_layer else None
+    outputs: set[nn.Parameter] = set()
+    guess = None
+    if exclude_output_layer:
+        told = _outputs(model, uses, output_layers)
+        plan.search = told is None
+        guess = list(uses)[-1] if told is None and len(uses) > 1 else None
+        outputs = told or set()
+        if len(outputs & uses.keys()) == len(uses) and output_layers is None:
+            outputs = set()  # a lone layer
     for weight, (name, *_) in uses.items():
         users = uses[weight][1]
         reason = None if weight in group_of else "not in params"
         reason = reason or excluded.get(weight)
-        if reason is None and weight is output:
-            reason = "output layer"
+        if reason is None and weight in outputs:
+            reason = OUTPUT_LAYER
         reason = reason or _obstacle(weight, users, owners[weight])
         if reason is not None:
             plan.reasons[weight] = reason
@@ -150,11 +170,31 @@ def route(
         if bias in plan.reasons:
             layer = layer.without_bias()
         plan.layers[layer.name] = layer
+        if weight is guess:
+            plan.guess = layer.name
+    if plan.guess is not None and len(plan.layers) == 1:
+        plan.guess = None  # what else there is is excluded
     _explain(plan, model, uses, excluded)
     for param in plan.names:
         if param not in group_of:
             plan.reasons[param] = "not in params"
     return plan
+
+
+def _outputs(
+    model: nn.Module, uses: Uses, output_layers: Sequence[Exclusion] | None
+) -> set[nn.Parameter] | None:
+    """Weights of the output layers, as the user or the model tells; None for neither."""
+    if output_layers is not None:
+        return set(_excluded(model, output_layers, "output_layers"))
+    names = {module: name for name, module in model.named_modules()}
+    users = {use.module: None for _, its in uses.values() for use in its}
+    candidates = [(names[module], module) for module in users]
+    told = named_outputs(model, candidates)
+    if told is None:
+        return None
+    last = {use.module: w for w, (_, its) in uses.items() for use in its}
+    return {last[module] for module in told if module in last}
 
 
 Uses = dict[nn.Parameter, tuple[str, list[Use]]]
@@ -293,14 +333,14 @@ def _explain(
 
 
 def _excluded(
-    model: nn.Module, exclude: Sequence[Exclusion]
+    model: nn.Module, exclude: Sequence[Exclusion], option: str = "exclude"
 ) -> dict[nn.Parameter, str]:
     found: dict[nn.Parameter, str] = {}
     modules, params = dict(model.named_modules()), dict(model.named_parameters())
     for entry in exclude:
-        matched = list(_matches(entry, modules, params))
+        matched = list(_matches(entry, modules, params, option))
         if not matched:
-            raise ValueError(_no_match(entry, [*modules, *params]))
+            raise ValueError(_no_match(entry, [*modules, *params], option))
         label = repr(entry) if isinstance(entry, str) else entry.__name__
         for param in matched:
             found.setdefault(param, f"excluded by {label}")
@@ -311,6 +351,7 @@ def _matches(
     entry: Exclusion,
     modules: dict[str, nn.Module],
     params: dict[str, nn.Parameter],
+    option: str,
 ) -> Iterator[nn.Parameter]:
     if isinstance(entry, type):
         for module in modules.values():
@@ -318,7 +359,9 @@ def _matches(
                 yield from module.parameters()
         return
     if not isinstance(entry, str):
-        raise TypeError(f"exclude takes names, patterns or module types, got {entry!r}")
+        raise TypeError(
+            f"{option} takes names, patterns or module types, got {entry!r}"
+        )
     for name, module in modules.items():
         if name and fnmatch.fnmatchcase(name, entry):
             yield from module.parameters()
@@ -327,9 +370,9 @@ def _matches(
             yield param
 
 
-def _no_match(entry: Exclusion, names: Iterable[str]) -> str:
+def _no_match(entry: Exclusion, names: Iterable[str], option: str) -> str:
     if isinstance(entry, str):
         close = difflib.get_close_matches(entry, [n for n in names if n], n=3)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-        return f"exclude names {entry!r}, but the model has no such module{hint}"
-    return f"exclude names {entry.__name__}, but the model has no module of that type"
+        return f"{option} names {entry!r}, but the model has no such module{hint}"
+    return f"{option} names {entry.__name__}, but the model has no module of that type"

@@ -10,14 +10,14 @@ them, until samples come (again).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from .capture import SampleCapture
 from .ops.types import local
-from .routing import Layer
+from .routing import OUTPUT_LAYER, Layer
 
 REASON = "its weight is used without calling the module"
 
@@ -37,13 +37,17 @@ class Known(NamedTuple):
         called: names of layers that were called since the last step.
         sampled: names of layers that have samples.
         used: names of layers whose gradient is not zero, where that is asked.
+        outputs: names of layers that are outputs, as far as this step shows.
         bad: whether a gradient is not finite.
+        decided: whether this step shows which are.
     """
 
     called: set[str]
     sampled: set[str]
     used: set[str]
+    outputs: set[str]
     bad: bool
+    decided: bool
 
 
 class Unhooked:
@@ -90,16 +94,49 @@ class Unhooked:
         """Each group with the parameters that it updates now: those with a gradient.
 
         A layer that is let go of stays in its group, and is updated with the other half
-        of it, which comes next.
+        of it, which comes next; one that turns out to be no output layer the other way
+        round.
         """
         found: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
-        gone: list[nn.Parameter] = []
-        for group in groups:
-            there = [p for p in group["params"] if p.grad is not None]
-            stay = [p for p in there if not self.holds(layer_of.get(p))]
-            found.append((group, stay + gone))
-            gone = [p for p in there if self.holds(layer_of.get(p))]
+        pairs = list(groups)
+        for rows, rest in zip(pairs[::2], pairs[1::2], strict=True):
+            own, others = (
+                [p for p in group["params"] if p.grad is not None]
+                for group in (rows, rest)
+            )
+            stay = [p for p in own if not self.holds(layer_of.get(p))]
+            gone = [p for p in own if self.holds(layer_of.get(p))]
+            come = [p for p in others if p in layer_of and not self.holds(layer_of[p])]
+            left = [p for p in others if p not in layer_of or self.holds(layer_of[p])]
+            found += [(rows, stay + come), (rest, left + gone)]
         return found
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of layers that are let go of as outputs."""
+        return [name for name, reason in self.reasons.items() if reason == OUTPUT_LAYER]
+
+    def decide(self, layers: Iterable[Layer], outputs: Collection[str]) -> list[Layer]:
+        """Let go of output layers, and take back who is none.
+
+        Args:
+            layers: all that there are.
+            outputs: names of those that are.
+
+        Returns:
+            Those that another optimizer updates from this step on.
+        """
+        changed = []
+        for layer in layers:
+            name, reason = layer.name, self.reasons.get(layer.name)
+            if name in outputs and reason != OUTPUT_LAYER:
+                changed += [] if reason else [layer]
+                self.reasons[name] = OUTPUT_LAYER
+                self.misses.pop(name, None)
+            elif name not in outputs and reason == OUTPUT_LAYER:
+                changed.append(layer)
+                del self.reasons[name]
+        return changed
 
     def look(
         self, layers: Iterable[Layer], capture: SampleCapture, may_wait: bool
@@ -124,7 +161,7 @@ class Unhooked:
                 real = all(type(grad) is Tensor for grad in grads)  # not fake
                 if not (may_wait and real) or any(bool(g.any()) for g in grads):
                     used.add(name)
-        return Known(called, sampled, used, bad=False)
+        return Known(called, sampled, used, set(), bad=False, decided=False)
 
     def review(
         self, layers: Sequence[Layer], known: Known, capture: SampleCapture
@@ -142,6 +179,8 @@ class Unhooked:
         changed, gone, reasons = [], [], capture.unsampled_reasons()
         for layer in layers:
             name = layer.name
+            if self.reasons.get(name) == OUTPUT_LAYER:
+                continue
             if name in known.sampled:
                 self.misses.pop(name, None)
                 if self.reasons.pop(name, None) is not None:

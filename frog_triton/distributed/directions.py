@@ -32,11 +32,10 @@ def share(
     """
     for bucket in _buckets(steps):
         mine = [_joined(step, found.get(step.layer.name, ())) for step in bucket]
-        rows = [step.layer.geometry.rows for step in bucket]
         specs = [
             [
-                ((len(division.solved(count, rank)), *t.shape[1:]), t.dtype)
-                for parts, count in zip(mine, rows, strict=True)
+                ((len(division.solved(step.layer, rank)), *t.shape[1:]), t.dtype)
+                for step, parts in zip(bucket, mine, strict=True)
                 for t in parts
             ]
             for rank in range(division.size)
@@ -49,11 +48,11 @@ def share(
             collectives.collective_device(division.group, device),
         )
         at, sent = 0, []
-        for step, parts, count in zip(bucket, mine, rows, strict=True):
-            order = sorted(
-                range(division.size),
-                key=lambda rank: division.solved(count, rank).start,
-            )
+        for step, parts in zip(bucket, mine, strict=True):
+            starts = [
+                division.solved(step.layer, r).start for r in range(division.size)
+            ]
+            order = sorted(range(division.size), key=starts.__getitem__)
             whole = [
                 torch.cat([received[rank][at + i] for rank in order]).to(step.y.device)
                 for i in range(len(parts))

@@ -80,23 +80,24 @@ class Division:
         replicated = [axis for axis, shard in enumerate(sharded) if not shard]
         return cls(group, places, mesh.get_group(replicated[0]) if replicated else None)
 
-    def held(self, rows: int, rank: int) -> range:
-        """Which of a layer's rows a rank holds: `torch.chunk`'s division."""
+    def held(self, layer: Layer, rank: int) -> range:
+        """Which of a layer's rows a rank holds: `torch.chunk`'s division of its units."""
         _, shard = self._places[rank]
-        chunk = -(-rows // self.shards)
+        rows, unit = layer.geometry.rows, layer.unit
+        chunk = -(-(rows // unit) // self.shards) * unit
         start = min(shard * chunk, rows)
         return range(start, min(start + chunk, rows))
 
-    def solved(self, rows: int, rank: int) -> range:
+    def solved(self, layer: Layer, rank: int) -> range:
         """Which of a layer's rows a rank solves: a part of those it holds."""
         replica, _ = self._places[rank]
-        held = self.held(rows, rank)
+        held = self.held(layer, rank)
         n, replicas = len(held), self.replicas
         return held[n * replica // replicas : n * (replica + 1) // replicas]
 
-    def mine(self, rows: int) -> range:
+    def mine(self, layer: Layer) -> range:
         """Which of a layer's rows this rank solves."""
-        return self.solved(rows, self.rank)
+        return self.solved(layer, self.rank)
 
     def peers(self) -> list[int]:
         """Numbers, in `group`, of the ranks of `replica_group`."""
@@ -162,8 +163,10 @@ def check_placements(
         ValueError: a parameter's rows are not whole on some rank, parameters are
             placed in different ways, or the process group contradicts them.
     """
+    layers = list(layers)
     params = list(itertools.chain.from_iterable(layer.params for layer in layers))
-    found = {param: _placed(param) for param in params}
+    first_axes = {layer.weight: layer.axes.rows[0] for layer in layers}
+    found = {param: _placed(param, first_axes.get(param, 0)) for param in params}
     for param, placed in found.items():
         if placed is not None and not _rows_are_whole(placed[1]):
             raise ValueError(
@@ -173,7 +176,7 @@ def check_placements(
                 f"with exclude=[{names[param]!r}]"
             )
     first = params[0] if params else next((p for p in names if _placed(p)), None)
-    placed = None if first is None else _placed(first)
+    placed = None if first is None else found.get(first, _placed(first))
     for param, other in found.items():
         if other != placed:
             assert first is not None
@@ -192,10 +195,15 @@ def check_placements(
     return placed
 
 
-def _placed(param: Tensor) -> Placed | None:
+def _placed(param: Tensor, rows: int = 0) -> Placed | None:
+    """Mesh and placements, as if the dimension that counts rows were the first."""
     if not isinstance(param, DTensor):
         return None
-    return param.device_mesh, tuple(param.placements)
+    placements = (
+        Shard(0) if rows and placement == Shard(rows) else placement
+        for placement in param.placements
+    )
+    return param.device_mesh, tuple(placements)
 
 
 def _rows_are_whole(placements: tuple[Placement, ...]) -> bool:

@@ -51,7 +51,7 @@ class Ranks:
 
     def rows_here(self, layer: Layer) -> int:
         """How many rows of a layer this rank solves."""
-        return len(self.division.mine(layer.geometry.rows))
+        return len(self.division.mine(layer))
 
     def verify(self, settings: dict[str, Any], params: Iterable[nn.Parameter]) -> None:
         """Check that all ranks are set up alike.
@@ -122,8 +122,8 @@ class Ranks:
     def _pieces(self, step: LayerStep) -> list[LayerStep]:
         """A layer's own rows, cut so that each piece is a layer of its own."""
         rows, groups = step.layer.geometry.rows, step.layer.geometry.groups
-        mine = self.division.mine(rows)
-        first = self.division.held(rows, self.division.rank).start
+        mine = self.division.mine(step.layer)
+        first = self.division.held(step.layer, self.division.rank).start
         per_group = rows // groups
         pieces = []
         for start, stop in _cut(mine, per_group):
@@ -141,7 +141,7 @@ class Ranks:
         Args:
             steps: of all rows that this rank holds.
         """
-        bucket: list[tuple[str, int, Tensor]] = []
+        bucket: list[tuple[Layer, Tensor]] = []
         size = 0
         for step in steps:
             for tensor in step.params:
@@ -150,35 +150,34 @@ class Ranks:
                 if bucket and size + tensor.nbytes > collectives.BUCKET_BYTES:
                     self._share_bucket(bucket)
                     bucket, size = [], 0
-                rows = step.layer.geometry.rows
-                bucket.append((step.layer.name, rows, tensor.detach()))
+                bucket.append((step.layer, tensor.detach()))
                 size += tensor.nbytes
         if bucket:
             self._share_bucket(bucket)
 
-    def _share_bucket(self, bucket: Sequence[tuple[str, int, Tensor]]) -> None:
+    def _share_bucket(self, bucket: Sequence[tuple[Layer, Tensor]]) -> None:
         """One collective over the replicas.
 
         Args:
-            bucket: name and rows of a layer, and one of its parameters.
+            bucket: layers, each with one of its parameters.
         """
         replicas, replica_group = self.division.peers(), self.division.replica_group
         if replica_group is None:
             return
 
-        def part(tensor: Tensor, rows: int, rank: int) -> Tensor:
-            first = self.division.held(rows, rank).start
-            solved = self.division.solved(rows, rank)
+        def part(layer: Layer, tensor: Tensor, rank: int) -> Tensor:
+            first = self.division.held(layer, rank).start
+            solved = self.division.solved(layer, rank)
             return tensor[solved.start - first : solved.stop - first]
 
-        parts = [[part(t, rows, rank) for _, rows, t in bucket] for rank in replicas]
+        parts = [[part(layer, t, rank) for layer, t in bucket] for rank in replicas]
         specs = [[(tuple(t.shape), t.dtype) for t in tensors] for tensors in parts]
         me = replica_group.rank()
         received = collectives.all_gather(
             parts[me],
             specs,
             replica_group,
-            collectives.collective_device(replica_group, bucket[0][2].device),
+            collectives.collective_device(replica_group, bucket[0][1].device),
         )
         others = [i for i in range(len(replicas)) if i != me]
         collectives.copy_(
@@ -186,9 +185,9 @@ class Ranks:
             [t for i in others for t in received[i]],
         )
         self._gathers += 1
-        for (name, _, _), sent in zip(bucket, parts[me], strict=True):
-            before = self._row_bytes.get(name, 0)
-            self._row_bytes[name] = before + sent.nbytes * len(others)
+        for (layer, _), sent in zip(bucket, parts[me], strict=True):
+            before = self._row_bytes.get(layer.name, 0)
+            self._row_bytes[layer.name] = before + sent.nbytes * len(others)
 
     def share_directions(
         self, steps: Sequence[LayerStep], found: Mapping[str, Sequence[Direction]]
@@ -206,13 +205,12 @@ class Ranks:
             self._gathers += 1
             for step, whole, sent in shared:
                 self._row_bytes[step.layer.name] = sent
-                rows = step.layer.geometry.rows
-                held = self.division.held(rows, self.division.rank)
+                held = self.division.held(step.layer, self.division.rank)
                 yield step, whole, slice(held.start, held.stop)
 
     def describe(self, layer: Layer) -> str:
         """What this rank does for a layer, with the bytes it last sent."""
-        solved = self.division.mine(layer.geometry.rows)
+        solved = self.division.mine(layer)
         rows = (
             f"rows {solved.start}-{solved.stop - 1} here" if solved else "no row here"
         )

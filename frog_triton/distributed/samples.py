@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..capture import SampleCapture
-from ..layers import LinearMap, MatrixMap
+from ..layers import ConvAdapter, LinearMap, MatrixMap
 from ..ops.types import local, written_out
+from ..pool import joined
 from ..routing import Layer
 from ..step import Samples, no_samples
 from ..unhooked import Known
@@ -31,6 +32,7 @@ class _Notice(NamedTuple):
         bias_grad: whether the bias has one.
         called: whether a module of its was called since the last step.
         used: whether its gradient is not zero, where that matters.
+        output: whether it is an output layer, where this step shows it.
         samples: n.
         positions: P.
         x_dtype: its place in `_DTYPES`.
@@ -44,6 +46,7 @@ class _Notice(NamedTuple):
     bias_grad: int
     called: int
     used: int
+    output: int
     samples: int
     positions: int
     x_dtype: int
@@ -82,7 +85,8 @@ class _Held:
         """The same, as rows of X."""
         if self.module < 0:
             return self
-        map_ = layer.adapter.linear_map(layer.modules[self.module], self.x, False)
+        use = layer.uses[self.module]
+        map_ = use.adapter.linear_map(use.module, self.x, False)
         return _Held(map_.matrix().x, written_out(self.y), -1)
 
 
@@ -125,7 +129,8 @@ class SampleExchange:
             RuntimeError: a layer has a gradient on some ranks only; on all ranks.
         """
         self._held, self._samples, self.sample_bytes = {}, {}, {}
-        notices = [[int(known.bad), *(0,) * (_WIDTH - 1)]]
+        own = [int(known.bad), int(known.decided)]
+        notices = [[*own, *(0,) * (_WIDTH - 2)]]
         for layer in layers:
             held = _hold(layer, capture)
             if held is not None:
@@ -154,7 +159,9 @@ class SampleExchange:
             return {n for n, ranks in notices if any(getattr(r, field) for r in ranks)}
 
         bad = any(values[0] for values in first)
-        return Known(where("called"), where("samples"), where("used"), bad)
+        decided = any(values[1] for values in first)
+        found = map(where, ("called", "samples", "used", "output"))
+        return Known(*found, bad=bad, decided=decided)
 
     def send(self, layers: Sequence[Layer]) -> None:
         """Send each rank X, and the columns of Y that belong to its rows.
@@ -168,14 +175,14 @@ class SampleExchange:
         outgoing: list[list[Tensor]] = [[] for _ in range(self._division.size)]
         incoming: list[list[Spec]] = [[] for _ in range(self._division.size)]
         for layer in layers:
-            form, rows = forms[layer.name], layer.geometry.rows
+            form = forms[layer.name]
             held = self._held.get(layer.name)
             if held is not None and form.module < 0:
                 held = held.written_out(layer)
-            mine = self._division.mine(rows)
+            mine = self._division.mine(layer)
             bytes_ = 0
             for rank, notice in enumerate(self._notices[layer.name]):
-                theirs = self._division.solved(rows, rank)
+                theirs = self._division.solved(layer, rank)
                 if held is not None and theirs:
                     part = [
                         held.x.to(form.x_dtype),
@@ -192,7 +199,7 @@ class SampleExchange:
         )
         parts = [iter(tensors) for tensors in received]
         for layer in layers:
-            mine = self._division.mine(layer.geometry.rows)
+            mine = self._division.mine(layer)
             brought = [
                 (next(parts[rank]), next(parts[rank]))
                 for rank, notice in enumerate(self._notices[layer.name])
@@ -263,7 +270,8 @@ class _Form:
         """Received samples as a linear map."""
         if self.module < 0:
             return MatrixMap(x, layer.geometry.groups, bias)
-        return layer.adapter.linear_map(layer.modules[self.module], x, bias)
+        use = layer.uses[self.module]
+        return use.adapter.linear_map(use.module, x, bias)
 
 
 def _hold(layer: Layer, capture: SampleCapture) -> _Held | None:
@@ -271,18 +279,18 @@ def _hold(layer: Layer, capture: SampleCapture) -> _Held | None:
     calls = capture.calls(layer.name)
     if not calls:
         return None
-    if capture.sampling == "positions":
-        x = torch.cat([call.x for call in calls])
-        return _Held(x, torch.cat([call.y for call in calls]).unsqueeze(-1), -1)
-    ys = [layer.adapter.canonical(call.y) for call in calls]
-    maps = [layer.adapter.linear_map(c.module, c.x, False) for c in calls]
+    adapters = {call.adapter for call in calls}
     forms = {(layer.modules.index(c.module), c.x.shape[1:]) for c in calls}
-    explicit = isinstance(maps[0], MatrixMap) or calls[0].x.ndim > _MAX_DIMS + 1
-    if explicit or len(forms) > 1:
-        x = torch.cat([m.matrix().x for m in maps])
-        return _Held(x, torch.cat([written_out(y) for y in ys]), -1)
-    module = layer.modules.index(calls[0].module)
-    return _Held(torch.cat([call.x for call in calls]), torch.cat(ys), module)
+    fits = len(forms) == 1 and calls[0].x.ndim <= _MAX_DIMS + 1
+    if fits and all(type(adapter) is ConvAdapter for adapter in adapters):
+        module = layer.modules.index(calls[0].module)
+        ys = [call.y.flatten(2) for call in calls]
+        return _Held(torch.cat([call.x for call in calls]), torch.cat(ys), module)
+    map_, y = joined(layer.geometry, calls, False)
+    x, groups = map_.matrix().x, layer.geometry.groups
+    if map_.groups < groups:  # the same inputs for all
+        x = x.repeat(1, groups)
+    return _Held(x, written_out(y), -1)
 
 
 def _notice(layer: Layer, held: _Held | None, known: Known) -> _Notice:
@@ -291,6 +299,7 @@ def _notice(layer: Layer, held: _Held | None, known: Known) -> _Notice:
         int(layer.bias is not None and layer.bias.grad is not None),
         int(layer.name in known.called),
         int(layer.name in known.used),
+        int(layer.name in known.outputs),
     )
     if held is None:
         return _Notice(*facts, 0, 0, 0, 0, -1, ())
