@@ -140,6 +140,16 @@ def custom(net):
     return net.head(h) + other
 
 
+class Stop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a):
+        return a.clone()
+
+    @staticmethod
+    def backward(ctx, da):
+        return None
+
+
 def skipped_head(net):
     h = net.body(x())
     net.aux(h)  # its output is not in the loss
@@ -196,6 +206,7 @@ NETS = {
     "in place at the end": ("a b", in_place_at_the_end, "a"),
     "in place on a transposed view": ("head a", in_place_transposed, "head"),
     "custom function": ("head a b", custom, "head"),  # one node for both outputs
+    "no gradient": ("a b", lambda n: Stop.apply(n.a(x())) + n.b(x()), "b"),
     "skipped auxiliary head": ("head aux body", skipped_head, "head"),
     "unused pooler": ("body pooler", intermediate, "body"),
     "detached": ("a b", lambda n: n.b(n.a(x()).detach()) + n.a(x()), "a b"),
@@ -235,6 +246,15 @@ def test_outputs_and_inputs_in_any_nesting(spread):
     search.saw("second", ((), {"states": first}), second)
     total(unnest(second)).backward()
     assert search.found() == {"second"}
+
+
+def test_a_unit_that_returns_its_input_leaves_it_an_output():
+    search, layer = OutputSearch(), nn.Linear(4, 4)
+    y = layer(x())
+    search.saw("layer", (x(),), y)
+    search.saw("same", (y,), y)
+    total(y).backward()
+    assert search.found() == {"layer", "same"}
 
 
 def test_accumulated_passes_add_up():
@@ -313,9 +333,11 @@ def test_nothing_is_known_without_a_backward_pass():
 
 def test_transforms_and_tracing_are_left_out():
     net = Net("a", lambda n, y: n.a(y))
+    sloped = Net("", lambda n, y: torch.autograd.grad(total(net(y)), net.a.weight)[0])
+    sloped.net = net
     with watched(net, OutputSearch()) as search:
         torch.func.grad(lambda y: total(net(y)))(x())
-        torch.jit.trace(net.a, x())
+        torch.jit.trace(sloped, x(), check_trace=False)
     assert search.found() is None
 
 
@@ -441,6 +463,10 @@ NAMED = {
     "wrapped": (
         lambda: Model(module=Model(net=heads_and_body(head=mlp()), loss=nn.MSELoss())),
         "module.net.head.1",
+    ),
+    "one child beside a weight": (
+        lambda: Model(net=heads_and_body(head=mlp()), w=nn.Parameter(x())),
+        None,
     ),
     "compiled": (
         lambda: torch.compile(heads_and_body(head=mlp())),
@@ -786,23 +812,30 @@ def test_nothing_saved_is_held_after_a_backward_pass(packed):
 
 def test_a_graph_without_a_backward_pass_is_not_held(packed):
     net = Net("a b head", lambda n: n.head(n.b(n.a(x()).sin()).sin()))
-    with watched(net, OutputSearch()):
+    with watched(net, OutputSearch()) as search:
         loss = total(net())
-        assert packed()
-        del loss
-    assert not packed()
+    assert packed()
+    del loss
+    assert not packed() and search.found() is None
 
 
-def test_forgetting_lets_the_graph_go_and_the_search_too():
+def test_graph_goes_when_forgotten_or_with_the_search():
     net = Net("a head", lambda n: n.head(n.a(x())))
+
+    def made(search):
+        with watched(net, search):
+            loss = total(y := net())
+        y.grad_fn.metadata["box"] = box = Packed(None)
+        loss.backward()
+        return weakref.ref(box)
+
     search = OutputSearch()
-    with watched(net, search):
-        loss = total(net())
-    marker = torch.autograd.graph.get_gradient_edge(loss).node.metadata
-    marker["box"] = box = Packed(None)
-    box = weakref.ref(box)
-    loss.backward()
-    alive = weakref.ref(search)
-    del search, loss, marker
+    box = made(search)
+    assert box() is not None
+    search.forget()
+    assert box() is None
+
+    box, alive = made(search), weakref.ref(search)
+    del search
     gc.collect()
     assert alive() is None and box() is None
