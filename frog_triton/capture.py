@@ -191,7 +191,12 @@ class SampleCapture:
         return joined(layer.geometry, calls, bias) if calls else None
 
     def draw(
-        self, tap: Tap, module: nn.Module, x: Tensor, y_shape: torch.Size
+        self,
+        tap: Tap,
+        module: nn.Module,
+        x: Tensor,
+        y_shape: torch.Size,
+        candidates: int,
     ) -> tuple[Tensor, Tensor]:
         """Copy a sample of a call's input.
 
@@ -200,6 +205,7 @@ class SampleCapture:
             module: that was called.
             x: its input, batched.
             y_shape: shape of its output, batched.
+            candidates: in one example of it.
 
         Returns:
             Sampled examples, or rows of X, and the index that they were taken at.
@@ -209,9 +215,7 @@ class SampleCapture:
         """
         key = self._next_key(tap, module)
         with self._naming(tap):
-            total, adapter = y_shape[0], tap.adapter
-            if tap.by_position:
-                total *= adapter.positions(x.new_empty(()).expand(y_shape))
+            adapter, total = tap.adapter, y_shape[0] * candidates
             index = draw(total, tap.size, key, x.device)
             if not tap.by_position:
                 return take(x, index), index
@@ -258,7 +262,7 @@ class SampleCapture:
         return draw(total, count, key)
 
     def expect(self, name: str, before_write: Callable[[], None]) -> None:
-        """Call something once, when the pass that runs is to write a layer's gradient."""
+        """Call something once, when this pass is about to write a layer's gradient."""
         pool = self._pools.get(name)
         if pool is not None:
             pool.expect(before_write)

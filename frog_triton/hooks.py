@@ -108,9 +108,11 @@ class ForwardHook(Tap):
 # -- on the module, and on no copy of it -----------------------------------------------
 
 
-def install(hook: Callable[..., Any], module: nn.Module) -> RemovableHandle:
+def install(
+    hook: Callable[..., Any], module: nn.Module, name: str = "sampling"
+) -> RemovableHandle:
     """Put a hook in front of a module's others, and out of what is copied of it."""
-    function = _as_function(hook)
+    function = _as_function(hook, name)
     copyreg.dispatch_table.setdefault(type(module), _reduce_without_hooks)
     return module.register_forward_hook(function, prepend=True, with_kwargs=True)
 
@@ -128,12 +130,15 @@ def surround(
     return [
         module.register_forward_pre_hook(frog_triton_watching),
         module.register_forward_hook(
-            _as_function(after), prepend=True, with_kwargs=True, always_call=True
+            _as_function(after, "watching"),
+            prepend=True,
+            with_kwargs=True,
+            always_call=True,
         ),
     ]
 
 
-def _as_function(hook: Callable[..., Any]) -> Callable[..., Any]:
+def _as_function(hook: Callable[..., Any], name: str) -> Callable[..., Any]:
     """A hook that torch.jit.script can compile, to nothing.
 
     Quantization moves hooks to other modules, and forgets that they take keywords.
@@ -143,12 +148,14 @@ def _as_function(hook: Callable[..., Any]) -> Callable[..., Any]:
         kwargs = rest[0] if len(rest) > 1 else {}
         return hook(module, args, kwargs, rest[-1])
 
+    # torch.jit.script wants each hook of a module to have a name of its own.
+    frog_triton_sampling.__name__ = f"frog_triton_{name}"
     frog_triton_sampling.__wrapped__ = _scripted  # type: ignore[attr-defined]
     return frog_triton_sampling
 
 
-def _scripted(self: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    return None
+def _scripted(self: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    return output
 
 
 def _scripted_before(self: Any, inputs: tuple[Tensor]) -> None:

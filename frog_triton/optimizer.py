@@ -373,7 +373,14 @@ class FROG(Optimizer):
             except ValueError as error:
                 raise ValueError(f"{layer.name}: {error}") from None
         layers = [*self._plan.layers.values(), *plan.layers.values()]
-        check_placements(layers, names, self._process_group)
+        try:
+            check_placements(layers, names, self._process_group)
+        except ValueError:
+            if plan.guess is None:
+                raise
+            plan.keep_guess()  # whatever the first step shows
+            layers = [*self._plan.layers.values(), *plan.layers.values()]
+            check_placements(layers, names, self._process_group)
         self._adopt(plan, group_of)
         preconditioned = plan.preconditioned()
         split = []

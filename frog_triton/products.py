@@ -115,7 +115,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(each)
 
 
-# -- attention ---------------------------------------------------------------------------
+# -- attention -------------------------------------------------------------------------
 
 
 class AttentionWatch(ProductWatch):
@@ -216,7 +216,7 @@ def _with_names(function: Any, names: dict[str, Any]) -> Any:
     return made
 
 
-# -- experts, and weights that a module uses as they are ---------------------------------
+# -- experts, and weights that a module uses as they are -------------------------------
 
 
 class _Weight:
@@ -366,13 +366,13 @@ class _Products(TorchFunctionMode):
         tap, capture = found.tap, found.tap.capture
         assert capture is not None
         groups = tap.weight.shape[0]
-        if x.ndim == 3 and x.shape[0] == groups:
-            if tap.may_sample(capture, self._module, x, output):
-                each = x.shape[1]
-                ends = torch.arange(1, groups + 1, device=x.device) * each
-                tap.take_tokens(
-                    capture, self._module, x.reshape(groups * each, -1), output, ends
-                )
+        if x.ndim != 3 or x.shape[0] != groups:
+            return
+        if tap.may_sample(capture, self._module, x, output):
+            each = x.shape[1]
+            ends = torch.arange(1, groups + 1, device=x.device) * each
+            x = x.reshape(groups * each, -1)
+            tap.take_tokens(capture, self._module, x, output, ends)
 
 
 _Look = Callable[..., None]

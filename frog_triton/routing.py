@@ -103,6 +103,13 @@ class Plan:
     guess: str | None = None
     search: bool = False
 
+    def keep_guess(self) -> None:
+        """Leave the guessed output layer to the fallback for good."""
+        if self.guess is not None:
+            layer = self.layers.pop(self.guess)
+            self.reasons |= dict.fromkeys(layer.params, OUTPUT_LAYER)
+        self.guess = None
+
     def preconditioned(self) -> set[nn.Parameter]:
         """Parameters that belong to a layer, but for the guessed output layer."""
         layers = (x for x in self.layers.values() if x.name != self.guess)
@@ -172,8 +179,6 @@ def route(
         plan.layers[layer.name] = layer
         if weight is guess:
             plan.guess = layer.name
-    if plan.guess is not None and len(plan.layers) == 1:
-        plan.guess = None  # what else there is is excluded
     _explain(plan, model, uses, excluded)
     for param in plan.names:
         if param not in group_of:
@@ -184,7 +189,7 @@ def route(
 def _outputs(
     model: nn.Module, uses: Uses, output_layers: Sequence[Exclusion] | None
 ) -> set[nn.Parameter] | None:
-    """Weights of the output layers, as the user or the model tells; None for neither."""
+    """Weights of the output layers, as user or model tell; None for neither."""
     if output_layers is not None:
         return set(_excluded(model, output_layers, "output_layers"))
     names = {module: name for name, module in model.named_modules()}

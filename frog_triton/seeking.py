@@ -32,7 +32,7 @@ class Seeker:
         for module in model.modules():
             own = module.parameters(recurse=False)
             if module in users or any(p.ndim > 1 for p in own):
-                self._handles.append(hooks.install(self._saw, module))
+                self._handles.append(hooks.install(self._saw, module, "seeking"))
 
     def _saw(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -54,16 +54,17 @@ class Seeker:
         units = self._search.found()
         if units is None:
             return None
-        if guess in sampled and guess is not None:
-            if self._seen.isdisjoint(layers[guess].modules):
-                return {guess}
+        unseen = guess is None or self._seen.isdisjoint(layers[guess].modules)
+        if guess is not None and guess in sampled and unseen:
+            return {guess}
         found = {
             layer.name
             for layer in layers.values()
             if not units.isdisjoint(layer.modules) and _makes_the_output(layer)
         }
-        rest = layers.keys() - found
-        return found if rest or guess is None else {guess}
+        if layers.keys() - found:
+            return found
+        return set() if guess is None else {guess}  # of a lone layer's model none
 
     def close(self) -> None:
         """Remove the hooks."""

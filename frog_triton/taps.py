@@ -96,9 +96,9 @@ class Tap:
         if weight is None:  # computed, as by pruning
             weight = held.__dict__.get(name)
             return weight is not None and weight.requires_grad
-        if weight is not self.weight and weight.is_leaf:
-            if not hasattr(self.weight, "to_local"):
-                return False
+        another = weight is not self.weight and weight.is_leaf
+        if another and not hasattr(self.weight, "to_local"):
+            return False
         if weight.requires_grad:
             return True
         bias = self.use.weight.bias_of(module)
@@ -154,7 +154,8 @@ class Tap:
         x = x.detach()
         x = x if type(x) is Tensor else x.as_subclass(Tensor)
         x = self.adapter.batched(module, x)
-        held = capture.draw(self, module, x, y.shape)
+        candidates = self.adapter.positions(y) if self.by_position else 1
+        held = capture.draw(self, module, x, y.shape, candidates)
         on_gradient(output, held, partial(capture.keep, self, module))
 
     def take_tokens(
@@ -223,7 +224,11 @@ class Tap:
         if output is not None and not self.prove(capture, module, x, output):
             return None
         capture.called.add(self.name)
-        return capture.draw(self, module, x, torch.Size(y_shape))
+        candidates = 1
+        if self.by_position:
+            y = x.new_empty(()).expand(tuple(y_shape))
+            candidates = self.adapter.positions(y)
+        return capture.draw(self, module, x, torch.Size(y_shape), candidates)
 
     def prove(
         self, capture: SampleCapture, module: nn.Module, x: Tensor, output: Tensor

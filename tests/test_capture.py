@@ -8,6 +8,7 @@ import weakref
 import oracles
 import pytest
 import torch
+import torch.nn.functional as F
 from algorithm1 import Algorithm1
 from cases import PAPER
 from torch import nn
@@ -251,38 +252,38 @@ def test_layer_used_without_its_module_falls_back_with_a_warning():
         def __init__(self):
             super().__init__()
             self.inner = nn.Linear(4, 4)
-            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.used = nn.Linear(4, 4)
             self.head = nn.Linear(4, 2)
 
         def forward(self, x):
             x = self.inner(x)
-            return self.head(self.attention(x, x, x)[0])
+            return self.head(F.linear(x, self.used.weight, self.used.bias))
 
     net = Model()
     opt = FROG(net)
-    assert "attention.out_proj.weight" in opt.describe().updated_by("frog")
+    assert "used.weight" in opt.describe().updated_by("frog")
     x = torch.randn(3, 5, 4)
     net(x).square().sum().backward()
     for _ in range(2):
         opt.step()  # no proof yet
-        assert "attention.out_proj.weight" in opt.describe().updated_by("frog")
-    with pytest.warns(UserWarning, match=r"attention\.out_proj: .*adamw updates it"):
+        assert "used.weight" in opt.describe().updated_by("frog")
+    with pytest.warns(UserWarning, match=r"used: .*adamw updates it"):
         opt.step()
     table = opt.describe()
     assert table.updated_by("frog") == ["inner.weight", "inner.bias"]
     routes = {r.name: r.reason for r in table}
     reason = "its weight is used without calling the module"
-    assert routes["attention.out_proj.bias"] == reason
-    before = net.attention.out_proj.weight.clone()
+    assert routes["used.bias"] == reason
+    before = net.used.weight.clone()
     opt.zero_grad()
     net(x).square().sum().backward()
     opt.step()
-    assert not torch.equal(before, net.attention.out_proj.weight)
+    assert not torch.equal(before, net.used.weight)
     # A fresh optimizer loads the state, routes included.
     other = Model()
     second = FROG(other)
     second.load_state_dict(opt.state_dict())
     assert second.describe().updated_by("frog") == ["inner.weight", "inner.bias"]
-    average = opt.state[net.attention.out_proj.weight]["exp_avg"]
-    twin = second.state[other.attention.out_proj.weight]["exp_avg"]
+    average = opt.state[net.used.weight]["exp_avg"]
+    twin = second.state[other.used.weight]["exp_avg"]
     assert torch.equal(average, twin)

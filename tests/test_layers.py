@@ -11,6 +11,7 @@ from frog_triton.layers import (
     LayerAdapter,
     MatrixMap,
     adapter_for,
+    is_proven,
     pool_samples,
     register,
 )
@@ -118,8 +119,11 @@ def test_registry_serves_subclasses_that_inherit_forward():
             return super().forward(x).square()
 
     assert adapter_for(Renamed(2, 2)) is adapter_for(nn.Linear(2, 2))
-    assert adapter_for(Different(2, 2)) is None
-    assert adapter_for(nn.ConvTranspose2d(2, 2, 2)) is None
+    assert is_proven(Renamed(2, 2))
+    # Served if its calls prove to be those of a Linear layer.
+    assert adapter_for(Different(2, 2)) is adapter_for(nn.Linear(2, 2))
+    assert not is_proven(Different(2, 2))
+    assert adapter_for(nn.Embedding(2, 2)) is None
 
 
 def test_a_new_kind_is_one_adapter_and_one_line():
@@ -137,7 +141,7 @@ def test_a_new_kind_is_one_adapter_and_one_line():
     linear = adapter_for(nn.Linear(1, 1))
 
     class DoubledAdapter(LayerAdapter):
-        def geometry(self, module):
+        def geometry(self, module, weight=None):
             fake = nn.Linear(4, 3, bias=False)
             return linear.geometry(fake)
 
@@ -153,7 +157,7 @@ def test_a_new_kind_is_one_adapter_and_one_line():
         def take_output_positions(self, y, index):
             return linear.take_output_positions(y, index)
 
-        def linear_map(self, module, x, bias):
+        def linear_map(self, module, x, bias, output_shape=None):
             return linear.linear_map(module, 2 * x, bias)
 
         def canonical(self, y):

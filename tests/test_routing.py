@@ -25,17 +25,18 @@ def test_every_parameter_has_a_line_and_it_is_printed(capsys):
     printed = capsys.readouterr().out
     assert printed.strip() == str(table)
     assert [r.name for r in table] == [n for n, _ in net.named_parameters()]
+    guessed = "the last; the first step will show"
     expected = {
         "0.weight": ("frog", "Conv2d"),
         "0.bias": ("frog", "Conv2d"),
         "1.weight": ("adamw", "no adapter for BatchNorm2d"),
         "1.bias": ("adamw", "no adapter for BatchNorm2d"),
-        "2.weight": ("adamw", "no adapter for ConvTranspose2d"),
-        "2.bias": ("adamw", "no adapter for ConvTranspose2d"),
+        "2.weight": ("frog", "ConvTranspose2d"),
+        "2.bias": ("frog", "ConvTranspose2d"),
         "4.weight": ("frog", "Linear"),
         "4.bias": ("frog", "Linear"),
-        "5.weight": ("adamw", "output layer"),
-        "5.bias": ("adamw", "output layer"),
+        "5.weight": ("adamw", f"output layer; {guessed}"),
+        "5.bias": ("adamw", f"output layer; {guessed}"),
     }
     assert {r.name: (r.updated_by, r.reason) for r in table} == expected
     assert ["4.weight", "8x36"] in [line.split()[:2] for line in printed.splitlines()]
@@ -134,15 +135,23 @@ def test_computed_weights_and_overridden_forwards():
     net = nn.ModuleDict(
         {
             "a": parametrizations.weight_norm(nn.Linear(3, 3)),
-            "b": Scaled(3, 3),
-            "c": nn.Linear(3, 3),
+            "b": parametrizations.spectral_norm(nn.Linear(3, 3)),
+            "c": Scaled(3, 3),
             "head": nn.Linear(3, 3),
         }
     )
     found = routes(FROG(net))
-    assert {n for n, (by, _) in found.items() if by == "frog"} == {"c.weight", "c.bias"}
-    assert found["a.bias"][1] == "ParametrizedLinear whose weight is computed"
-    assert found["b.weight"][1] == "no adapter for Scaled"
+    scale = "a.parametrizations.weight.original0"
+    assert {n for n, (by, _) in found.items() if by != "frog"} == {
+        scale,
+        "b.parametrizations.weight.original",
+        "b.bias",
+        "head.weight",
+        "head.bias",
+    }
+    assert found[scale][1] == "the scale of a Linear's rows, weight_norm's g"
+    assert found["b.bias"][1] == "Linear whose weight is computed by spectral_norm"
+    assert found["c.weight"][1] == "Scaled"  # until a call shows what it computes
 
 
 def test_bias_in_another_group():
@@ -166,9 +175,7 @@ def test_bias_of_another_dtype():
 
 def test_the_model_may_be_a_layer():
     layer = nn.Linear(3, 2)
-    with pytest.warns(UserWarning, match="preconditions no parameter"):
-        FROG(layer)
-    opt = FROG(layer, exclude_output_layer=False)
+    opt = FROG(layer)
     layer(torch.randn(4, 3)).square().sum().backward()
     opt.step()
     assert opt.describe().updated_by("frog") == ["weight", "bias"]

@@ -81,7 +81,7 @@ class Division:
         return cls(group, places, mesh.get_group(replicated[0]) if replicated else None)
 
     def held(self, layer: Layer, rank: int) -> range:
-        """Which of a layer's rows a rank holds: `torch.chunk`'s division of its units."""
+        """Which of a layer's rows a rank holds: `torch.chunk`'s division of units."""
         _, shard = self._places[rank]
         rows, unit = layer.geometry.rows, layer.unit
         chunk = -(-(rows // unit) // self.shards) * unit

@@ -2,9 +2,9 @@
 
 Weight normalisation makes a row of the weight from a row of its own, ``w_j = g_j v_j /
 |v_j|``, so the rows of ``v`` are preconditioned with the layer's samples. By the chain
-rule a row's Jacobian is ``g_j / |v_j|``, a factor that cancels in the normalised Fisher,
-times a projection off the row itself, which is left out of it. ``g_j`` is a scale, as
-those of norm layers are, and goes to the fallback. What mixes rows (spectral
+rule a row's Jacobian is ``g_j / |v_j|``, a factor that cancels in the normalised
+Fisher, times a projection off the row itself, which is left out of it. ``g_j`` is a
+scale, as those of norm layers are, and goes to the fallback. What mixes rows (spectral
 normalisation, orthogonal weights) is left to the fallback as a whole.
 """
 

@@ -44,7 +44,7 @@ class AttentionAdapter(LinearAdapter):
 
 
 class ExpertsAdapter(LinearAdapter):
-    """Mixtures of experts whose weights are stacked: ``(E, out, in)``, ``(E, in, out)``.
+    """Mixtures of experts with stacked weights: ``(E, out, in)``, ``(E, in, out)``.
 
     An expert is a group of rows, with the tokens that were sent to it for samples.
     """
