@@ -3,10 +3,11 @@
 from importlib.metadata import version
 
 from .cost import cost
+from .functional import linear
 from .optimizer import FROG
 from .preconditioner import precondition
 from .presets import PAPER
 
-__all__ = ["FROG", "PAPER", "__version__", "cost", "precondition"]
+__all__ = ["FROG", "PAPER", "__version__", "cost", "linear", "precondition"]
 
 __version__ = version("frog-triton")

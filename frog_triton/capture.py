@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import hooks, ops
+from .functional import mark
 from .layers import LinearMap, Seen
 from .pool import Call, Pool, current_pass, joined
 from .products import WATCHES as PRODUCT_WATCHES
@@ -102,6 +103,8 @@ class SampleCapture:
         self._watching[name] = [self._watch(layer, use) for use in layer.uses]
 
     def _watch(self, layer: Layer, use: Use) -> RemovableHandle | ProductWatch:
+        if use.weight.seen is Seen.CALL_SITE:
+            return mark(Tap(self, layer, use))
         if use.weight.seen is Seen.CALL:
             return hooks.install(hooks.ForwardHook(self, layer, use), use.module)
         make: type[ProductWatch] = ReplayWatch

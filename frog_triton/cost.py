@@ -149,8 +149,7 @@ def cost(
         plan = route(
             model, dict.fromkeys(model.parameters(), 0), exclude, exclude_output_layer
         )
-        layers = [x for x in plan.layers.values() if x.name != plan.guess]
-        shapes = _shapes(model, layers, inputs, size, sampling)
+        shapes = _shapes(model, plan.served(), inputs, size, sampling)
     else:
         shapes = list(model_or_layers)
     buckets: dict[LayerShape, list[LayerShape]] = {}

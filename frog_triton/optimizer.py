@@ -320,8 +320,7 @@ class FROG(Optimizer):
         super().__init__(groups, defaults)
         own_tensors(self.param_groups)
         self._seeker: Seeker | None = None
-        if self._plan.guess is not None:
-            self._unhooked.reasons[self._plan.guess] = OUTPUT_LAYER
+        self._unhooked.reasons |= self._plan.pending
         if self._plan.search:
             self._seeker = Seeker(model, self._plan)
             weakref.finalize(self, self._seeker.close)
@@ -397,8 +396,10 @@ class FROG(Optimizer):
         reasons = plan.reasons | kept | dict.fromkeys(gone, "no longer in the model")
         names = {p: old.names[p] for p in gone} | plan.names
         layers = {**old.layers, **plan.layers}
-        guess = plan.guess if not old.layers else None
-        self._plan = Plan(layers, names, reasons, guess, plan.search and not old.layers)
+        first = not old.layers
+        self._plan = Plan(layers, names, reasons, search=plan.search and first)
+        self._plan.guess = plan.guess if first else None
+        self._plan.pending = {**old.pending, **plan.pending}
         self._layer_of |= {p: lay for lay in plan.layers.values() for p in lay.params}
 
     def _watch(self, layers: Iterable[Layer]) -> None:
@@ -414,7 +415,7 @@ class FROG(Optimizer):
         coverage = self.routes().coverage
         if self._ranks is None or self._ranks.division.rank == 0:
             tell(str(coverage))
-        if not self._plan.layers:
+        if not self._plan.served():
             warnings.warn(
                 "FROG preconditions no parameter of this model; describe() says why",
                 stacklevel=3,
@@ -472,6 +473,9 @@ class FROG(Optimizer):
         if self._ranks is not None:
             self._ranks.verified = False
         new = {n: x for n, x in self._plan.layers.items() if known.get(n) is not x}
+        self._unhooked.reasons |= {
+            n: r for n, r in self._plan.pending.items() if n in new
+        }
         for name in new.keys() & known.keys():  # a module put in another's place
             self.capture.unwatch(name)
             self._anomalies.pop(name, None)
@@ -793,8 +797,8 @@ class FROG(Optimizer):
         if let_go is None:  # not by `state_dict`, or by that of version 1
             let_go = dict.fromkeys(self._let_go_by_state(), REASON)
         self._unhooked = Unhooked(self._fallback)
-        if self._plan.guess is not None and "decided" not in loaded:
-            self._unhooked.reasons[self._plan.guess] = OUTPUT_LAYER
+        if "decided" not in loaded:  # by a version that had nothing pending
+            self._unhooked.reasons |= self._plan.pending
         for name in self._plan.layers:
             if name in let_go:
                 self._unhooked.reasons[name] = let_go[name]

@@ -298,6 +298,12 @@ class _Products(TorchFunctionMode):
         turned.flipped = not found.flipped
         self._known.append((output, turned))
 
+    def on_cast(self, output: Tensor, weight: Any, *_: Any, **__: Any) -> None:
+        """The same matrix in another dtype."""
+        found = self.find(weight)
+        if found is not None and output.shape == weight.shape:
+            self._known.append((output, found))
+
     # -- products
 
     def on_linear(
@@ -387,6 +393,10 @@ _LOOKS: dict[Any, _Look] = {
     Tensor.T.__get__: _Products.on_transpose,  # type: ignore[attr-defined]
     Tensor.t: _Products.on_transpose,
     torch.t: _Products.on_transpose,
+    **dict.fromkeys(
+        (Tensor.to, Tensor.type, Tensor.float, Tensor.bfloat16, Tensor.half),
+        _Products.on_cast,
+    ),
     F.linear: _Products.on_linear,
     torch.matmul: _Products.on_matmul,
     Tensor.matmul: _Products.on_matmul,

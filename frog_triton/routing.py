@@ -10,7 +10,16 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from .layers import Geometry, LayerAdapter, adapter_for, is_proven, left_out
+from .layers import (
+    Geometry,
+    LayerAdapter,
+    LinearAdapter,
+    Seen,
+    adapter_for,
+    is_bare,
+    is_proven,
+    left_out,
+)
 from .layers.rows import RowAxes, Weight, owner
 from .outputs import named_outputs
 from .table import Route as Route
@@ -94,6 +103,8 @@ class Plan:
         reasons: why a parameter goes where it goes.
         guess: the name of the layer that is taken for the output layer until the first
             step shows which is; None where the model or the user has told.
+        pending: layers that the fallback updates until something shows that it should
+            not, with the reason: the guess, and bare parameters.
         search: whether the first step is to show it.
     """
 
@@ -101,6 +112,7 @@ class Plan:
     names: dict[nn.Parameter, str] = field(default_factory=dict)
     reasons: dict[nn.Parameter, str] = field(default_factory=dict)
     guess: str | None = None
+    pending: dict[str, str] = field(default_factory=dict)
     search: bool = False
 
     def keep_guess(self) -> None:
@@ -108,12 +120,16 @@ class Plan:
         if self.guess is not None:
             layer = self.layers.pop(self.guess)
             self.reasons |= dict.fromkeys(layer.params, OUTPUT_LAYER)
+            del self.pending[self.guess]
         self.guess = None
 
     def preconditioned(self) -> set[nn.Parameter]:
-        """Parameters that belong to a layer, but for the guessed output layer."""
-        layers = (x for x in self.layers.values() if x.name != self.guess)
-        return {p for layer in layers for p in layer.params}
+        """Parameters that belong to a layer, but for those that are pending."""
+        return {p for layer in self.served() for p in layer.params}
+
+    def served(self) -> list[Layer]:
+        """Layers that are preconditioned from the first step on."""
+        return [x for name, x in self.layers.items() if name not in self.pending]
 
 
 def route(
@@ -179,7 +195,9 @@ def route(
         plan.layers[layer.name] = layer
         if weight is guess:
             plan.guess = layer.name
+            plan.pending[layer.name] = OUTPUT_LAYER
     _explain(plan, model, uses, excluded)
+    _add_bare(plan, model, group_of, excluded)
     for param in plan.names:
         if param not in group_of:
             plan.reasons[param] = "not in params"
@@ -200,6 +218,27 @@ def _outputs(
         return None
     last = {use.module: w for w, (_, its) in uses.items() for use in its}
     return {last[module] for module in told if module in last}
+
+
+def _add_bare(
+    plan: Plan,
+    model: nn.Module,
+    group_of: Mapping[nn.Parameter, int],
+    excluded: Mapping[nn.Parameter, str],
+) -> None:
+    """Matrices that modules hold by themselves, until `frog_triton.linear` has them."""
+    for name, module in model.named_modules():
+        for local, param in module._parameters.items():
+            if param is None or param not in group_of or param in excluded:
+                continue
+            if not is_bare(module, local) or plan.names[param] in plan.layers:
+                continue
+            weight = Weight(local, None, seen=Seen.CALL_SITE)
+            use = Use(module, weight, LinearAdapter(weight))
+            geometry = use.adapter.geometry(module, weight)
+            layer = Layer(plan.names[param], (use,), geometry, param, None)
+            plan.layers[layer.name] = layer
+            plan.pending[layer.name] = plan.reasons[param]
 
 
 Uses = dict[nn.Parameter, tuple[str, list[Use]]]
@@ -318,7 +357,7 @@ def _explain(
             bias = use.weight.bias_of(use.module)
             if bias is not None:
                 follows[bias] = weight
-    preconditioned = plan.preconditioned()
+    preconditioned = {p for layer in plan.layers.values() for p in layer.params}
     for module in model.modules():
         for local, param in module.named_parameters(recurse=False):
             if param in plan.reasons:

@@ -9,6 +9,8 @@ matrix for a weight is the line alone:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from .base import (
@@ -22,7 +24,13 @@ from .bilinear import BilinearAdapter
 from .computed import computed_by
 from .conv import ConvAdapter, ConvMap
 from .linear import LinearAdapter
-from .products import AttentionAdapter, ExpertsAdapter, is_experts
+from .products import (
+    AttentionAdapter,
+    BareLinearAdapter,
+    ExpertsAdapter,
+    is_bare_linear,
+    is_experts,
+)
 from .recurrent import RecurrentAdapter
 from .rows import (
     EXPERTS,
@@ -52,6 +60,7 @@ __all__ = [
     "Seen",
     "Weight",
     "adapter_for",
+    "is_bare",
     "is_proven",
     "left_out",
     "pool_samples",
@@ -81,9 +90,9 @@ def adapter_for(module: nn.Module) -> LayerAdapter | None:
     forward of its own, that may still compute what its parent's does: see `is_proven`.
     """
     found = _registered(module)
-    if found is None:
-        return ExpertsAdapter() if is_experts(module) else None
-    return found[1]
+    if found is not None:
+        return found[1]
+    return next((adapter for is_one, adapter in _ALIKE if is_one(module)), None)
 
 
 def is_proven(module: nn.Module) -> bool:
@@ -117,7 +126,22 @@ def left_out(model: nn.Module, module: nn.Module, name: str) -> str:
             if name in ("original0", "weight_g"):
                 return f"the scale of a {kind}'s rows, {why}'s g"
             return f"{kind} whose weight is computed by {why}"
+    if is_bare(module, name):
+        return f"a bare parameter of {type(module).__name__}: see frog_triton.linear"
     return f"no adapter for {type(module).__name__}"
+
+
+def is_bare(module: nn.Module, name: str) -> bool:
+    """Whether a parameter may be a matrix that a module uses by itself."""
+    param = module._parameters.get(name)
+    return (
+        param is not None
+        and param.ndim == 2
+        and param.is_floating_point()
+        and min(param.shape) > 1
+        and adapter_for(module) is None
+        and not hasattr(module, "num_embeddings")
+    )
 
 
 def _registered(module: nn.Module) -> tuple[type, LayerAdapter] | None:
@@ -127,6 +151,12 @@ def _registered(module: nn.Module) -> tuple[type, LayerAdapter] | None:
                 return kind, _REGISTRY[key]
     return None
 
+
+_ALIKE: tuple[tuple[Callable[[nn.Module], bool], LayerAdapter], ...] = (
+    (is_experts, ExpertsAdapter()),
+    (is_bare_linear, BareLinearAdapter()),
+)
+"""Modules of types that nobody has registered, known by what they hold."""
 
 register(nn.Linear, LinearAdapter())
 for _kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):

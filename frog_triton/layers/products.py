@@ -69,6 +69,30 @@ class ExpertsAdapter(LinearAdapter):
         )
 
 
+_BARE = Weight(seen=Seen.PRODUCT)
+_CALLED = ("linear", "router", "gate", "dense", "proj")
+
+
+class BareLinearAdapter(LinearAdapter):
+    """Modules that are a Linear layer in all but type, such as mixtures' routers."""
+
+    def __init__(self) -> None:
+        super().__init__(_BARE)
+
+
+def is_bare_linear(module: nn.Module) -> bool:
+    """Whether a module looks like one: no children, a matrix, and a telling name."""
+    weight = module._parameters.get("weight")
+    name = type(module).__name__.lower()
+    return (
+        weight is not None
+        and weight.ndim == 2
+        and not module._modules
+        and not hasattr(module, "num_embeddings")
+        and any(word in name for word in _CALLED)
+    )
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds stacked experts: it says how many, and has as many."""
     return len(_stacked(module)) > 0

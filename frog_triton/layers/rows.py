@@ -74,6 +74,9 @@ class Seen(Enum):
     PRODUCT = "product"
     """At products inside of its forward."""
 
+    CALL_SITE = "call site"
+    """Wherever `frog_triton.linear` is called with it."""
+
     REPLAY = "replay"
     """In a fused kernel, so that a few sequences are run again."""
 
