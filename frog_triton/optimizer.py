@@ -46,7 +46,7 @@ from .ops.types import local
 from .preconditioner import check_solver_options
 from .routing import OUTPUT_LAYER, Exclusion, Layer, Plan, Route, RoutingTable, route
 from .sampling import Counter
-from .scaling import skipping, steps_taken, unscale_
+from .scaling import Left, leaving, skipping, steps_taken, unscale_
 from .seeking import Seeker
 from .state import (
     MOMENTUM_DTYPES,
@@ -62,11 +62,13 @@ from .step import (
     LayerStep,
     Samples,
     directions,
+    is_mixture,
     layer_step,
     no_samples,
     step_along,
     step_layers,
     tuned,
+    untouched,
 )
 from .unhooked import REASON, Known, Unhooked
 
@@ -625,7 +627,8 @@ class FROG(Optimizer):
     ) -> None:
         grads = [step.grads for step in steps if step.grads is not None]
         counts = [self._anomalies[step.layer.name] for step in steps]
-        with skipping(grads, counts, found_inf):
+        alone = [self._left_alone(step) for step in steps if is_mixture(step.layer)]
+        with skipping(grads, counts, found_inf), leaving(alone):
             ranks = self._ranks
             here = ranks.own(steps, group) if ranks else steps
             how = (group, self.formulation, self._anomalies, self._observe)
@@ -644,6 +647,12 @@ class FROG(Optimizer):
             # The host's counts calls: it does not wait to hear of a skipped step.
             skipped = found_inf if self.capturable else None
             counter += steps_taken(skipped, counter.device)
+
+    def _left_alone(self, step: LayerStep) -> Left:
+        """Of a mixture's layer: the rows of experts that met no token."""
+        counts, rows = self._anomalies[step.layer.name], untouched(step)
+        here = slice(None) if self._ranks is None else self._ranks.counted(step.layer)
+        return Left(step.grads, rows, counts, here)
 
     def _here(self, gathered: Gathered) -> Gathered:
         """What this rank solves of it."""

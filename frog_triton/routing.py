@@ -170,8 +170,9 @@ def route(
         plan.search = told is None
         guess = list(uses)[-1] if told is None and len(uses) > 1 else None
         outputs = told or set()
-        if len(outputs & uses.keys()) == len(uses) and output_layers is None:
-            outputs = set()  # a lone layer
+        lone = outputs >= uses.keys() and not _has_bare(model)
+        if lone and output_layers is None:
+            outputs = set()
     for weight, (name, *_) in uses.items():
         users = uses[weight][1]
         reason = None if weight in group_of else "not in params"
@@ -220,6 +221,10 @@ def _outputs(
     return {last[module] for module in told if module in last}
 
 
+def _has_bare(model: nn.Module) -> bool:
+    return any(is_bare(m, name) for m in model.modules() for name in m._parameters)
+
+
 def _add_bare(
     plan: Plan,
     model: nn.Module,
@@ -227,7 +232,7 @@ def _add_bare(
     excluded: Mapping[nn.Parameter, str],
 ) -> None:
     """Matrices that modules hold by themselves, until `frog_triton.linear` has them."""
-    for name, module in model.named_modules():
+    for module in model.modules():
         for local, param in module._parameters.items():
             if param is None or param not in group_of or param in excluded:
                 continue

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,6 +95,39 @@ def skipping(
         torch._foreach_sub_(held, before)
         multiply_(held, taken.to(torch.int32))
         torch._foreach_add_(held, before)
+
+
+class Left(NamedTuple):
+    """Rows of a layer that a step is to leave as they are.
+
+    Attributes:
+        grads: of all rows that the step reads.
+        rows: which of them are left ``(R,)``.
+        counts: the layer's anomaly counters, of the rows solved here.
+        here: which of the rows those are.
+    """
+
+    grads: Rows | None
+    rows: Tensor
+    counts: Tensor
+    here: slice
+
+
+@contextmanager
+def leaving(layers: Sequence[Left]) -> Iterator[None]:
+    """Rows that are left alone keep weights and momentum, and count as no anomaly."""
+    kept = []
+    for grads, rows, counts, here in layers:
+        if grads is not None:
+            entries = grads.weight[:, 0] if grads.bias is None else grads.bias
+            kept.append((entries, entries.clone(), rows[here], counts, counts.clone()))
+            entries.masked_fill_(rows, float("nan"))
+    try:
+        yield
+    finally:
+        for entries, before, rows, counts, counted in kept:
+            entries.copy_(before)
+            counts.copy_(torch.where(rows, counted, counts))
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:

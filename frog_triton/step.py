@@ -145,6 +145,22 @@ def layer_step(
     return LayerStep(layer, chosen, x, y, momentum, grads, params, homes=tuple(homes))
 
 
+def is_mixture(layer: Layer) -> bool:
+    """Whether a layer's rows belong to experts, each with tokens of its own."""
+    return len(layer.axes.rows) > 1 and layer.axes.split == 1
+
+
+def untouched(step: LayerStep) -> Tensor:
+    """Rows ``(R,)`` of experts whose gradient is zero: no token was sent to them."""
+    assert step.grads is not None
+    weight, bias = step.grads
+    unit = step.layer.unit
+    moved = weight.unflatten(0, (-1, unit)).ne(0).any(2).any(1)
+    if bias is not None:
+        moved = moved | bias.unflatten(0, (-1, unit)).ne(0).any(1)
+    return (~moved).repeat_interleave(unit)
+
+
 def _at_home(home: Tensor, rows: Tensor, homes: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Rows, noted with where they are to be copied back if they are a copy."""
     if rows.untyped_storage()._cdata != home.untyped_storage()._cdata:

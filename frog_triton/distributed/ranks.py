@@ -53,6 +53,12 @@ class Ranks:
         """How many rows of a layer this rank solves."""
         return len(self.division.mine(layer))
 
+    def counted(self, layer: Layer) -> slice:
+        """Which of the rows held here this rank solves."""
+        mine = self.division.mine(layer)
+        first = self.division.held(layer, self.division.rank).start
+        return slice(mine.start - first, mine.stop - first)
+
     def verify(self, settings: dict[str, Any], params: Iterable[nn.Parameter]) -> None:
         """Check that all ranks are set up alike.
 
