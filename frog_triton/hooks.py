@@ -162,7 +162,8 @@ def _scripted_before(self: Any, inputs: tuple[Tensor]) -> None:
     return None
 
 
-def _is_ours(hook: Callable[..., Any]) -> bool:
+def is_ours(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is FROG's own."""
     return getattr(hook, "__wrapped__", None) in (_scripted, _scripted_before)
 
 
@@ -173,9 +174,9 @@ def _first(module: nn.Module) -> bool:
         if not getattr(hook, "__module__", "").startswith("torch."):
             return False
     hooks = module._forward_hooks
-    if _is_ours(next(iter(hooks.values()))):
+    if is_ours(next(iter(hooks.values()))):
         return True
-    for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+    for key in [key for key, hook in hooks.items() if is_ours(hook)]:
         hooks.move_to_end(key, last=False)  # type: ignore[attr-defined]
     return False
 
@@ -187,7 +188,7 @@ def _reduce_without_hooks(module: nn.Module) -> Any:
         return reduced
     state = dict(reduced[2])
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-        ours = [key for key, hook in state.get(hooks, {}).items() if _is_ours(hook)]
+        ours = [key for key, hook in state.get(hooks, {}).items() if is_ours(hook)]
         for name in (hooks, f"{hooks}_with_kwargs", f"{hooks}_always_called"):
             if ours and name in state:
                 kept = ((k, v) for k, v in state[name].items() if k not in ours)

@@ -20,6 +20,7 @@ from .capture import SAMPLINGS, SampleCapture
 from .coverage import tell
 from .diagnostics import Diagnostics, memory_usage
 from .distributed import check_placements, find_ranks
+from .evaluation import FusedInference
 from .fallback import FALLBACKS, check_updated_by
 from .gradients import GradientWatch
 from .groups import (
@@ -326,6 +327,8 @@ class FROG(Optimizer):
         if self._plan.search:
             self._seeker = Seeker(model, self._plan)
             weakref.finalize(self, self._seeker.close)
+        self._fused = FusedInference(model)
+        weakref.finalize(self, self._fused.close)
         self._watch(self._plan.layers.values())
         weakref.finalize(self, self.capture.close)
         self._tell()
@@ -980,6 +983,7 @@ class FROG(Optimizer):
     def close(self) -> None:
         """Remove the hooks from the model. The optimizer takes no more samples."""
         self.capture.close()
+        self._fused.close()
         if self._seeker is not None:
             self._seeker.close()
 

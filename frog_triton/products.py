@@ -166,6 +166,7 @@ class _Attention:
 
     def __init__(self) -> None:
         names = dict(vars(F))
+        del names["__name__"]  # or torch.compile would look in F for the others
         names["linear"] = self._linear
         names["has_torch_function"] = _never
         for name in ("_in_projection_packed", "_in_projection"):
