@@ -7,13 +7,14 @@ import oracles
 import pytest
 import torch
 from cases import PAPER, precondition
-from torch import nn
+from torch import Tensor, nn
 
 from frog_triton import FROG
 from frog_triton.layers import MatrixMap
 from frog_triton.ops import torch_ops, triton_ops
 from frog_triton.ops.launch import recording
 from frog_triton.ops.types import Rows, Window
+from frog_triton.solvers import FORMULATIONS, Batch
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -321,6 +322,30 @@ def test_update_of_parameters_in_other_layouts():
         triton_ops.gram_update_(params, xs, ms, ones, s, u, *rest)
     for a, b in zip(weights, strange, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("formulation", ["gram", "primal", "directions"])
+def test_update_of_rows_on_the_second_axis_is_in_place(formulation, monkeypatch):
+    """What transformers' Conv1D holds, ``(D, R)``: no copy, and the same bits."""
+    xs, ys, ms, _, dense = layers(5, 19, 7, 1)
+    turned = [Rows(p.weight.t().contiguous().t(), p.bias.clone()) for p in dense]
+    homes = [p.weight.data_ptr() for p in turned]
+    copied = []
+    monkeypatch.setattr(Tensor, "copy_", lambda *args: copied.append(args))
+    for params in (dense, turned):
+        counts = [torch.zeros(2, 7, dtype=torch.int32, device=DEVICE) for _ in params]
+        batch = Batch(*triton_ops.prepare(xs, ys, F32), ms)
+        rest = (params, counts, 0.1, 0.3)
+        if formulation == "directions":
+            solution = FORMULATIONS["gram"](triton_ops, batch, 1e-2, 3)
+            rows, done = solution.rows(), (solution.status, solution.finite)
+            triton_ops.direction_update_(params, rows, *done, *rest[1:])
+        else:
+            solution = FORMULATIONS[formulation](triton_ops, batch, 1e-2, 3)
+            solution.update_(*rest)
+    assert not copied and homes == [p.weight.data_ptr() for p in turned]
+    for a, b in zip(dense, turned, strict=True):
+        assert torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
