@@ -63,7 +63,7 @@ class ProductWatch:
         """What looks at the functions that the module calls; None for none."""
         if torch.compiler.is_compiling():
             for tap in taps.values():
-                tap.mark(COMPILED)
+                tap.leave_out(COMPILED)
             return None
         return _Products(module, taps)
 

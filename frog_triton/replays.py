@@ -32,7 +32,7 @@ class ReplayWatch(ProductWatch):
         """Nothing is to be seen inside."""
         if torch.compiler.is_compiling():
             for tap in taps.values():
-                tap.mark(COMPILED)
+                tap.leave_out(COMPILED)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         super()._after(module, args, kwargs, output)

@@ -65,6 +65,7 @@ class Tap:
         self._row = groups * geometry.dim if self.by_position else 0
         self._number = traced.enrol(self)
         self._anchor = traced.make_anchor()
+        self._to_prove = not use.proven  # stays, so that a proof recompiles no graph
         self.refuted = ""
 
     @property
@@ -193,16 +194,20 @@ class Tap:
             reason = NESTED
         reason = reason or self.reason(module, output)
         if reason:
-            traced.mark(self._number, reason)
+            self.leave_out(reason)
             return None
         y = self.adapter.batched(module, output)
         positions = self.adapter.positions(y) if self._row else 1
         count = torch.sym_min(self.size, y.shape[0] * positions)
         x = self.adapter.batched(module, x.detach())
-        seen = None if self.use.proven else output.detach()
+        seen = output.detach() if self._to_prove else None
         return traced.tap(
             output, self._anchor, x, y.shape, count, self._row, self._number, seen
         )
+
+    def leave_out(self, reason: str) -> None:
+        """Note, while a graph is made, that it takes no samples, and why."""
+        traced.mark(self._number, reason)
 
     def refuse(self) -> str:
         """See `traced.Receiver`."""
@@ -236,6 +241,9 @@ class Tap:
         """Whether the module's forward computes what its adapter says; checked once."""
         if self.use.proven:
             return True
+        if self.refuted:
+            capture.missed(self.name, self.refuted)
+            return False
         y = self.adapter.batched(module, output.detach())
         x = self.adapter.batched(module, x.detach())
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
