@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -90,7 +90,9 @@ class Layer:
     @property
     def unit(self) -> int:
         """Rows that a sharded weight never parts: those of one expert."""
-        return self.geometry.rows // max(1, self.weight.shape[self.axes.rows[0]])
+        axes = self.axes
+        units = axes.split if axes.split > 1 else self.weight.shape[axes.rows[0]]
+        return self.geometry.rows // max(1, units)
 
 
 @dataclass
@@ -198,7 +200,7 @@ def route(
             plan.guess = layer.name
             plan.pending[layer.name] = OUTPUT_LAYER
     _explain(plan, model, uses, excluded)
-    _add_bare(plan, model, group_of, excluded)
+    _add_bare(plan, model, group_of, {*excluded, *uses})
     for param in plan.names:
         if param not in group_of:
             plan.reasons[param] = "not in params"
@@ -229,12 +231,12 @@ def _add_bare(
     plan: Plan,
     model: nn.Module,
     group_of: Mapping[nn.Parameter, int],
-    excluded: Mapping[nn.Parameter, str],
+    others: Collection[nn.Parameter],
 ) -> None:
     """Matrices that modules hold by themselves, until `frog_triton.linear` has them."""
     for module in model.modules():
         for local, param in module._parameters.items():
-            if param is None or param not in group_of or param in excluded:
+            if param is None or param not in group_of or param in others:
                 continue
             if not is_bare(module, local) or plan.names[param] in plan.layers:
                 continue
@@ -309,13 +311,18 @@ def _shape(use: Use) -> tuple[int, int, int]:
 def _cut_by_shards(weight: nn.Parameter, axes: RowAxes) -> str | None:
     """Why a weight is left alone whose rows lie on several ranks by default."""
     first = axes.rows[0]
-    if first == 0:
+    if first == 0 and axes.split == 1:
         return None  # other placements are an error, which says what to do
     for placement in getattr(weight, "placements", ()):
-        if placement.is_shard() and placement.dim != first:
+        if not placement.is_shard():
+            continue
+        reason = f"sharded on dimension {placement.dim}, which cuts its"
+        if axes.split > 1:
+            return f"{reason} groups"
+        if placement.dim != first:
             return (
-                f"sharded on dimension {placement.dim}, which cuts its rows: shard it "
-                f"on {first} by fully_shard's shard_placement_fn"
+                f"{reason} rows: shard it on {first} by fully_shard's "
+                "shard_placement_fn"
             )
     return None
 
