@@ -135,7 +135,7 @@ def test_computed_weights_and_overridden_forwards():
     net = nn.ModuleDict(
         {
             "a": parametrizations.weight_norm(nn.Linear(3, 3)),
-            "b": parametrizations.spectral_norm(nn.Linear(3, 3)),
+            "b": parametrizations.orthogonal(nn.Linear(3, 3)),
             "c": Scaled(3, 3),
             "head": nn.Linear(3, 3),
         }
@@ -150,7 +150,7 @@ def test_computed_weights_and_overridden_forwards():
         "head.bias",
     }
     assert found[scale][1] == "the scale of a Linear's rows, weight_norm's g"
-    assert found["b.bias"][1] == "Linear whose weight is computed by spectral_norm"
+    assert found["b.bias"][1] == "Linear whose weight is computed by orthogonal"
     assert found["c.weight"][1] == "Scaled"  # until a call shows what it computes
 
 

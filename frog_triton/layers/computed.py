@@ -4,19 +4,22 @@ Weight normalisation makes a row of the weight from a row of its own, ``w_j = g_
 |v_j|``, so the rows of ``v`` are preconditioned with the layer's samples. By the chain
 rule a row's Jacobian is ``g_j / |v_j|``, a factor that cancels in the normalised
 Fisher, times a projection off the row itself, which is left out of it. ``g_j`` is a
-scale, as those of norm layers are, and goes to the fallback. What mixes rows (spectral
-normalisation, orthogonal weights) is left to the fallback as a whole.
+scale, as those of norm layers are, and goes to the fallback. Spectral normalisation
+divides all rows by one number, ``w = v / sigma(v)``: served alike, without what that
+number's gradient adds. What mixes rows (orthogonal weights) goes to the fallback.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import nn
-from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .rows import RowAxes, Weight
+from .rows import Weight
 
 
 def row_wise(module: nn.Module, weight: Weight) -> Weight:
@@ -26,9 +29,9 @@ def row_wise(module: nn.Module, weight: Weight) -> Weight:
         module: the layer.
         weight: that an adapter names.
     """
-    norm = _norm(module, weight.name)
-    if norm is not None and _by_row(norm[0], weight.axes):
-        return replace(weight, name=norm[1])
+    for axis, name in _norms(module, weight.name):
+        if axis is None or (weight.axes.split == 1 and weight.axes.rows == (axis,)):
+            return replace(weight, name=name)
     return weight
 
 
@@ -54,18 +57,17 @@ _NAMES = {
 }
 
 
-def _norm(module: nn.Module, name: str) -> tuple[int, str] | None:
-    """Of a weight normalisation: the dimension whose slices it scales, and v's name."""
+def _norms(module: nn.Module, name: str) -> Iterator[tuple[int | None, str]]:
+    """Of a normalised weight: the parameter behind it, and the axis of the norms."""
     lists = getattr(module, "parametrizations", None)
-    if lists is not None and name in lists:
-        made = list(lists[name])
-        if len(made) == 1 and isinstance(made[0], _WeightNorm):
-            return made[0].dim, f"parametrizations.{name}.original1"
+    if lists is not None and name in lists and len(lists[name]) == 1:
+        (made,) = lists[name]
+        if isinstance(made, _WeightNorm):
+            yield made.dim, f"parametrizations.{name}.original1"
+        if isinstance(made, _SpectralNorm):
+            yield None, f"parametrizations.{name}.original"
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == name:
-            return hook.dim, f"{name}_v"
-    return None
-
-
-def _by_row(dim: int, axes: RowAxes) -> bool:
-    return axes.split == 1 and axes.rows == (dim,)
+            yield hook.dim, f"{name}_v"
+        if isinstance(hook, SpectralNorm) and hook.name == name:
+            yield None, f"{name}_orig"
