@@ -34,23 +34,25 @@ class ReplayWatch(ProductWatch):
             for tap in taps.values():
                 tap.leave_out(COMPILED)
 
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         super()._after(module, args, kwargs, output)
         capture = self._capture()
         if torch.compiler.is_compiling() or capture is None or output is None:
-            return
+            return None
         if not (module.training and self._is_ours(module)):
-            return
+            return None
         taps = [tap for tap in self.taps.values() if tap.applies(module)]
         outputs = recurrent.outputs_of(module, output)
         if not taps or not any(takes_gradient(tensor) for tensor in outputs):
-            return
+            return None
         for tap in taps:
             capture.called.add(tap.name)
         total = recurrent.batch_size(module, args, kwargs)
         steps = recurrent.length(module, args, kwargs)
         if not total * steps:
-            return
+            return None
+        output = _apart(module, output)
+        outputs = recurrent.outputs_of(module, output)
         size = max(1, taps[0].size // steps)
         index = capture.draw_sequences(taps[0], module, total, size)
         for tap in taps[1:]:
@@ -58,6 +60,7 @@ class ReplayWatch(ProductWatch):
         sequences = recurrent.take_sequences(module, args, kwargs, index)
         replay = _Replay(capture, module, taps, sequences, len(outputs), total * steps)
         replay.listen(outputs)
+        return output
 
 
 class _Replay:
@@ -128,3 +131,15 @@ class _Replay:
         for tap in self._taps:
             x, y = found[tap.use.weight.name]
             self._capture.pool(tap.name, Call(self._module, x, y), self._total)
+
+
+def _apart(module: nn.Module, output: Any) -> Any:
+    """The output, such that no part of it is made of another.
+
+    The h of an LSTM cell is made of its c, and a gradient that reaches c by h is none
+    of what comes from outside.
+    """
+    if not isinstance(module, nn.LSTMCell):
+        return output
+    h, c = output
+    return h, c.clone()
