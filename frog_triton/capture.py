@@ -20,15 +20,19 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import hooks, ops
+from .attention import AttentionWatch
 from .functional import mark
 from .layers import LinearMap, Seen
+from .layers.products import AttentionAdapter
 from .pool import Call, Pool, current_pass, joined
-from .products import WATCHES as PRODUCT_WATCHES
 from .products import ProductWatch
 from .replays import ReplayWatch
 from .routing import Layer, Use
 from .sampling import Counter, counter_key, draw, draw_groups, take
 from .taps import IN_EVAL_MODE, Tap
+
+_WATCHES: dict[type, type[ProductWatch]] = {AttentionAdapter: AttentionWatch}
+"""By the type of a module's adapter, where it wants one of its own."""
 
 SAMPLINGS = {"examples": 32, "positions": 256}
 """Ways to sample, each with its default size."""
@@ -109,7 +113,7 @@ class SampleCapture:
             return hooks.install(hooks.ForwardHook(self, layer, use), use.module)
         make: type[ProductWatch] = ReplayWatch
         if use.weight.seen is Seen.PRODUCT:
-            make = PRODUCT_WATCHES.get(type(use.adapter), ProductWatch)
+            make = _WATCHES.get(type(use.adapter), ProductWatch)
         if use.module not in self._watches:
             self._watches[use.module] = make(self, use.module)
         watch = self._watches[use.module]
@@ -154,6 +158,8 @@ class SampleCapture:
 
     def next_step(self) -> None:
         """Drop all samples, and what is known of calls."""
+        for watch in self._watches.values():
+            watch.sweep()
         self.clear()
         self.called.clear()
         self.unsampled.clear()

@@ -88,20 +88,26 @@ ADAMW_LR = 3e-3
 class FROG(Optimizer):
     """Fisher row-wise preconditioning for the layers of a model.
 
-    For each output row j of a Linear or Conv layer: ``M <- momentum M + G``, then
-    `cg_iters` conjugate-gradient iterations on
+    For each output row j of a linear map (Linear and convolution layers, attention,
+    stacked experts, recurrent layers: see `frog_triton.layers`):
+    ``M <- momentum M + G``, then `cg_iters` conjugate-gradient iterations on
     ``(X^T Lambda_j X + damping I) z_j = m_j`` from a small sample of activations X and
     output gradients, where m_j is a row of ``G + momentum M`` (Nesterov). The
     directions ``z_j / sqrt(<z_j, m_j>)`` of a layer make a matrix Z, whose singular
     values are brought near one, and
     ``theta <- (1 - weight_decay lr) theta - lr Z``. A layer's bias is the last entry of
-    its rows. All other parameters (norms, embeddings, the output layer) are updated by
-    `fallback`.
+    its rows. All other parameters (norms, embeddings, output layers) are updated by
+    `fallback`. How much is preconditioned is told once, by the logger ``frog_triton``
+    if logging is configured, else on standard error; below half of all parameters a
+    warning says so.
 
     There are two parameter groups: ``param_groups[0]`` holds what is preconditioned,
     ``param_groups[1]`` the rest, each with its own lr and weight decay, so that any
     learning-rate scheduler works. `params` may bring groups of its own; each is then
-    split in two, in that order.
+    split in two, in that order. Where neither the model nor `output_layers` tells
+    which layers are its outputs, the last one is in the second half at first; once the
+    first step has shown them, each layer stays in its group, and is updated with the
+    options of the half that it belongs to.
 
     Samples are taken in forward passes in training mode with gradients enabled, of
     layers whose weight or bias takes a gradient. They share the fate of that gradient:
@@ -417,9 +423,10 @@ class FROG(Optimizer):
 
     def _tell(self) -> None:
         """Say once how much is preconditioned; warn below half."""
+        if self._ranks is not None and self._ranks.division.rank:
+            return
         coverage = self.routes().coverage
-        if self._ranks is None or self._ranks.division.rank == 0:
-            tell(str(coverage))
+        tell(str(coverage))
         if not self._plan.served():
             warnings.warn(
                 "FROG preconditions no parameter of this model; describe() says why",

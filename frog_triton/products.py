@@ -1,4 +1,4 @@
-"""Sees products inside of a module's forward: attention, experts, bare weights.
+"""Sees products inside of a module's forward: of experts, and of other own weights.
 
 While a watched module's forward runs in training, a mode of torch's function dispatch
 looks at the functions it calls. In evaluation, and without gradients, nothing is
@@ -10,16 +10,15 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch._C import _len_torch_function_stack
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from . import hooks
-from .layers.products import AttentionAdapter
 from .routing import Layer, Use
 from .taps import IN_EVAL_MODE, Tap, no_ordinary_call
 
@@ -65,7 +64,22 @@ class ProductWatch:
             for tap in taps.values():
                 tap.leave_out(COMPILED)
             return None
-        return _Products(module, taps)
+        return _Products(self, module, taps)
+
+    def sees(self, mode: TorchFunctionMode) -> bool:
+        """Whether a mode belongs to the call that runs.
+
+        One whose call was interrupted from outside, as by the keyboard, is left over.
+        """
+        return bool(self._open) and self._open[-1] is mode
+
+    def sweep(self) -> None:
+        """Between steps no call runs: what is still open is left over."""
+        left = [mode for mode in self._open if mode is not None]
+        self._open.clear()
+        if left:
+            self.close()
+            remove_modes(left)
 
     def _before(self, module: nn.Module, args: Any) -> None:
         mode = None
@@ -77,12 +91,16 @@ class ProductWatch:
         if mode is not None:
             mode.__enter__()
 
+    def close(self) -> None:
+        """Forget what belongs to the call that has ended."""
+
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self._open:
             return  # the hooks came between
         mode = self._open.pop()
         if mode is not None:
             mode.__exit__(None, None, None)
+            self.close()
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         capture = self._capture()
@@ -103,6 +121,14 @@ class ProductWatch:
         return module is self._module() and not no_ordinary_call()
 
 
+def remove_modes(left: list[TorchFunctionMode]) -> None:
+    """Take modes off torch's stack, from wherever they are."""
+    stack = [_pop_mode() for _ in range(_len_torch_function_stack())]
+    for mode in reversed(stack):
+        if not any(mode is each for each in left):
+            _push_mode(mode)
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors of nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
@@ -113,108 +139,6 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list):
         for each in value:
             yield from tensors_in(each)
-
-
-# -- attention -------------------------------------------------------------------------
-
-
-class AttentionWatch(ProductWatch):
-    """`torch.nn.MultiheadAttention`, whose products are those of one function."""
-
-    def __init__(self, capture: SampleCapture, module: nn.Module) -> None:
-        super().__init__(capture, module)
-        self._parts: dict[tuple[int, int], Tap] = {}
-        self._function = _Attention()
-
-    def add(self, layer: Layer, use: Use) -> None:
-        """See `ProductWatch.add`; pieces of ``in_proj`` have taps of their own."""
-        super().add(layer, use)
-        if use.weight.name == "in_proj_weight":
-            capture = self._capture()
-            assert capture is not None
-            for part in ((0, 1), (1, 2), (2, 3), (1, 3)):
-                self._parts[part] = Tap(capture, layer, use, part)
-            self._parts[0, 3] = self.taps["in_proj_weight"]
-
-    def mode(self, module: nn.Module, taps: dict[str, Tap]) -> TorchFunctionMode | None:
-        """See `ProductWatch.mode`."""
-        self._function.prepare(module, taps, self._parts)
-        return _AttentionMode(self._function)
-
-
-class _AttentionMode(TorchFunctionMode):
-    """Runs the function that attention is with products that are seen."""
-
-    def __init__(self, function: _Attention) -> None:
-        super().__init__()
-        self._function = function
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = {} if kwargs is None else kwargs
-        if func is F.multi_head_attention_forward:
-            return self._function(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-class _Attention:
-    """`torch.nn.functional.multi_head_attention_forward` itself, with another `linear`.
-
-    The same code, given names of its own to look up.
-    """
-
-    def __init__(self) -> None:
-        names = dict(vars(F))
-        del names["__name__"]  # or torch.compile would look in F for the others
-        names["linear"] = self._linear
-        names["has_torch_function"] = _never
-        for name in ("_in_projection_packed", "_in_projection"):
-            names[name] = _with_names(getattr(F, name), names)
-        self._body = _with_names(F.multi_head_attention_forward, names)
-
-    def prepare(
-        self,
-        module: nn.Module,
-        taps: dict[str, Tap],
-        parts: dict[tuple[int, int], Tap],
-    ) -> None:
-        """See the products of this module's next call."""
-        self._weights = [(tap.use.weight.of(module), tap) for tap in taps.values()]
-        self._module, self._taps, self._parts = module, taps, parts
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._group = 0
-        return self._body(*args, **kwargs)
-
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        output = F.linear(x, weight, bias)
-        tap = None
-        for known, its in self._weights:
-            if known is weight:
-                tap = its
-        if tap is None and "in_proj_weight" in self._taps:
-            # Pieces of the packed weight come in the order of their rows.
-            first = self._group
-            self._group = first + weight.shape[0] // weight.shape[1]
-            tap = self._parts.get((first, self._group))
-        return output if tap is None else tap.see(self._module, x, output)
-
-
-def _never(_: Any) -> bool:
-    return False
-
-
-def _with_names(function: Any, names: dict[str, Any]) -> Any:
-    made = FunctionType(
-        function.__code__,
-        names,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    made.__kwdefaults__ = function.__kwdefaults__
-    return made
 
 
 # -- experts, and weights that a module uses as they are -------------------------------
@@ -240,6 +164,11 @@ class _Weight:
         self.tap, self.flipped, self.group, self.ids = tap, flipped, group, ids
 
     @property
+    def whole(self) -> bool:
+        """Whether it holds the matrices of all groups, in their order."""
+        return self.group is None and self.ids is None
+
+    @property
     def inputs_first(self) -> bool:
         """Whether the matrix is ``(in, out)``."""
         second = self.tap.use.weight.axes.rows[-1] == self.tap.weight.ndim - 1
@@ -247,10 +176,16 @@ class _Weight:
 
 
 class _Products(TorchFunctionMode):
-    """Follows weights, and matrices taken of them, to the products they are used in."""
+    """Follows weights, and matrices taken of them, to the products they are used in.
 
-    def __init__(self, module: nn.Module, taps: dict[str, Tap]) -> None:
+    What it does not know it leaves alone, so that it never makes a forward fail.
+    """
+
+    def __init__(
+        self, watch: ProductWatch, module: nn.Module, taps: dict[str, Tap]
+    ) -> None:
         super().__init__()
+        self._watch = watch
         self._module = module
         self._known: list[tuple[Tensor | None, _Weight]] = [
             (tap.use.weight.of(module), _Weight(tap)) for tap in taps.values()
@@ -262,8 +197,15 @@ class _Products(TorchFunctionMode):
         kwargs = {} if kwargs is None else kwargs
         output = func(*args, **kwargs)
         look = _LOOKS.get(func) or _LOOKS.get(str(func))
-        if look is not None:
-            look(self, output, *args, **kwargs)
+        if look is not None and self._watch.sees(self):
+            what, names = look
+            # As torch's own functions, these take arguments by place or by name.
+            given = [
+                *args,
+                *(kwargs[name] for name in names[len(args) :] if name in kwargs),
+            ]
+            if len(given) == len(names):
+                what(self, output, *given)
         return output
 
     def find(self, tensor: Any) -> _Weight | None:
@@ -275,31 +217,51 @@ class _Products(TorchFunctionMode):
 
     # -- what becomes of a weight
 
-    def on_item(self, output: Tensor, weight: Any, index: Any) -> None:
+    def on_item(self, output: Any, weight: Any, index: Any) -> None:
         """``weight[e]``, or the matrices of many tokens' experts."""
         found = self.find(weight)
-        if found is None or found.tap.weight.ndim != 3 or found.group is not None:
+        if found is None or found.tap.weight.ndim != 3 or not found.whole:
             return
         taken = copy.copy(found)
-        if isinstance(index, Tensor) and index.ndim == 1:
-            taken.ids = index
-        elif isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0):
-            taken.group = int(index)
+        if isinstance(index, Tensor) and index.dtype in _INTEGERS and index.ndim < 2:
+            if index.ndim:
+                taken.ids = index
+            else:
+                taken.group = int(index) % weight.shape[0]
+        elif isinstance(index, int) and not isinstance(index, bool):
+            taken.group = index % weight.shape[0]
         else:
             return
         self._known.append((output, taken))
 
-    def on_transpose(self, output: Tensor, weight: Any, *axes: Any, **_: Any) -> None:
-        """The last two dimensions change places."""
-        found = self.find(weight)
-        last = {output.ndim - 1, output.ndim - 2}
-        if found is None or (axes and {axis % output.ndim for axis in axes} != last):
-            return
-        turned = copy.copy(found)
-        turned.flipped = not found.flipped
-        self._known.append((output, turned))
+    def on_select(self, output: Any, weight: Any, dim: Any, index: Any) -> None:
+        """``weight.select(0, e)``."""
+        if dim == 0:
+            self.on_item(output, weight, index)
 
-    def on_cast(self, output: Tensor, weight: Any, *_: Any, **__: Any) -> None:
+    def on_unbind(self, output: Any, weight: Any) -> None:
+        """``for matrix in weight``."""
+        if self.find(weight) is not None and len(output) == weight.shape[0]:
+            for index, matrix in enumerate(output):
+                self.on_item(matrix, weight, index)
+
+    def on_swap(self, output: Any, weight: Any, first: Any, second: Any) -> None:
+        """``weight.transpose(first, second)``."""
+        if {first % weight.ndim, second % weight.ndim} == {
+            weight.ndim - 1,
+            weight.ndim - 2,
+        }:
+            self.on_turn(output, weight)
+
+    def on_turn(self, output: Any, weight: Any) -> None:
+        """``weight.mT``: the last two dimensions change places."""
+        found = self.find(weight)
+        if found is not None:
+            turned = copy.copy(found)
+            turned.flipped = not found.flipped
+            self._known.append((output, turned))
+
+    def on_cast(self, output: Any, weight: Any) -> None:
         """The same matrix in another dtype."""
         found = self.find(weight)
         if found is not None and output.shape == weight.shape:
@@ -307,111 +269,109 @@ class _Products(TorchFunctionMode):
 
     # -- products
 
-    def on_linear(
-        self, output: Tensor, input: Tensor, weight: Any, bias: Any = None
-    ) -> None:
+    def on_linear(self, output: Any, x: Any, weight: Any) -> None:
         """``F.linear``: the weight's matrix is ``(out, in)``."""
         found = self.find(weight)
         if found is not None and not found.inputs_first:
-            self._product(found, input, output)
+            self._product(found, x, output)
 
-    def on_matmul(self, output: Tensor, input: Tensor, other: Any, **_: Any) -> None:
+    def on_matmul(self, output: Any, x: Any, weight: Any) -> None:
         """``x @ w``: the weight's matrix is ``(in, out)``."""
-        found = self.find(other)
+        found = self.find(weight)
         if found is not None and found.inputs_first:
-            self._product(found, input, output)
+            self._product(found, x, output)
             return
-        found = self.find(input)  # w x, of one column each
+        found = self.find(x)  # w x, of one column each
         if found is not None and found.ids is not None and not found.inputs_first:
-            self._product(found, other, output)
+            self._product(found, weight, output)
 
-    def on_addmm(
-        self, output: Tensor, bias: Any, input: Tensor, weight: Any, **_: Any
-    ) -> None:
+    def on_addmm(self, output: Any, bias: Any, x: Any, weight: Any) -> None:
         """``b + x @ w``."""
-        self.on_matmul(output, input, weight)
+        self.on_matmul(output, x, weight)
 
-    def on_grouped(
-        self, output: Tensor, input: Tensor, weight: Any, offs: Any = None, **_: Any
-    ) -> None:
+    def on_grouped(self, output: Any, x: Any, weight: Any, offs: Any) -> None:
         """Tokens in the order of their experts, times ``(E, in, out)``."""
         found = self.find(weight)
-        if found is None or not found.inputs_first or offs is None:
-            return
-        capture, tap = found.tap.capture, found.tap
-        if capture is not None and tap.may_sample(capture, self._module, input, output):
-            tap.take_tokens(capture, self._module, input, output, offs)
+        fits = found is not None and found.whole and found.inputs_first
+        if found is not None and fits and x.ndim == 2 and isinstance(offs, Tensor):
+            self._take(found.tap, x, output, offs)
 
-    def _product(self, found: _Weight, x: Tensor, output: Tensor) -> None:
-        tap, capture = found.tap, found.tap.capture
-        if capture is None:
-            return
+    def _product(self, found: _Weight, x: Any, output: Any) -> None:
+        tap = found.tap
         if found.ids is not None:
-            self._tokens(found, x, output)
+            self._tokens(found, found.ids, x, output)
         elif found.group is not None:
             tap = copy.copy(tap)
             tap.part = (found.group, found.group + 1)
             tap.see(self._module, x, output)
         elif tap.weight.ndim == 3:
-            self._all(found, x, output)
+            self._all(tap, x, output)
         else:
             tap.see(self._module, x, output)
 
-    def _tokens(self, found: _Weight, x: Tensor, output: Tensor) -> None:
+    def _tokens(self, found: _Weight, ids: Tensor, x: Any, output: Any) -> None:
         """A product of each token with its own expert's matrix."""
-        tap, capture, ids = found.tap, found.tap.capture, found.ids
-        assert capture is not None and ids is not None
-        if tap.may_sample(capture, self._module, x, output):
-            groups = tap.weight.shape[0]
-            ends = torch.bincount(ids, minlength=groups).cumsum(0)
-            order = ids.argsort(stable=True)
-            x = x.reshape(ids.numel(), -1)
-            tap.take_tokens(capture, self._module, x, output, ends, order)
+        tap, geometry = found.tap, found.tap.geometry
+        rows = geometry.rows // geometry.groups
+        if (x.numel(), output.numel()) != (
+            ids.numel() * geometry.dim,
+            ids.numel() * rows,
+        ):
+            return  # several tokens for a matrix
+        ids, order = (ids % geometry.groups).sort(stable=True)
+        experts = torch.arange(geometry.groups, device=ids.device)
+        ends = torch.searchsorted(ids, experts, right=True)
+        self._take(tap, x.reshape(ids.numel(), -1), output, ends, order)
 
-    def _all(self, found: _Weight, x: Tensor, output: Tensor) -> None:
+    def _all(self, tap: Tap, x: Any, output: Any) -> None:
         """A batched product: as many tokens for each expert."""
-        tap, capture = found.tap, found.tap.capture
-        assert capture is not None
-        groups = tap.weight.shape[0]
-        if x.ndim != 3 or x.shape[0] != groups:
-            return
-        if tap.may_sample(capture, self._module, x, output):
+        groups = tap.geometry.groups
+        if x.ndim == 3 and x.shape[0] == groups:
             each = x.shape[1]
             ends = torch.arange(1, groups + 1, device=x.device) * each
-            x = x.reshape(groups * each, -1)
-            tap.take_tokens(capture, self._module, x, output, ends)
+            self._take(tap, x.reshape(groups * each, -1), output, ends)
+
+    def _take(
+        self, tap: Tap, x: Tensor, output: Tensor, ends: Tensor, *order: Tensor
+    ) -> None:
+        capture = tap.capture
+        if capture is not None and tap.may_sample(capture, self._module, x, output):
+            tap.take_tokens(capture, self._module, x, output, ends, *order)
 
 
-_Look = Callable[..., None]
+_INTEGERS = (torch.int64, torch.int32)
+_Look = tuple[Callable[..., None], tuple[str, ...]]
+"""What to do, and names of the function's arguments that it wants."""
+
+_MATRIX = ("input", "mat2")
 _LOOKS: dict[Any, _Look] = {
-    Tensor.__getitem__: _Products.on_item,
-    torch.select: lambda mode, out, w, dim, index: (
-        mode.on_item(out, w, index) if dim == 0 else None
+    Tensor.__getitem__: (_Products.on_item, ("self", "index")),
+    torch.select: (_Products.on_select, ("input", "dim", "index")),
+    Tensor.select: (_Products.on_select, ("self", "dim", "index")),
+    torch.unbind: (_Products.on_unbind, ("input",)),
+    Tensor.unbind: (_Products.on_unbind, ("self",)),
+    torch.transpose: (_Products.on_swap, ("input", "dim0", "dim1")),
+    Tensor.transpose: (_Products.on_swap, ("self", "dim0", "dim1")),
+    Tensor.mT.__get__: (_Products.on_turn, ("self",)),  # type: ignore[attr-defined]
+    Tensor.T.__get__: (_Products.on_turn, ("self",)),  # type: ignore[attr-defined]
+    Tensor.t: (_Products.on_turn, ("self",)),
+    torch.t: (_Products.on_turn, ("input",)),
+    F.linear: (_Products.on_linear, ("input", "weight")),
+    torch.matmul: (_Products.on_matmul, ("input", "other")),
+    Tensor.matmul: (_Products.on_matmul, ("self", "other")),
+    Tensor.__matmul__: (_Products.on_matmul, ("self", "other")),
+    torch.mm: (_Products.on_matmul, _MATRIX),
+    Tensor.mm: (_Products.on_matmul, ("self", "mat2")),
+    torch.bmm: (_Products.on_matmul, _MATRIX),
+    Tensor.bmm: (_Products.on_matmul, ("self", "mat2")),
+    torch.addmm: (_Products.on_addmm, ("input", "mat1", "mat2")),
+    torch._grouped_mm: (_Products.on_grouped, (*_MATRIX, "offs")),
+    "transformers.grouped_mm_fallback": (
+        _Products.on_grouped,
+        ("input", "weight", "offs"),
     ),
-    torch.transpose: _Products.on_transpose,
-    Tensor.transpose: _Products.on_transpose,
-    Tensor.mT.__get__: _Products.on_transpose,  # type: ignore[attr-defined]
-    Tensor.T.__get__: _Products.on_transpose,  # type: ignore[attr-defined]
-    Tensor.t: _Products.on_transpose,
-    torch.t: _Products.on_transpose,
-    **dict.fromkeys(
-        (Tensor.to, Tensor.type, Tensor.float, Tensor.bfloat16, Tensor.half),
-        _Products.on_cast,
-    ),
-    F.linear: _Products.on_linear,
-    torch.matmul: _Products.on_matmul,
-    Tensor.matmul: _Products.on_matmul,
-    Tensor.__matmul__: _Products.on_matmul,
-    torch.mm: _Products.on_matmul,
-    Tensor.mm: _Products.on_matmul,
-    torch.bmm: _Products.on_matmul,
-    Tensor.bmm: _Products.on_matmul,
-    torch.addmm: _Products.on_addmm,
-    torch._grouped_mm: _Products.on_grouped,
-    "transformers.grouped_mm_fallback": _Products.on_grouped,
 }
+for _cast in (Tensor.to, Tensor.type, Tensor.float, Tensor.bfloat16, Tensor.half):
+    _LOOKS[_cast] = (_Products.on_cast, ("self",))
 if hasattr(F, "grouped_mm"):
-    _LOOKS[F.grouped_mm] = _Products.on_grouped
-
-WATCHES: dict[type, type[ProductWatch]] = {AttentionAdapter: AttentionWatch}
-"""By the type of a module's adapter, where it wants one of its own."""
+    _LOOKS[F.grouped_mm] = (_Products.on_grouped, ("mat_a", "mat_b", "offs"))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import traced
+from .guards import is_capturing
 from .layers.linear import LinearAdapter
 from .layers.recognise import recognise
 from .layers.rows import Seen, owner
@@ -56,7 +57,7 @@ class Tap:
         self.use = use
         self.name = layer.name
         self.part = part
-        self.weight = layer.weight
+        self.weight, self.geometry = layer.weight, layer.geometry
         self.inside = use.weight.seen is not Seen.CALL
         self.by_position = self.inside or capture.sampling == "positions"
         self.size = capture.size_inside if self.inside else capture.sample_size
@@ -241,6 +242,8 @@ class Tap:
         """Whether the module's forward computes what its adapter says; checked once."""
         if self.use.proven:
             return True
+        if is_capturing():  # which forbids to wait for the device
+            return False
         if self.refuted:
             capture.missed(self.name, self.refuted)
             return False

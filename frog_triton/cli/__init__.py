@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = module.run
     args = parser.parse_args(words)
     assert run is not None
+    told = logging.getLogger("frog_triton")
+    if not told.hasHandlers():  # commands tell by themselves what they are to tell
+        told.addHandler(logging.NullHandler())
     try:
         return int(run(args))
     except CommandError as error:
