@@ -148,6 +148,7 @@ class Pool:
         self._kept: Reservoirs = {}
         self._mark: _Mark | None = None
         self._arriving: dict[int, Reservoirs] = {}
+        self._writing: set[int] = set()  # passes that have written
         self._unwritten: Reservoirs = {}
         self._expected: dict[int | None, list[Callable[[], None]]] = {}
 
@@ -230,17 +231,27 @@ class Pool:
             calls.append(before_write)
 
     def finish(self, this: int) -> None:
-        """A pass has ended: what it brought and did not write does not count."""
+        """A pass has ended: what it brought and did not write does not count.
+
+        A bias that is added by itself is written before its product's gradient comes.
+        """
         self._expected.pop(this, None)
-        self._unwritten = self._arriving.pop(this, self._unwritten)
+        arrived = self._arriving.pop(this, None)
+        if arrived is None:
+            return
+        if this in self._writing and self._owner.grad is not None:
+            self._merge(self._kept, arrived)
+        else:
+            self._unwritten = arrived
 
     def _written(self, param: Tensor) -> None:
         """Keep what this pass brought: it has added to a gradient of the layer's."""
         if not param.requires_grad or param.grad is None:
             return  # frozen since the forward, so nothing was written
         this = current_pass()
-        if this is not None and this in self._arriving:
-            self._merge(self._kept, self._arriving.pop(this))
+        if this is not None:
+            self._writing.add(this)
+            self._merge(self._kept, self._arriving.pop(this, {}))
         if param is self._owner:
             self._mark = _Mark(param.grad, next(self._numbers))
 
