@@ -263,7 +263,8 @@ class Tap:
     def keep(self, x: Tensor, index: Tensor, grad: Tensor) -> None:
         """See `traced.Receiver`."""
         capture, module = self._capture(), self._module()
-        if capture is not None and module is not None:
+        # Without a proof `sample` gave nothing: what comes back are the graph's zeros.
+        if capture is not None and module is not None and self.use.proven:
             capture.keep(self, module, x, index, grad)
 
 
