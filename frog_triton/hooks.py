@@ -123,12 +123,12 @@ def surround(
     """Hooks around a module's forward; the second runs even where that raises."""
     copyreg.dispatch_table.setdefault(type(module), _reduce_without_hooks)
 
-    def frog_triton_watching(module: nn.Module, args: Any) -> None:
+    def frog_triton_before(module: nn.Module, args: Any) -> None:
         before(module, args)
 
-    frog_triton_watching.__wrapped__ = _scripted_before  # type: ignore[attr-defined]
+    frog_triton_before.__wrapped__ = _scripted_before  # type: ignore[attr-defined]
     return [
-        module.register_forward_pre_hook(frog_triton_watching),
+        module.register_forward_pre_hook(frog_triton_before),
         module.register_forward_hook(
             _as_function(after, "watching"),
             prepend=True,

@@ -278,6 +278,11 @@ class FROG(Optimizer):
             )
         if isinstance(exclude, str | type):
             exclude = (exclude,)
+        if output_layers is not None and not exclude_output_layer:
+            raise ValueError(
+                "output_layers names layers for the fallback, which "
+                "exclude_output_layer=False keeps: leave one of them out"
+            )
         if isinstance(output_layers, str | type):
             output_layers = (output_layers,)
         defaults = {
@@ -328,11 +333,10 @@ class FROG(Optimizer):
         )
         super().__init__(groups, defaults)
         own_tensors(self.param_groups)
-        self._seeker: Seeker | None = None
         self._unhooked.reasons |= self._plan.pending
-        if self._plan.search:
-            self._seeker = Seeker(model, self._plan)
-            weakref.finalize(self, self._seeker.close)
+        self._decided: set[str] = set()
+        self._seeker: Seeker | None = None
+        self._seek_again()
         self._fused = FusedInference(model)
         weakref.finalize(self, self._fused.close)
         self._watch(self._plan.layers.values())
@@ -407,9 +411,9 @@ class FROG(Optimizer):
         reasons = plan.reasons | kept | dict.fromkeys(gone, "no longer in the model")
         names = {p: old.names[p] for p in gone} | plan.names
         layers = {**old.layers, **plan.layers}
-        first = not old.layers
-        self._plan = Plan(layers, names, reasons, search=plan.search and first)
-        self._plan.guess = plan.guess if first else None
+        before = old if old.names else plan
+        self._plan = Plan(layers, names, reasons, before.guess, search=before.search)
+        self._plan.named = before.named
         self._plan.pending = {**old.pending, **plan.pending}
         self._layer_of |= {p: lay for lay in plan.layers.values() for p in lay.params}
 
@@ -426,12 +430,11 @@ class FROG(Optimizer):
         if self._ranks is not None and self._ranks.division.rank:
             return
         coverage = self.routes().coverage
-        tell(str(coverage))
+        if not coverage.low:
+            tell(str(coverage))
         if not self._plan.served():
-            warnings.warn(
-                "FROG preconditions no parameter of this model; describe() says why",
-                stacklevel=3,
-            )
+            text = "FROG preconditions no parameter of this model"
+            warnings.warn(f"{text}; describe() says why", stacklevel=3)
         elif coverage.low:
             warnings.warn(f"{coverage}; describe() says why", stacklevel=3)
 
@@ -489,10 +492,14 @@ class FROG(Optimizer):
             n: r for n, r in self._plan.pending.items() if n in new
         }
         for name in new.keys() & known.keys():  # a module put in another's place
-            self.capture.unwatch(name)
+            if self.capture.watches(name):
+                self.capture.unwatch(name)
             self._anomalies.pop(name, None)
             self._unhooked.forget(name)
         self._watch(new.values())
+        if new:
+            self._decided -= new.keys()
+            self._seek_again()
 
     # -- the step -------------------------------------------------------------------
 
@@ -543,23 +550,34 @@ class FROG(Optimizer):
             found_inf, known = self._agree(self._ranks, found_inf, known)
         if found_inf is not None and self._may_read(found_inf):
             if found_inf:
+                self.drop_samples()
                 self.capture.next_step()
                 self._stepped = True
                 return loss
             found_inf = None
         self._step(known, found_inf)
-        if known.decided:
-            self._stop_seeking()
+        self._learn(known)
         self.capture.next_step()
         self._stepped = True
         return loss
 
     def _seek(self, known: Known) -> Known:
-        """What the first step shows of output layers."""
-        found = None if self._seeker is None else self._seeker.found(known.sampled)
-        if found is None:
+        """What this step shows of output layers."""
+        if self._seeker is None or not self._plan.search:
             return known
-        return known._replace(outputs=found, decided=True)
+        decided, outputs = self._seeker.found(known.sampled)
+        return known._replace(decided=decided, outputs=outputs)
+
+    def _seek_again(self) -> None:
+        """Watch the next step's calls, to find output layers."""
+        self._stop_seeking()
+        if self._plan.search or self._plan.named:
+            self._seeker = Seeker(self._model, self._plan)
+
+    def _stop_seeking(self) -> None:
+        if self._seeker is not None:
+            self._seeker.close()
+            self._seeker = None
 
     def _may_read(self, number: Tensor) -> bool:
         """Whether the host may read a number: on a CPU, and if it is no fake."""
@@ -739,9 +757,8 @@ class FROG(Optimizer):
             for layer in self._plan.layers.values()
             if any(p.grad is not None for p in layer.params)
         ]
-        changed = []
-        if known.decided:
-            changed = self._unhooked.decide(layers, known.outputs)
+        decided = [x for x in self._plan.layers.values() if x.name in known.decided]
+        changed = self._unhooked.decide(decided, known.outputs)
         changed += self._unhooked.review(layers, known, self.capture)
         params = [p for layer in changed for p in layer.params if p in self.state]
         before: dict[Any, Any] = {param: dict(self.state[param]) for param in params}
@@ -755,17 +772,29 @@ class FROG(Optimizer):
 
         return undo
 
-    def _stop_seeking(self) -> None:
-        """The output layers are known: they need no samples any more."""
-        outputs = self._unhooked.outputs
-        if self._seeker is not None:
-            self._seeker.close()
-            self._seeker = None
-            if outputs != [self._plan.guess] and (
-                self._ranks is None or self._ranks.division.rank == 0
-            ):
-                names = ", ".join(outputs) or "none"
-                tell(f"FROG: output layers, as the first step shows: {names}")
+    def _learn(self, known: Known) -> None:
+        """Keep what a step has shown of output layers; tell what was not expected."""
+        alone = self._ranks is None or self._ranks.division.rank == 0
+        if not self._plan.search:
+            if self._seeker is not None and (shown := self._seeker.contradicts()):
+                names = ", ".join(sorted(shown))
+                text = f"FROG: the step shows {names} as output layers, but others are"
+                tell(f"{text} named so; see output_layers")
+            self._stop_seeking()
+            return
+        if known.decided:
+            new = known.outputs - self._decided
+            if alone and new - {self._plan.guess}:
+                tell(f"FROG: output layers, as a step shows: {', '.join(sorted(new))}")
+            self._decided |= known.decided
+            self._stop_seeking()
+            self._watch_what_is_served()
+        elif self._seeker is None and known.sampled - self._decided - self._plan.bare:
+            self._seek_again()  # for layers with their first gradient
+
+    def _watch_what_is_served(self) -> None:
+        """Output layers that are known as such need no samples."""
+        outputs = self._decided.intersection(self._unhooked.outputs)
         for layer in self._plan.layers.values():
             watched = self.capture.watches(layer.name)
             if layer.name in outputs and watched:
@@ -782,7 +811,7 @@ class FROG(Optimizer):
             saved["version"] = STATE_VERSION
             saved["let_go"] = dict(self._unhooked.reasons)
             saved["misses"] = dict(self._unhooked.misses)
-            saved["decided"] = self._seeker is None
+            saved["decided"] = sorted(self._decided)
 
         # Before the user's own hooks.
         hook = self.register_state_dict_post_hook(add, prepend=True)
@@ -816,6 +845,7 @@ class FROG(Optimizer):
         if let_go is None:  # not by `state_dict`, or by that of version 1
             let_go = dict.fromkeys(self._let_go_by_state(), REASON)
         self._unhooked = Unhooked(self._fallback)
+        self._decided = set(loaded.get("decided", self._plan.layers))
         if "decided" not in loaded:  # by a version that had nothing pending
             self._unhooked.reasons |= self._plan.pending
         for name in self._plan.layers:
@@ -823,8 +853,10 @@ class FROG(Optimizer):
                 self._unhooked.reasons[name] = let_go[name]
             elif misses := loaded.get("misses", {}).get(name):
                 self._unhooked.misses[name] = misses
-        if loaded.get("decided", True) and not self.capture.closed:
-            self._stop_seeking()
+        if not self.capture.closed:
+            self._watch_what_is_served()
+            if self._plan.search and self._plan.layers.keys() - self._decided:
+                self._seek_again()
         self._stepped = any(
             bool(state["step"] > 0) for state in self.state.values() if "step" in state
         )
@@ -896,8 +928,8 @@ class FROG(Optimizer):
         if layer is not None and here:
             if layer.name in self._unhooked.reasons:
                 reason = self._unhooked.reasons[layer.name]
-                if reason == OUTPUT_LAYER and self._seeker is not None:
-                    notes.append("the last; the first step will show")
+                if reason == OUTPUT_LAYER and layer.name not in self._decided:
+                    notes.append("the last; its first step will show")
             else:
                 notes.append(self._solved.get(layer.name, ""))
         if layer is not None and self._ranks is not None:
@@ -986,13 +1018,14 @@ class FROG(Optimizer):
             >>> opt.step()
         """
         self.capture.clear()
+        if self._seeker is not None:
+            self._seeker.forget()
 
     def close(self) -> None:
         """Remove the hooks from the model. The optimizer takes no more samples."""
         self.capture.close()
         self._fused.close()
-        if self._seeker is not None:
-            self._seeker.close()
+        self._stop_seeking()
 
     def __enter__(self) -> Self:
         """Nothing to do; `close` is called at the end of the block."""

@@ -207,6 +207,11 @@ class OutputSearch:
             self._made.setdefault(node, set()).add(call)
             self._arrived.add(call)
 
+    @property
+    def arrived(self) -> set[Hashable]:
+        """Units whose outputs got a gradient."""
+        return {call.unit for call in self._arrived}
+
     def found(self) -> set[Hashable] | None:
         """Units that are outputs, after the backward pass; None if none arrived.
 

@@ -200,10 +200,8 @@ class _Products(TorchFunctionMode):
         if look is not None and self._watch.sees(self):
             what, names = look
             # As torch's own functions, these take arguments by place or by name.
-            given = [
-                *args,
-                *(kwargs[name] for name in names[len(args) :] if name in kwargs),
-            ]
+            given = list(args[: len(names)])
+            given += [kwargs[n] for n in names[len(given) :] if n in kwargs]
             if len(given) == len(names):
                 what(self, output, *given)
         return output

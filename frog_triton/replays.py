@@ -122,14 +122,14 @@ class _Replay:
         grads = self._grads.pop(current_pass(), None)
         if grads is None:
             return  # for another of the weights
-        params = dict(self._module.named_parameters(recurse=False))
+        params = recurrent.params_of(self._module)
         if any(hasattr(param, "to_local") for param in params.values()):
             for tap in self._taps:
                 self._capture.missed(tap.name, SHARDED)
             return
         found = recurrent.replay(self._module, self._sequences, grads, params)
         for tap in self._taps:
-            x, y = found[tap.use.weight.name]
+            x, y = found[tap.use.weight.label]  # the name may be of what is behind it
             self._capture.pool(tap.name, Call(self._module, x, y), self._total)
 
 

@@ -16,6 +16,7 @@ from .layers import (
     LinearAdapter,
     Seen,
     adapter_for,
+    computed_in,
     is_bare,
     is_proven,
     left_out,
@@ -107,7 +108,8 @@ class Plan:
             step shows which is; None where the model or the user has told.
         pending: layers that the fallback updates until something shows that it should
             not, with the reason: the guess, and bare parameters.
-        search: whether the first step is to show it.
+        search: whether steps are to show which layers are outputs.
+        named: output layers that the model's methods and names tell.
     """
 
     layers: dict[str, Layer] = field(default_factory=dict)
@@ -116,6 +118,7 @@ class Plan:
     guess: str | None = None
     pending: dict[str, str] = field(default_factory=dict)
     search: bool = False
+    named: set[nn.Module] = field(default_factory=set)
 
     def keep_guess(self) -> None:
         """Leave the guessed output layer to the fallback for good."""
@@ -128,6 +131,11 @@ class Plan:
     def preconditioned(self) -> set[nn.Parameter]:
         """Parameters that belong to a layer, but for those that are pending."""
         return {p for layer in self.served() for p in layer.params}
+
+    @property
+    def bare(self) -> set[str]:
+        """Names of layers that are bare parameters, pending until they have samples."""
+        return {name for name, why in self.pending.items() if why != OUTPUT_LAYER}
 
     def served(self) -> list[Layer]:
         """Layers that are preconditioned from the first step on."""
@@ -172,6 +180,9 @@ def route(
         plan.search = told is None
         guess = list(uses)[-1] if told is None and len(uses) > 1 else None
         outputs = told or set()
+        if output_layers is None:
+            users = {w: its for w, (_, its) in uses.items() if w in outputs}
+            plan.named = {use.module for its in users.values() for use in its}
         lone = outputs >= uses.keys() and not _has_bare(model)
         if lone and output_layers is None:
             outputs = set()
@@ -262,11 +273,11 @@ def _uses(model: nn.Module) -> Uses:
             continue
         for weight in adapter.weights(module):
             param = weight.of(module)
-            if param is None:
-                continue
             held, _ = owner(module, weight.name)
             if held is not None and held is not module:
                 inner.add(held)
+            if param is None:
+                continue
             label = ".".join(filter(None, [name, weight.label])) or "weight"
             use = Use(module, weight, adapter, is_proven(module))
             uses.setdefault(param, (label, []))[1].append(use)
@@ -370,6 +381,7 @@ def _explain(
             if bias is not None:
                 follows[bias] = weight
     preconditioned = {p for layer in plan.layers.values() for p in layer.params}
+    computed = computed_in(model)
     for module in model.modules():
         for local, param in module.named_parameters(recurse=False):
             if param in plan.reasons:
@@ -384,7 +396,7 @@ def _explain(
                     else plan.reasons[weight]
                 )
             else:
-                reason = left_out(model, module, local)
+                reason = left_out(computed, module, local)
             plan.reasons[param] = reason
 
 

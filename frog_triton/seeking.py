@@ -1,8 +1,8 @@
-"""Watches the first step's calls to find a model's output layers."""
+"""Watches a step's calls to find a model's output layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Set
 from typing import Any
 
 import torch
@@ -26,45 +26,53 @@ class Seeker:
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self._search = OutputSearch()
         self._plan = plan
-        self._seen: set[nn.Module] = set()
         self._handles: list[RemovableHandle] = []
+        self._names: dict[Hashable, str] = {m: n for n, m in model.named_modules()}
         users = {m for layer in plan.layers.values() for m in layer.modules}
         for module in model.modules():
             own = module.parameters(recurse=False)
-            if module in users or any(p.ndim > 1 for p in own):
+            if module in users or any(_is_matrix(p) for p in own):
                 self._handles.append(hooks.install(self._saw, module, "seeking"))
 
     def _saw(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         if module.training:
-            self._seen.add(module)
             self._search.saw(module, (args, kwargs), output)
 
-    def found(self, sampled: Iterable[str]) -> set[str] | None:
-        """Names of the output layers, or None if the step shows nothing.
+    def found(self, sampled: Set[str]) -> tuple[set[str], set[str]]:
+        """Which layers this step tells of, and which of them are outputs, by name.
 
-        A guess that made samples without being seen, inside of a compiled graph or a
-        checkpoint, stands.
+        A layer that made samples without being seen, inside of a compiled graph or a
+        checkpoint, is one if it was guessed to be one.
 
         Args:
             sampled: names of the layers that have samples.
         """
-        layers, guess = self._plan.layers, self._plan.guess
-        units = self._search.found()
-        if units is None:
-            return None
-        unseen = guess is None or self._seen.isdisjoint(layers[guess].modules)
-        if guess is not None and guess in sampled and unseen:
-            return {guess}
-        found = {
-            layer.name
-            for layer in layers.values()
-            if not units.isdisjoint(layer.modules) and _makes_the_output(layer)
-        }
-        if layers.keys() - found:
-            return found
-        return set() if guess is None else {guess}  # of a lone layer's model none
+        plan = self._plan
+        layers = [x for x in plan.layers.values() if x.name not in plan.bare]
+        units, arrived = self._search.found() or set(), self._search.arrived
+        decided, outputs = set(), set()
+        for layer in layers:
+            if not arrived.isdisjoint(layer.modules):
+                decided.add(layer.name)
+                if not units.isdisjoint(layer.modules) and _makes_the_output(layer):
+                    outputs.add(layer.name)
+            elif layer.name in sampled:
+                decided.add(layer.name)
+                outputs |= {layer.name} & {plan.guess}
+        if all(layer.name in outputs for layer in layers):  # a lone layer is none
+            outputs = {layer.name for layer in layers if layer.name == plan.guess}
+        return decided, outputs
+
+    def contradicts(self) -> set[str]:
+        """Names of modules that this step shows as outputs, if none is a named one."""
+        units = self._search.found() or set()
+        return set() if units & self._plan.named else {self._names[m] for m in units}
+
+    def forget(self) -> None:
+        """Drop what is known of calls so far."""
+        self._search.forget()
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -72,6 +80,10 @@ class Seeker:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _is_matrix(param: nn.Parameter) -> bool:
+    return sum(size > 1 for size in param.shape) > 1
 
 
 def _makes_the_output(layer: Layer) -> bool:

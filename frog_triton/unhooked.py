@@ -37,17 +37,17 @@ class Known(NamedTuple):
         called: names of layers that were called since the last step.
         sampled: names of layers that have samples.
         used: names of layers whose gradient is not zero, where that is asked.
-        outputs: names of layers that are outputs, as far as this step shows.
+        decided: names of layers of which this step shows whether they are outputs.
+        outputs: those that are.
         bad: whether a gradient is not finite.
-        decided: whether this step shows which are.
     """
 
     called: set[str]
     sampled: set[str]
     used: set[str]
+    decided: set[str]
     outputs: set[str]
     bad: bool
-    decided: bool
 
 
 class Unhooked:
@@ -120,8 +120,8 @@ class Unhooked:
         """Let go of output layers, and take back who is none.
 
         Args:
-            layers: all that there are.
-            outputs: names of those that are.
+            layers: that are decided.
+            outputs: names of those that are outputs.
 
         Returns:
             Those that another optimizer updates from this step on.
@@ -161,7 +161,7 @@ class Unhooked:
                 real = all(type(grad) is Tensor for grad in grads)  # not fake
                 if not (may_wait and real) or any(bool(g.any()) for g in grads):
                     used.add(name)
-        return Known(called, sampled, used, set(), bad=False, decided=False)
+        return Known(called, sampled, used, set(), set(), bad=False)
 
     def review(
         self, layers: Sequence[Layer], known: Known, capture: SampleCapture

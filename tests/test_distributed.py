@@ -65,7 +65,7 @@ def test_describe_shows_rows_and_bytes(pool):
             "of rows"
         ) in after
         # Of the five layers, and whether the gradients are finite.
-        assert f"{8 * 6 * 14 * (size - 1)} B of counts" in after
+        assert f"{8 * 6 * 15 * (size - 1)} B of counts" in after
 
 
 @pytest.mark.parametrize("orthogonalize", [False, True])

@@ -25,7 +25,7 @@ def test_every_parameter_has_a_line_and_it_is_printed(capsys):
     printed = capsys.readouterr().out
     assert printed.strip() == str(table)
     assert [r.name for r in table] == [n for n, _ in net.named_parameters()]
-    guessed = "the last; the first step will show"
+    guessed = "the last; its first step will show"
     expected = {
         "0.weight": ("frog", "Conv2d"),
         "0.bias": ("frog", "Conv2d"),

@@ -32,7 +32,8 @@ class _Notice(NamedTuple):
         bias_grad: whether the bias has one.
         called: whether a module of its was called since the last step.
         used: whether its gradient is not zero, where that matters.
-        output: whether it is an output layer, where this step shows it.
+        decided: whether this step shows if it is an output layer.
+        output: whether it is.
         samples: n.
         positions: P.
         x_dtype: its place in `_DTYPES`.
@@ -46,6 +47,7 @@ class _Notice(NamedTuple):
     bias_grad: int
     called: int
     used: int
+    decided: int
     output: int
     samples: int
     positions: int
@@ -129,8 +131,7 @@ class SampleExchange:
             RuntimeError: a layer has a gradient on some ranks only; on all ranks.
         """
         self._held, self._samples, self.sample_bytes = {}, {}, {}
-        own = [int(known.bad), int(known.decided)]
-        notices = [[*own, *(0,) * (_WIDTH - 2)]]
+        notices = [[int(known.bad), *(0,) * (_WIDTH - 1)]]
         for layer in layers:
             held = _hold(layer, capture)
             if held is not None:
@@ -159,9 +160,8 @@ class SampleExchange:
             return {n for n, ranks in notices if any(getattr(r, field) for r in ranks)}
 
         bad = any(values[0] for values in first)
-        decided = any(values[1] for values in first)
-        found = map(where, ("called", "samples", "used", "output"))
-        return Known(*found, bad=bad, decided=decided)
+        fields = ("called", "samples", "used", "decided", "output")
+        return Known(*map(where, fields), bad=bad)
 
     def send(self, layers: Sequence[Layer]) -> None:
         """Send each rank X, and the columns of Y that belong to its rows.
@@ -299,6 +299,7 @@ def _notice(layer: Layer, held: _Held | None, known: Known) -> _Notice:
         int(layer.bias is not None and layer.bias.grad is not None),
         int(layer.name in known.called),
         int(layer.name in known.used),
+        int(layer.name in known.decided),
         int(layer.name in known.outputs),
     )
     if held is None:

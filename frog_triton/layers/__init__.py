@@ -9,7 +9,7 @@ matrix for a weight is the line alone:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -60,6 +60,7 @@ __all__ = [
     "Seen",
     "Weight",
     "adapter_for",
+    "computed_in",
     "is_bare",
     "is_proven",
     "left_out",
@@ -91,7 +92,8 @@ def adapter_for(module: nn.Module) -> LayerAdapter | None:
     """
     found = _registered(module)
     if found is not None:
-        return found[1]
+        kind, adapter = found
+        return adapter if adapter.any_forward or _inherits(module, kind) else None
     return next((adapter for is_one, adapter in _ALIKE if is_one(module)), None)
 
 
@@ -104,28 +106,44 @@ def is_proven(module: nn.Module) -> bool:
     if found is None:
         return True
     kind, adapter = found
-    if any(weight.seen is not Seen.CALL for weight in adapter.weights(module)):
-        return True
-    if "forward" in vars(module):
-        return False
-    return type(module).forward is kind.forward
+    seen = {weight.seen for weight in adapter.weights(module)}
+    return seen != {Seen.CALL} or _inherits(module, kind)
 
 
-def left_out(model: nn.Module, module: nn.Module, name: str) -> str:
+def _inherits(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module's forward is that of a kind."""
+    return "forward" not in vars(module) and type(module).forward is kind.forward
+
+
+def computed_in(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, str]]:
+    """Modules whose weight is computed, and those inside of them: by which, by what."""
+    found = {}
+    for parent in model.modules():
+        why = computed_by(parent)
+        if why:
+            found.update(dict.fromkeys(parent.modules(), (parent, why)))
+    return found
+
+
+def left_out(
+    computed: Mapping[nn.Module, tuple[nn.Module, str]], module: nn.Module, name: str
+) -> str:
     """Why no adapter names a parameter.
 
     Args:
-        model: the whole model.
+        computed: of the whole model, from `computed_in`.
         module: that holds the parameter.
         name: of the parameter there.
     """
-    for parent in model.modules():
-        why = computed_by(parent)
-        if why and any(module is child for child in parent.modules()):
-            kind = type(parent).__name__.removeprefix("Parametrized")
-            if name in ("original0", "weight_g"):
-                return f"the scale of a {kind}'s rows, {why}'s g"
-            return f"{kind} whose weight is computed by {why}"
+    if module in computed:
+        parent, why = computed[module]
+        kind = type(parent).__name__.removeprefix("Parametrized")
+        if name in ("original0", "weight_g"):
+            return f"the scale of a {kind}'s rows, {why}'s g"
+        return f"{kind} whose weight is computed by {why}"
+    found = _registered(module)
+    if found is not None and not found[1].any_forward:
+        return f"{type(module).__name__} has a forward of its own"
     if is_bare(module, name):
         return f"a bare parameter of {type(module).__name__}: see frog_triton.linear"
     return f"no adapter for {type(module).__name__}"
@@ -165,6 +183,7 @@ for _kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
     register(_kind, TransposedConvAdapter())
 register(nn.Bilinear, BilinearAdapter())
 register(nn.MultiheadAttention, AttentionAdapter())
-for _kind in (nn.RNNBase, nn.RNNCellBase):
-    register(_kind, RecurrentAdapter())
+_recurrent = RecurrentAdapter()
+for _kind in (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell):
+    register(_kind, _recurrent)
 register("transformers.pytorch_utils.Conv1D", LinearAdapter(Weight(axes=ROWS_SECOND)))

@@ -235,7 +235,13 @@ class LayerAdapter(ABC):
     In the methods below ``x`` is what the module was called with (`input`), in batched
     form (`batched`), and ``y`` has the shape of the module's output. Weights that are
     not seen at the module's call need `weights` and `geometry` alone.
+
+    Attributes:
+        any_forward: whether modules with a forward of their own may be served: what
+            they compute is checked at a call, or seen where it happens.
     """
+
+    any_forward = True
 
     def weights(self, module: nn.Module) -> Sequence[Weight]:
         """The module's weights, each with its rows; ``weight`` and ``bias`` if not."""

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .base import Geometry
+from .computed import row_wise
 from .linear import LinearAdapter
 from .rows import Seen, Weight, named
 
@@ -37,6 +38,8 @@ _Kwargs = Mapping[str, Any]
 class RecurrentAdapter(LinearAdapter):
     """All weights of a recurrent layer or cell, each seen by replay."""
 
+    any_forward = False
+
     def weights(self, module: nn.Module) -> tuple[Weight, ...]:
         """In the module's own order: ``weight_ih_l0``, ``weight_hh_l0``, ..."""
         found = []
@@ -44,7 +47,8 @@ class RecurrentAdapter(LinearAdapter):
             for kind in _kinds(module):
                 name, bias = f"weight_{kind}{suffix}", f"bias_{kind}{suffix}"
                 own = bias if getattr(module, bias, None) is not None else None
-                found.append(Weight(name, own, seen=Seen.REPLAY, label=name))
+                weight = Weight(name, own, seen=Seen.REPLAY, label=name)
+                found.append(row_wise(module, weight))
         return tuple(found)
 
     def geometry(  # noqa: D102
@@ -53,6 +57,18 @@ class RecurrentAdapter(LinearAdapter):
         own = self.weights(module)[0] if weight is None else weight
         rows, dim = named(module, own.name).shape
         return Geometry(rows, dim, groups=1, bias=own.bias_of(module) is not None)
+
+
+def params_of(module: nn.Module) -> dict[str, Tensor]:
+    """Weights and biases by name, whether they are parameters or computed."""
+    found = {}
+    for suffix in chain.from_iterable(_suffixes(module)):
+        for kind in _kinds(module):
+            for name in (f"weight_{kind}{suffix}", f"bias_{kind}{suffix}"):
+                tensor = getattr(module, name, None)
+                if tensor is not None:
+                    found[name] = tensor
+    return found
 
 
 @dataclass(frozen=True)
