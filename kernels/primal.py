@@ -601,6 +601,7 @@ def _primal_update_kernel(
     CHANNELS: tl.constexpr,
     TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    DENSE: tl.constexpr,
     FIRST: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -666,13 +667,14 @@ def _primal_update_kernel(
     m = m.to(tl.float32) * m_scale[:, None]
     z = tl.where(plain[:, None], m, z) * scale[:, None]
     theta_ptr = layer_pointer(theta_table_ptr, layer, THETA_DTYPE, ALIGN)
-    theta_ptr += layer_rows[:, None] * stride_theta_r
-    theta_ptr += column.to(tl.int64) * stride_theta_d
+    if not DENSE:
+        local = layer_rows[:, None] * stride_theta_r
+        local += column.to(tl.int64) * stride_theta_d
     if STEP:
-        theta = tl.load(theta_ptr, mask=mask, other=0.0).to(tl.float32)
+        theta = tl.load(theta_ptr + local, mask=mask, other=0.0).to(tl.float32)
         z = decay * theta - lr * z
     tl.debug_barrier()
-    tl.store(theta_ptr, z.to(THETA_DTYPE), mask=mask)
+    tl.store(theta_ptr + local, z.to(THETA_DTYPE), mask=mask)
     if HAS_BIAS:
         first = row_ok & (block_d == 0)
         z = alpha * tl.load(p_bias_ptr + at, mask=first, other=0.0)

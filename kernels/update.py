@@ -41,6 +41,7 @@ def _update_kernel(
     M_DTYPE: tl.constexpr,
     X_DTYPE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    DENSE: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -93,8 +94,9 @@ def _update_kernel(
     m = tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32)
     z += s[:, None] * (m * m_scale[:, None])
     theta_ptr = layer_pointer(theta_table_ptr, layer, THETA_DTYPE, ALIGN)
-    at = layer_rows[:, None] * stride_theta_r
-    at += d[None, :].to(tl.int64) * stride_theta_d
+    if not DENSE:
+        at = layer_rows[:, None] * stride_theta_r
+        at += d[None, :].to(tl.int64) * stride_theta_d
     if STEP:
         finite = tl.load(finite_ptr + problem * R + rows, mask=row_ok, other=0)
         status = tl.load(status_ptr + problem * R + rows, mask=row_ok, other=0)

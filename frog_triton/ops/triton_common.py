@@ -44,6 +44,13 @@ def flat(param: Rows) -> Rows:
     return Rows(param.weight.reshape(param.weight.shape[0], -1), param.bias)
 
 
+def row_strides(weight: Tensor) -> dict[str, int | bool]:
+    """Arguments that address a parameter's rows ``(R, D)``."""
+    row, column = weight.stride()
+    dense = weight.is_contiguous()
+    return {"stride_theta_r": row, "stride_theta_d": column, "DENSE": dense}
+
+
 def write_back(params: Sequence[Rows], rows: Sequence[Rows]) -> None:
     """Copy rows into the parameters that `flat` could not serve in place."""
     for param, row in zip(params, rows, strict=True):

@@ -44,6 +44,7 @@ from .triton_common import (
     empty_rows,
     flat,
     flat_samples,
+    row_strides,
     write_back,
 )
 from .triton_primal import PrimalState
@@ -508,8 +509,7 @@ def _gram_step(
         D=dim,
         GROUPS=groups,
         stride_xn=samples[0].stride(0),
-        stride_theta_r=thetas[0].weight.stride(0),
-        stride_theta_d=thetas[0].weight.stride(1),
+        **row_strides(thetas[0].weight),
         ALIGN=tables.align,
         THETA_DTYPE=DTYPES[thetas[0].weight.dtype],
         M_DTYPE=DTYPES[m.dtype],

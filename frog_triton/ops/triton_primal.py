@@ -27,7 +27,7 @@ from ..kernels.weights import (
 )
 from .launch import launch
 from .tables import Tables
-from .triton_common import DTYPES, biases
+from .triton_common import DTYPES, biases, row_strides
 from .triton_samples import Samples, product_precision, samples
 from .types import Rows, SampleMap
 
@@ -444,8 +444,7 @@ def finish(
         GROUPS=s.groups,
         total=state.pp.numel(),
         pap_blocks=state.pap.shape[0],
-        stride_theta_r=thetas[0].weight.stride(0),
-        stride_theta_d=thetas[0].weight.stride(1),
+        **row_strides(thetas[0].weight),
         ALIGN=tables.align,
         THETA_DTYPE=DTYPES[thetas[0].weight.dtype],
         M_DTYPE=DTYPES[m.weight.dtype],
