@@ -99,7 +99,7 @@ def test_rows_on_the_second_dimension_may_be_sharded_there(pools, kind, options)
 
 WRONG = ["one", "two", "layer", "first"]
 RIGHT = ["two", "first", "layer", "one"]
-FOUND = "FROG: output layers, as the first step shows: "
+FOUND = "FROG: output layers, as a step shows: "
 
 
 @pytest.mark.parametrize(
