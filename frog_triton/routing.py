@@ -41,13 +41,17 @@ class Use:
         weight: which of the module's weights it is.
         adapter: of the module's kind.
         proven: whether the module's forward is known to be what the adapter says. One
-            that is not inherited is checked at the first call.
+            that is not inherited is checked at calls.
+        calls: how many there were that could be checked.
+        sizes: of inputs that it was proven with.
     """
 
     module: nn.Module
     weight: Weight
     adapter: LayerAdapter
     proven: bool = True
+    calls: int = 0
+    sizes: set[tuple[int, ...]] = field(default_factory=set)
 
 
 @dataclass
@@ -245,18 +249,27 @@ def _add_bare(
     others: Collection[nn.Parameter],
 ) -> None:
     """Matrices that modules hold by themselves, until `frog_triton.linear` has them."""
+    rows_first = (x.weight for x in plan.layers.values() if not x.axes.rows[0])
+    placed = {_placement(weight) for weight in rows_first}
     for module in model.modules():
         for local, param in module._parameters.items():
             if param is None or param not in group_of or param in others:
                 continue
             if not is_bare(module, local) or plan.names[param] in plan.layers:
                 continue
+            if placed and _placement(param) not in placed:
+                continue  # not on the mesh of all others
             weight = Weight(local, None, seen=Seen.CALL_SITE)
             use = Use(module, weight, LinearAdapter(weight))
             geometry = use.adapter.geometry(module, weight)
             layer = Layer(plan.names[param], (use,), geometry, param, None)
             plan.layers[layer.name] = layer
             plan.pending[layer.name] = plan.reasons[param]
+
+
+def _placement(param: nn.Parameter) -> tuple[object, object]:
+    """Mesh and placements of a sharded parameter."""
+    return getattr(param, "device_mesh", None), getattr(param, "placements", None)
 
 
 Uses = dict[nn.Parameter, tuple[str, list[Use]]]

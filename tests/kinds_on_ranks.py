@@ -27,7 +27,7 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, weight_norm
 
-from frog_triton import FROG
+from frog_triton import FROG, linear
 from frog_triton.layers import ROWS_SECOND, LinearAdapter, Weight, register
 
 EVERYTHING = 10_000
@@ -81,6 +81,17 @@ class Halved(nn.Linear):
 
     def forward(self, input):
         return F.linear(input, self.weight * 0.5, self.bias)
+
+
+class Bare(nn.Module):
+    """A matrix of its own, of which FROG is told where it is used."""
+
+    def __init__(self, out, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out, width) / 3)
+
+    def forward(self, x):
+        return linear(x, self.weight)
 
 
 def plain(layer, x, _):
@@ -161,6 +172,7 @@ NETS = {
     ),
     "bilinear": partial(Net, lambda: nn.Bilinear(WIDTH, WIDTH, 5), pairs),
     "lstm": partial(Net, lambda: nn.LSTM(WIDTH, 5, batch_first=True), sequences),
+    "bare": partial(Net, lambda: Bare(5, WIDTH)),
     "own forward": partial(Net, lambda: Halved(WIDTH, 5)),
     "weight norm": partial(Net, normed(parametrizations.weight_norm)),
     "old weight norm": partial(Net, normed(weight_norm)),
@@ -290,6 +302,13 @@ def against_one_process(kind, wrap, options=None, alone_options=None, empty=()):
             found = whole(opt.state[p].get("momentum_buffer", p))
             worst = max(worst, oracles.relative_error(found, exact))
     return worst, equal, table_of(opt), drawn, told
+
+
+def beside_the_mesh():
+    """Who updates what where a matrix of a module's own is left out of the sharding."""
+    net = make("bare")
+    fully_shard(net, ignored_params={net.layer.weight})
+    return table_of(FROG(net))
 
 
 # -- output layers ---------------------------------------------------------------------

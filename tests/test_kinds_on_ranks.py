@@ -12,6 +12,7 @@ CUT = {
     "conv1d": "dimension 0, which cuts its rows: shard it on 1 by fully_shard's",
     "transposed": "dimension 0, which cuts its rows: shard it on 1 by fully_shard's",
     "transposed, groups": "dimension 0, which cuts its groups",
+    "bare": "see frog_triton.linear",  # which is given what the shards make
 }
 WHOLE = [kind for kind in cases.NETS if kind not in CUT]
 PLAIN = {"orthogonalize": False, "sampling": "examples"}
@@ -93,6 +94,12 @@ def test_rows_on_the_second_dimension_may_be_sharded_there(pools, kind, options)
     tables, _ = run(pools[2], kind, "fsdp, second", options)
     for table in tables:
         assert updated_by(table, "layer.weight") == {"frog"}
+
+
+def test_a_bare_matrix_need_not_be_on_the_mesh(pools):
+    for table in pools[2].run(cases.beside_the_mesh):
+        assert updated_by(table, "layer.") == {"adamw"}
+        assert updated_by(table, "first.") == {"frog"}
 
 
 # -- output layers ---------------------------------------------------------------------
