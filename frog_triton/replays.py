@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .layers import recurrent
 from .pool import Call, current_pass
 from .products import ProductWatch
-from .taps import Tap, takes_gradient
+from .taps import Tap, is_ordinary, takes_gradient
 
 if TYPE_CHECKING:
     from .capture import SampleCapture
@@ -91,21 +91,26 @@ class _Replay:
     def listen(self, outputs: Sequence[Tensor]) -> None:
         """Hear of the gradients of the call's outputs."""
         for i, tensor in enumerate(outputs):
-            if tensor.grad_fn is None:
+            made = _written(tensor)
+            if made.grad_fn is None:
                 continue
-            number, shape = tensor.output_nr, tensor.shape
+            number = made.output_nr
+            view = None if made is tensor else (tensor.shape, tensor.stride())
 
             def on_grads(
                 grads: Sequence[Tensor | None],
                 i: int = i,
                 number: int = number,
-                shape: torch.Size = shape,
+                view: tuple[Any, ...] | None = view,
             ) -> None:
                 grad = grads[number]
-                if grad is not None and not torch.compiler.is_compiling():
-                    self._heard(i, grad.view(shape))
+                if grad is None or not is_ordinary(grad):
+                    return
+                if view is not None:
+                    grad = grad.contiguous().as_strided(*view)
+                self._heard(i, grad)
 
-            tensor.grad_fn.register_prehook(on_grads)
+            made.grad_fn.register_prehook(on_grads)
 
     def _heard(self, number: int, grad: Tensor) -> None:
         this = current_pass()
@@ -131,6 +136,13 @@ class _Replay:
         for tap in self._taps:
             x, y = found[tap.use.weight.label]  # the name may be of what is behind it
             self._capture.pool(tap.name, Call(self._module, x, y), self._total)
+
+
+def _written(output: Tensor) -> Tensor:
+    """The output, or what it is a view of, whose node stays where it is worked on."""
+    base = output._base
+    whole = base is not None and base.numel() == output.numel()
+    return base if base is not None and whole and base.is_contiguous() else output
 
 
 def _apart(module: nn.Module, output: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import traced
 from .guards import is_capturing
+from .layers import LayerAdapter
 from .layers.linear import LinearAdapter
 from .layers.recognise import recognise
 from .layers.rows import Seen, owner
@@ -32,6 +33,7 @@ IN_EVAL_MODE = (
 )
 NESTED = "it was called with nested tensors"
 EMPTY = "its inputs were empty"
+UNPROVEN = "its forward is its own, and no call has shown yet what it computes"
 
 _PRODUCT = LinearAdapter()
 """Takes rows of a product inside of a module, whatever the module's own kind."""
@@ -239,26 +241,34 @@ class Tap:
     def prove(
         self, capture: SampleCapture, module: nn.Module, x: Tensor, output: Tensor
     ) -> bool:
-        """Whether the module's forward computes what its adapter says; checked once."""
-        if self.use.proven:
-            return True
-        if is_capturing():  # which forbids to wait for the device
-            return False
+        """Whether the module's forward computes what its adapter says.
+
+        Looked at in the first calls, until one tells, and again ever more rarely: what
+        a layer computes may change in training.
+        """
+        use = self.use
         if self.refuted:
-            capture.missed(self.name, self.refuted)
             return False
-        y = self.adapter.batched(module, output.detach())
-        x = self.adapter.batched(module, x.detach())
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            found = recognise(module, self.use.adapter, x, y)
-        if found is None:
-            return False
+        use.calls += 1
+        # Inputs of another size may show another padding.
+        size = _size(module, x)
+        due = _is_due(use.calls, use.proven) or size not in use.sizes
+        if not due or is_capturing():
+            found: LayerAdapter | str | None = None  # it would wait for the device
+        else:
+            y = self.adapter.batched(module, output.detach())
+            given = self.adapter.batched(module, x.detach())
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                found = recognise(module, use.adapter, given, y)
         if isinstance(found, str):
-            self.refuted = found
+            self.refuted, use.proven = found, False
             capture.missed(self.name, found)
-            return False
-        self.use.adapter, self.use.proven = found, True
-        return True
+        elif found is not None:
+            use.adapter, use.proven = found, True
+            use.sizes.add(size)
+        elif not use.proven:
+            capture.missed(self.name, UNPROVEN)
+        return use.proven
 
     def keep(self, x: Tensor, index: Tensor, grad: Tensor) -> None:
         """See `traced.Receiver`."""
@@ -275,6 +285,22 @@ def takes_gradient(output: Any) -> bool:
     )
 
 
+def _size(module: nn.Module, x: Tensor) -> tuple[int, ...]:
+    """Of a convolution's input, its spatial shape; of others none."""
+    kernel = getattr(module, "kernel_size", None)
+    return tuple(x.shape[-len(kernel) :]) if isinstance(kernel, tuple) else ()
+
+
+def _is_due(calls: int, proven: bool) -> bool:
+    """Whether to look at this call: the first few, then each twice as late as before.
+
+    Once it is proven, a tenth as often.
+    """
+    if proven:
+        return calls >= 10 and str(calls).strip("0") == "1"
+    return calls <= 4 or calls & (calls - 1) == 0
+
+
 def on_gradient(output: Tensor, held: Any, receive: Callable[..., None]) -> None:
     """Call ``receive(*held, grad)`` when the output's gradient is there.
 
@@ -286,9 +312,7 @@ def on_gradient(output: Tensor, held: Any, receive: Callable[..., None]) -> None
 
     def on_grads(grads: tuple[Tensor | None, ...]) -> None:
         grad = grads[number]
-        if torch.compiler.is_compiling():  # by compiled autograd
-            return
-        if grad is None or no_ordinary_call() or _is_batched(grad):
+        if grad is None or not is_ordinary(grad):
             return
         for each in kept:
             receive(*each, grad.view(shape))
@@ -323,9 +347,11 @@ def no_ordinary_call() -> bool:
     return any(torch._C._get_dispatch_mode(key) is not None for key in modes)
 
 
-def _is_batched(grad: Tensor) -> bool:
-    """Whether a backward pass runs for many gradients at once."""
-    return torch._C._functorch.is_legacy_batchedtensor(grad)
+def is_ordinary(grad: Tensor) -> bool:
+    """Whether a backward pass runs, and for one gradient alone."""
+    if torch.compiler.is_compiling() or no_ordinary_call():
+        return False
+    return not torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _written_tensor(output: Tensor) -> Tensor:

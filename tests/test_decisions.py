@@ -392,7 +392,7 @@ def test_the_rest_loses_its_state_like_torchs_own(fallback):
     torch.manual_seed(0)
     net = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 3)).double()
     twin = copy.deepcopy(net)
-    opt = FROG(net, exclude_output_layer=True, fallback=fallback, weight_decay=0.0)
+    opt = FROG(net, output_layers="1", fallback=fallback, weight_decay=0.0)
     rate = opt.param_groups[1]["lr"]
     other = {
         "adamw": lambda p: torch.optim.AdamW(p, rate, weight_decay=0.0),

@@ -717,7 +717,7 @@ def test_a_gradient_set_by_hand_after_others_were_dropped_is_said():
 def test_a_frozen_backbone_costs_nothing():
     net = nn.Sequential(nn.Linear(3, 4), *[nn.Linear(4, 4) for _ in range(3)])
     net.append(nn.Linear(4, 2))
-    opt = FROG(net)
+    opt = FROG(net, output_layers="4")
     net[:3].requires_grad_(False)  # as under adapters: gradients pass through
     loss(net, batch(0, dtype=torch.float32).requires_grad_()).backward()
     assert opt.memory_usage()["samples"] == 4 * 6 * (4 + 4)

@@ -136,7 +136,8 @@ def test_pieces_of_a_layer_come_in_the_order_of_its_rows(monkeypatch):
     opt, *seen = first_step(net.double(), damping=1e-2)
     for param in opt.param_groups[0]["params"]:
         opt._make_state(param, opt.param_groups[0])
-    (step,) = opt._gather(opt.param_groups[0])
+    group = opt.param_groups[0]
+    (step,) = opt._gather([(group, group["params"])])
     cuts = [(5, 6), (6, 9), (9, 10)]  # of groups of three
     pieces = [
         step.narrow(

@@ -101,10 +101,13 @@ def routing(model: nn.Module) -> RoutingTable:
     """Who would update each parameter, and why, with FROG's defaults."""
     plan = route(model, dict.fromkeys(model.parameters(), 0))
     layered = plan.preconditioned()
+    reasons = dict(plan.reasons)
+    for name, why in plan.pending.items():
+        reasons |= dict.fromkeys(plan.layers[name].params, why)
     table = RoutingTable()
     for param, name in plan.names.items():
         updated_by = "frog" if param in layered else "adamw"
         frozen = "" if param.requires_grad else "; frozen"
-        reason = plan.reasons[param] + frozen
+        reason = reasons[param] + frozen
         table.append(Route(name, tuple(param.shape), updated_by, reason))
     return table
