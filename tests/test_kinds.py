@@ -18,6 +18,7 @@ from kinds_inside import EXPERTS, RECURRENT
 
 from frog_triton.ops.types import written_out
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INSIDE = {**ATTENTION, **BLOCKS, **EXPERTS, **RECURRENT}
 KINDS = {**CALLS, **INSIDE}
 # Every pair of choices is among them.
@@ -70,13 +71,17 @@ class Run:
     Args:
         kind: of the layer.
         dtype: of the layer.
+        device: likewise.
         frozen: whether its weights are.
         options: of FROG.
     """
 
-    def __init__(self, kind, dtype=torch.float64, frozen=False, **options):
-        self.kind, self.dtype, self.frozen = kind, dtype, frozen
-        self.net = kind.module(dtype)
+    def __init__(
+        self, kind, dtype=torch.float64, device="cpu", frozen=False, **options
+    ):
+        self.kind, self.frozen = kind, frozen
+        self.dtype, self.device = dtype, device
+        self.net = kind.module(dtype).to(device)
         for name in kind.matrices if frozen else ():
             self.net.get_parameter(name).requires_grad_(False)
         self.opt = frog(self.net, **options)
@@ -88,9 +93,14 @@ class Run:
         """One step from these batches, by both."""
         self.opt.zero_grad()
         for batch in batches:
-            run(self.kind, self.net, [_as(x, self.dtype) for x in batch])
+            run(self.kind, self.net, [self._given(x) for x in batch])
         step(self.opt)
         self.model.step(*batches)
+
+    def _given(self, x):
+        """An input as the layer is called with it."""
+        x = x.to(self.device)
+        return x.to(self.dtype) if x.data.is_floating_point() else x
 
     def error(self):
         """The largest error of a parameter, beside how far it has come."""
@@ -109,10 +119,6 @@ class Run:
         return max(errors)
 
 
-def _as(x, dtype):
-    return x.to(dtype) if x.data.is_floating_point() else x
-
-
 # -- Algorithm 1 -----------------------------------------------------------------------
 
 
@@ -125,24 +131,29 @@ def test_three_steps(name, how):
     assert {r.name for r in run.opt.routes() if r.updated_by == "frog"} == rows
     for seed in range(3):
         run.step(kind.batch(seed))
-        # Measured: 2e-12 at most (small singular values grow 500 times), most 1e-14.
+        # Measured: 1.2e-12 (small singular values grow 500 times), most below 1e-13.
         assert run.error() < 1e-10
 
 
-@pytest.mark.parametrize(
-    ("how", "limit"),
-    # Measured: 9e-5 and, where orthogonalized, 3e-4.
-    [("gram-positions-plain", 3e-3), ("primal-examples-plain", 3e-4)]
-    + [("primal-positions-orthogonal", 3e-3)],
-)
+# Measured: 1.5e-4, where experts have fewer samples than iterations, 4.5e-6 and 3.7e-5,
+# in the interpreter.
+LIMITS = {
+    "gram-positions-plain": 3e-3,
+    "primal-examples-plain": 1e-4,
+    "primal-positions-orthogonal": 1e-3,
+}
+
+
+@pytest.mark.parametrize("how", LIMITS)
 @pytest.mark.parametrize("name", IN_KERNELS)
-def test_two_steps_of_kernels(name, how, limit):
+def test_two_steps_of_kernels(name, how):
+    if DEVICE == "cuda" and HOW[how][2]:
+        pytest.skip("orthogonalized in bfloat16")
     kind = KINDS[name]
-    run = Run(kind, torch.float32, **options(how, backend="triton"))
+    run = Run(kind, torch.float32, DEVICE, **options(how, backend="triton"))
     for seed in range(2):
         run.step(kind.batch(seed))
-    error = run.error()
-    assert error < limit
+    assert run.error() < LIMITS[how]
 
 
 @pytest.mark.parametrize("sampling", ["positions", "examples"])
@@ -152,7 +163,7 @@ def test_two_backward_passes_before_a_step(name, sampling):
     run = Run(kind, sampling=sampling, sample_size=2 * EVERYTHING)
     for seed in range(2):
         run.step(kind.batch(seed), kind.batch(10 + seed))
-    # Measured: 2e-13.
+    # Measured: 1.3e-13.
     assert run.error() < 1e-10
 
 
@@ -171,6 +182,7 @@ def test_frozen_weights_with_biases_that_are_not(name, sampling):
 
     for seed in range(2):
         run.step(kind.batch(seed), run=with_inputs_that_take_gradients)
+    # Measured: 6e-16.
     assert run.error() < 1e-10
 
 
@@ -242,8 +254,8 @@ def test_an_expert_without_tokens_stays_as_it_is(name, how):
         for old, new in zip(before, held(run), strict=True):
             assert torch.equal(old[2], new[2])
             assert not any(torch.equal(old[e], new[e]) for e in (0, 1, 3))
-    assert run.error() < 1e-10
     run.step(kind.batch(3))
+    # Measured: 1.7e-13.
     assert run.error() < 1e-10
 
 
