@@ -76,7 +76,10 @@ class _Attention:
         self._names: dict[str, Any] = {}
         self._look_up()
         self._body = _with_names(F.multi_head_attention_forward, self._names)
-        self.forget()
+        self._weights: list[tuple[Tensor | None, Tap]] = []
+        self._packed: Tensor | None = None
+        self._parts: dict[tuple[int, int], Tap] = {}
+        self._module: nn.Module | None = None
 
     def _look_up(self) -> None:
         """All names as they are now, but for those that are replaced."""
@@ -110,10 +113,8 @@ class _Attention:
 
     def forget(self) -> None:
         """See nothing more, and hold no module."""
-        self._weights: list[tuple[Tensor | None, Tap]] = []
-        self._packed: Tensor | None = None
-        self._parts: dict[tuple[int, int], Tap] = {}
-        self._module: nn.Module | None = None
+        self._weights, self._packed, self._parts = [], None, {}
+        self._module = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._group = 0

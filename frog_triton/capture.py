@@ -34,6 +34,8 @@ from .taps import IN_EVAL_MODE, Tap
 _WATCHES: dict[type, type[ProductWatch]] = {AttentionAdapter: AttentionWatch}
 """By the type of a module's adapter, where it wants one of its own."""
 
+Watching = hooks.Installed | RemovableHandle | ProductWatch
+
 SAMPLINGS = {"examples": 32, "positions": 256}
 """Ways to sample, each with its default size."""
 
@@ -54,6 +56,8 @@ class SampleCapture:
         called: names of layers that were called since the last step, in a way that
             makes samples or might have, in training mode.
         unsampled: why a call made none, by layer.
+        stilled: hooks that do nothing any more, but are part of graphs of
+            torch.compile; `close` takes them off.
         unsampled_graphs: the same of calls in graphs that torch.compile has made; when
             such a graph runs is not known.
     """
@@ -82,7 +86,8 @@ class SampleCapture:
         self._pools: dict[str, Pool] = {}
         self._steps: dict[str, Callable[[], Counter]] = {}
         self._layers: dict[str, Layer] = {}
-        self._watching: dict[str, list[RemovableHandle | ProductWatch]] = {}
+        self.stilled: list[hooks.Installed] = []
+        self._watching: dict[str, list[Watching]] = {}
         self._watches: dict[nn.Module, ProductWatch] = {}
 
     def watch(self, layer: Layer, step: Callable[[], Counter]) -> None:
@@ -106,11 +111,11 @@ class SampleCapture:
         )
         self._watching[name] = [self._watch(layer, use) for use in layer.uses]
 
-    def _watch(self, layer: Layer, use: Use) -> RemovableHandle | ProductWatch:
+    def _watch(self, layer: Layer, use: Use) -> Watching:
         if use.weight.seen is Seen.CALL_SITE:
             return mark(Tap(self, layer, use))
         if use.weight.seen is Seen.CALL:
-            return hooks.install(hooks.ForwardHook(self, layer, use), use.module)
+            return hooks.Installed(hooks.ForwardHook(self, layer, use), use.module)
         make: type[ProductWatch] = ReplayWatch
         if use.weight.seen is Seen.PRODUCT:
             make = _WATCHES.get(type(use.adapter), ProductWatch)
@@ -125,6 +130,9 @@ class SampleCapture:
         for watching in self._watching.pop(name):
             if isinstance(watching, RemovableHandle):
                 watching.remove()
+            elif isinstance(watching, hooks.Installed):
+                if not watching.remove():
+                    self.stilled.append(watching)
             elif watching.discard(name):
                 self._watches = {
                     m: w for m, w in self._watches.items() if w is not watching
@@ -149,6 +157,9 @@ class SampleCapture:
         self.closed = True
         for name in list(self._watching):
             self.unwatch(name)
+        for hook in self.stilled:
+            hook.remove_for_good()
+        self.stilled.clear()
 
     def clear(self) -> None:
         """Drop all samples."""

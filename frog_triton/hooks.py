@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from . import traced
 from .routing import Layer, Use
 from .taps import Tap, no_ordinary_call, takes_gradient, unlike_a_matrix
 
@@ -108,13 +109,55 @@ class ForwardHook(Tap):
 # -- on the module, and on no copy of it -----------------------------------------------
 
 
-def install(
-    hook: Callable[..., Any], module: nn.Module, name: str = "sampling"
-) -> RemovableHandle:
-    """Put a hook in front of a module's others, and out of what is copied of it."""
-    function = _as_function(hook, name)
-    copyreg.dispatch_table.setdefault(type(module), _reduce_without_hooks)
-    return module.register_forward_hook(function, prepend=True, with_kwargs=True)
+class Installed:
+    """A hook on a module.
+
+    Args:
+        hook: called as a forward hook with keywords.
+        module: that it is on.
+        name: after ``frog_triton_``; torch.jit.script wants one for each hook.
+    """
+
+    def __init__(
+        self, hook: Callable[..., Any], module: nn.Module, name: str = "sampling"
+    ) -> None:
+        self.hook = hook
+        self._on, self._in_graph = True, False
+        self._number = traced.enrol_hook(self)
+        copyreg.dispatch_table.setdefault(type(module), _reduce_without_hooks)
+        self._handle = module.register_forward_hook(
+            _as_function(self._call, name), prepend=True, with_kwargs=True
+        )
+
+    def _call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        compiling = torch.compiler.is_compiling()
+        on = traced.note(self._number) if compiling else self._on
+        return self.hook(module, args, kwargs, output) if on else None
+
+    def noted(self) -> bool:
+        """A graph is made with the hook; returns whether it is to do anything there."""
+        self._in_graph = True
+        return self._on
+
+    def remove(self) -> bool:
+        """Take the hook off, or only still it if a graph was made with it.
+
+        torch.compile makes graphs anew where hooks have come or gone.
+
+        Returns:
+            Whether it is off.
+        """
+        self._on = False
+        if isinstance(self.hook, Tap):
+            self.hook.off = True
+        if not self._in_graph:
+            self._handle.remove()
+        return not self._in_graph
+
+    def remove_for_good(self) -> None:
+        """Take the hook off, graph or not."""
+        self._on = False
+        self._handle.remove()
 
 
 def surround(

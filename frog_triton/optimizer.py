@@ -573,10 +573,11 @@ class FROG(Optimizer):
         self._stop_seeking()
         if self._plan.search or self._plan.named:
             self._seeker = Seeker(self._model, self._plan)
+            weakref.finalize(self, self._seeker.close)
 
     def _stop_seeking(self) -> None:
         if self._seeker is not None:
-            self._seeker.close()
+            self.capture.stilled += self._seeker.close()
             self._seeker = None
 
     def _may_read(self, number: Tensor) -> bool:

@@ -223,7 +223,7 @@ class _Products(TorchFunctionMode):
         taken = copy.copy(found)
         if isinstance(index, Tensor) and index.dtype in _INTEGERS and index.ndim < 2:
             if index.ndim:
-                taken.ids = index
+                taken.ids = index.clone()  # the forward may work on its own in place
             else:
                 taken.group = int(index) % weight.shape[0]
         elif isinstance(index, int) and not isinstance(index, bool):

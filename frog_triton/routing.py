@@ -185,8 +185,7 @@ def route(
         guess = list(uses)[-1] if told is None and len(uses) > 1 else None
         outputs = told or set()
         if output_layers is None:
-            users = {w: its for w, (_, its) in uses.items() if w in outputs}
-            plan.named = {use.module for its in users.values() for use in its}
+            plan.named = {u.module for w in outputs for u in uses[w][1]}
         lone = outputs >= uses.keys() and not _has_bare(model)
         if lone and output_layers is None:
             outputs = set()

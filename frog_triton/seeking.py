@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from . import hooks
 from .layers import Seen
@@ -26,13 +25,14 @@ class Seeker:
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self._search = OutputSearch()
         self._plan = plan
-        self._handles: list[RemovableHandle] = []
+        self._installed: list[hooks.Installed] = []
         self._names: dict[Hashable, str] = {m: n for n, m in model.named_modules()}
         users = {m for layer in plan.layers.values() for m in layer.modules}
         for module in model.modules():
             own = module.parameters(recurse=False)
             if module in users or any(_is_matrix(p) for p in own):
-                self._handles.append(hooks.install(self._saw, module, "seeking"))
+                hook = hooks.Installed(self._saw, module, "seeking")
+                self._installed.append(hook)
 
     def _saw(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -74,12 +74,12 @@ class Seeker:
         """Drop what is known of calls so far."""
         self._search.forget()
 
-    def close(self) -> None:
-        """Remove the hooks."""
+    def close(self) -> list[hooks.Installed]:
+        """Take the hooks off; returns those that stay on, without doing anything."""
         self._search.forget()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        stay = [hook for hook in self._installed if not hook.remove()]
+        self._installed.clear()
+        return stay
 
 
 def _is_matrix(param: nn.Parameter) -> bool:

@@ -70,6 +70,7 @@ class Tap:
         self._anchor = traced.make_anchor()
         self._to_prove = not use.proven  # stays, so that a proof recompiles no graph
         self.refuted = ""
+        self.off = False
 
     @property
     def capture(self) -> SampleCapture | None:
@@ -227,7 +228,9 @@ class Tap:
     ) -> tuple[Tensor, Tensor] | None:
         """See `traced.Receiver`."""
         capture, module = self._capture(), self._module()
-        if capture is None or module is None or not capture.watches(self.name):
+        if capture is None or module is None or self.off:
+            return None
+        if not capture.watches(self.name):
             return None
         if output is not None and not self.prove(capture, module, x, output):
             return None
@@ -248,6 +251,7 @@ class Tap:
         """
         use = self.use
         if self.refuted:
+            capture.missed(self.name, self.refuted)
             return False
         use.calls += 1
         # Inputs of another size may show another padding.

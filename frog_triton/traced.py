@@ -42,7 +42,15 @@ class Receiver(Protocol):
         """Take the output's gradient in, for samples that `sample` gave."""
 
 
+class Noted(Protocol):
+    """A hook that wants to know whether it is part of a graph."""
+
+    def noted(self) -> bool:
+        """It is; returns whether it does anything."""
+
+
 _RECEIVERS: WeakValueDictionary[int, Receiver] = WeakValueDictionary()
+_NOTED: WeakValueDictionary[int, Noted] = WeakValueDictionary()
 _numbers = itertools.count()
 
 # Replaying a graph would leave out what these do on the host.
@@ -56,6 +64,13 @@ def enrol(receiver: Receiver) -> int:
     return number
 
 
+def enrol_hook(hook: Noted) -> int:
+    """The same of a hook, for `note`."""
+    number = next(_numbers)
+    _NOTED[number] = hook
+    return number
+
+
 def make_anchor() -> Tensor:
     """What `keep` returns the gradient of."""
     return torch.zeros(1, device="cpu", requires_grad=True)
@@ -66,6 +81,13 @@ def refuse(number: int) -> str:
     """At the time of tracing: why no call of the layer can be sampled, if none can."""
     receiver = _RECEIVERS.get(number)
     return "" if receiver is None else receiver.refuse()
+
+
+@torch.compiler.assume_constant_result
+def note(number: int) -> bool:
+    """At the time of tracing: a hook is part of the graph. Whether it does anything."""
+    installed = _NOTED.get(number)
+    return installed is not None and installed.noted()
 
 
 @torch.compiler.assume_constant_result

@@ -160,8 +160,14 @@ class SampleExchange:
             return {n for n, ranks in notices if any(getattr(r, field) for r in ranks)}
 
         bad = any(values[0] for values in first)
-        fields = ("called", "samples", "used", "decided", "output")
-        return Known(*map(where, fields), bad=bad)
+        return Known(
+            where("called"),
+            where("samples"),
+            where("used"),
+            where("decided"),
+            where("output"),
+            bad,
+        )
 
     def send(self, layers: Sequence[Layer]) -> None:
         """Send each rank X, and the columns of Y that belong to its rows.

@@ -176,14 +176,20 @@ _ALIKE: tuple[tuple[Callable[[nn.Module], bool], LayerAdapter], ...] = (
 )
 """Modules of types that nobody has registered, known by what they hold."""
 
-register(nn.Linear, LinearAdapter())
-for _kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-    register(_kind, ConvAdapter())
-for _kind in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
-    register(_kind, TransposedConvAdapter())
-register(nn.Bilinear, BilinearAdapter())
-register(nn.MultiheadAttention, AttentionAdapter())
-_recurrent = RecurrentAdapter()
-for _kind in (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell):
-    register(_kind, _recurrent)
-register("transformers.pytorch_utils.Conv1D", LinearAdapter(Weight(axes=ROWS_SECOND)))
+_KINDS: dict[LayerAdapter, tuple[Kind, ...]] = {
+    LinearAdapter(): (nn.Linear,),
+    LinearAdapter(Weight(axes=ROWS_SECOND)): ("transformers.pytorch_utils.Conv1D",),
+    ConvAdapter(): (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    TransposedConvAdapter(): (
+        *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    ),
+    BilinearAdapter(): (nn.Bilinear,),
+    AttentionAdapter(): (nn.MultiheadAttention,),
+    RecurrentAdapter(): (
+        *(nn.LSTM, nn.GRU, nn.RNN),
+        *(nn.LSTMCell, nn.GRUCell, nn.RNNCell),
+    ),
+}
+for _adapter, _kinds in _KINDS.items():
+    for _kind in _kinds:
+        register(_kind, _adapter)
