@@ -566,7 +566,8 @@ class FROG(Optimizer):
         if self._seeker is None or not self._plan.search:
             return known
         decided, outputs = self._seeker.found(known.sampled)
-        return known._replace(decided=decided, outputs=outputs)
+        fresh = decided - self._decided
+        return known._replace(decided=fresh, outputs=outputs & fresh)
 
     def _seek_again(self) -> None:
         """Watch the next step's calls, to find output layers."""
@@ -784,14 +785,16 @@ class FROG(Optimizer):
             self._stop_seeking()
             return
         if known.decided:
-            new = known.outputs - self._decided
-            if alone and new - {self._plan.guess}:
-                tell(f"FROG: output layers, as a step shows: {', '.join(sorted(new))}")
+            if alone and known.outputs - {self._plan.guess}:
+                names = ", ".join(sorted(known.outputs))
+                tell(f"FROG: output layers, as a step shows: {names}")
             self._decided |= known.decided
             self._stop_seeking()
             self._watch_what_is_served()
         elif self._seeker is None and known.sampled - self._decided - self._plan.bare:
             self._seek_again()  # for layers with their first gradient
+        elif self._seeker is not None:
+            self._seeker.forget()
 
     def _watch_what_is_served(self) -> None:
         """Output layers that are known as such need no samples."""

@@ -44,7 +44,7 @@ class Seeker:
         """Which layers this step tells of, and which of them are outputs, by name.
 
         A layer that made samples without being seen, inside of a compiled graph or a
-        checkpoint, is one if it was guessed to be one.
+        checkpoint, is one if it was guessed to be, and no other is seen to be one.
 
         Args:
             sampled: names of the layers that have samples.
@@ -52,18 +52,18 @@ class Seeker:
         plan = self._plan
         layers = [x for x in plan.layers.values() if x.name not in plan.bare]
         units, arrived = self._search.found() or set(), self._search.arrived
-        decided, outputs = set(), set()
-        for layer in layers:
-            if not arrived.isdisjoint(layer.modules):
-                decided.add(layer.name)
-                if not units.isdisjoint(layer.modules) and _makes_the_output(layer):
-                    outputs.add(layer.name)
-            elif layer.name in sampled:
-                decided.add(layer.name)
-                outputs |= {layer.name} & {plan.guess}
+        shown = {x.name for x in layers if not arrived.isdisjoint(x.modules)}
+        outputs = {
+            x.name
+            for x in layers
+            if not units.isdisjoint(x.modules) and _makes_the_output(x)
+        }
+        decided = shown | {x.name for x in layers if x.name in sampled}
+        if not outputs:
+            outputs = {plan.guess} & (decided - shown)
         if all(layer.name in outputs for layer in layers):  # a lone layer is none
-            outputs = {layer.name for layer in layers if layer.name == plan.guess}
-        return decided, outputs
+            outputs &= {plan.guess}
+        return decided, {name for name in outputs if name is not None}
 
     def contradicts(self) -> set[str]:
         """Names of modules that this step shows as outputs, if none is a named one."""
