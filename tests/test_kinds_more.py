@@ -12,7 +12,7 @@ from kinds import loss_of, tensors_of
 from kinds_attention import ATTENTION, BLOCKS
 from kinds_calls import CALLS, frog
 from kinds_inside import EXPERTS, RECURRENT
-from test_kinds import Run
+from kinds_run import Run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
