@@ -15,7 +15,7 @@ from .capture import SAMPLINGS
 from .eager import eager_work
 from .formulation import choose, count_works
 from .launches import Bucket, LayerShape, portions
-from .layers import ConvMap, LinearMap, adapter_for
+from .layers import ConvMap, LinearMap, Seen, adapter_for
 from .ops.types import Rows
 from .orthogonal import orthogonalize as directions
 from .routing import Exclusion, route
@@ -248,6 +248,7 @@ def _shapes(
         handles = [
             module.register_forward_hook(hook)
             for layer in layers
+            if layer.uses[0].weight.seen is Seen.CALL
             for module in layer.modules
         ]
         try:
@@ -260,7 +261,10 @@ def _shapes(
     for layer in layers:
         g = layer.geometry
         base = LayerShape(layer.name, g.rows, g.dim, size, g.groups, g.bias)
-        if sampling == "examples":
+        if layer.uses[0].weight.seen is not Seen.CALL:  # always by position
+            inside = size * (SAMPLINGS["positions"] // SAMPLINGS[sampling])
+            base = replace(base, samples=inside)
+        elif sampling == "examples":
             one = seen.get(layer.modules[0])
             if one is None and inputs is not None:
                 continue  # not part of this forward pass
