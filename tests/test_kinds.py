@@ -37,8 +37,8 @@ IN_KERNELS = (
 
 @pytest.fixture(autouse=True)
 def _transformers(request):
-    name = getattr(request.node, "callspec", None) and request.node.callspec.id
-    if name and any(its in name for its in ("transformers", "mixtral", "gpt-oss")):
+    name = request.node.name
+    if any(its in name for its in ("transformers", "mixtral", "gpt-oss")):
         pytest.importorskip("transformers")
 
 
