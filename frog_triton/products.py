@@ -221,6 +221,8 @@ class _Products(TorchFunctionMode):
         if found is None or found.tap.weight.ndim != 3 or not found.whole:
             return
         taken = copy.copy(found)
+        if isinstance(index, tuple) and index and all(map(_is_whole, index[1:])):
+            index = index[0]
         if isinstance(index, Tensor) and index.dtype in _INTEGERS and index.ndim < 2:
             if index.ndim:
                 taken.ids = index.clone()  # the forward may work on its own in place
@@ -235,6 +237,11 @@ class _Products(TorchFunctionMode):
     def on_select(self, output: Any, weight: Any, dim: Any, index: Any) -> None:
         """``weight.select(0, e)``."""
         if dim == 0:
+            self.on_item(output, weight, index)
+
+    def on_index_select(self, output: Any, weight: Any, dim: Any, index: Any) -> None:
+        """``weight.index_select(0, ids)``."""
+        if dim == 0 and index.ndim == 1:
             self.on_item(output, weight, index)
 
     def on_unbind(self, output: Any, weight: Any) -> None:
@@ -260,7 +267,7 @@ class _Products(TorchFunctionMode):
             self._known.append((output, turned))
 
     def on_cast(self, output: Any, weight: Any) -> None:
-        """The same matrix in another dtype."""
+        """The same matrix in another dtype, or in another place."""
         found = self.find(weight)
         if found is not None and output.shape == weight.shape:
             self._known.append((output, found))
@@ -337,6 +344,11 @@ class _Products(TorchFunctionMode):
             tap.take_tokens(capture, self._module, x, output, ends, *order)
 
 
+def _is_whole(index: Any) -> bool:
+    """Whether an index takes all of a dimension."""
+    return index is Ellipsis or (isinstance(index, slice) and index == slice(None))
+
+
 _INTEGERS = (torch.int64, torch.int32)
 _Look = tuple[Callable[..., None], tuple[str, ...]]
 """What to do, and names of the function's arguments that it wants."""
@@ -346,6 +358,8 @@ _LOOKS: dict[Any, _Look] = {
     Tensor.__getitem__: (_Products.on_item, ("self", "index")),
     torch.select: (_Products.on_select, ("input", "dim", "index")),
     Tensor.select: (_Products.on_select, ("self", "dim", "index")),
+    torch.index_select: (_Products.on_index_select, ("input", "dim", "index")),
+    Tensor.index_select: (_Products.on_index_select, ("self", "dim", "index")),
     torch.unbind: (_Products.on_unbind, ("input",)),
     Tensor.unbind: (_Products.on_unbind, ("self",)),
     torch.transpose: (_Products.on_swap, ("input", "dim0", "dim1")),
@@ -363,13 +377,17 @@ _LOOKS: dict[Any, _Look] = {
     torch.bmm: (_Products.on_matmul, _MATRIX),
     Tensor.bmm: (_Products.on_matmul, ("self", "mat2")),
     torch.addmm: (_Products.on_addmm, ("input", "mat1", "mat2")),
+    torch.baddbmm: (_Products.on_addmm, ("input", "batch1", "batch2")),
     torch._grouped_mm: (_Products.on_grouped, (*_MATRIX, "offs")),
     "transformers.grouped_mm_fallback": (
         _Products.on_grouped,
         ("input", "weight", "offs"),
     ),
 }
-for _cast in (Tensor.to, Tensor.type, Tensor.float, Tensor.bfloat16, Tensor.half):
-    _LOOKS[_cast] = (_Products.on_cast, ("self",))
+for _same in (
+    *(Tensor.to, Tensor.type, Tensor.float, Tensor.bfloat16, Tensor.half),
+    *(Tensor.contiguous, Tensor.clone),
+):
+    _LOOKS[_same] = (_Products.on_cast, ("self",))
 if hasattr(F, "grouped_mm"):
     _LOOKS[F.grouped_mm] = (_Products.on_grouped, ("mat_a", "mat_b", "offs"))

@@ -56,14 +56,18 @@ def poisoned(monkeypatch):
 
 
 KERNEL_TESTS = ("test_kernels", "test_conv_kernels", "test_ranges")
-"""Modules whose tests run on the GPU where there is one, so that `-m gpu` has them."""
+"""Modules whose tests run on the GPU where there is one, so that `-m gpu` has them.
+
+So do single tests whose name ends in ``_of_kernels``.
+"""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         for item in items:
-            if item.path.stem in KERNEL_TESTS:
+            named = getattr(item, "originalname", "").endswith("_of_kernels")
+            if named or item.path.stem in KERNEL_TESTS:
                 item.add_marker("gpu")
     else:
         skip = pytest.mark.skip(reason="no NVIDIA GPU here")

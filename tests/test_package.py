@@ -81,8 +81,17 @@ def test_arrows_point_down():
         own = relative.parts[0].removesuffix(".py")
         if own not in RANKS:
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        for_types = {
+            inner
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            for inner in ast.walk(node)
+        }
+        for node in ast.walk(tree):
             if not isinstance(node, ast.ImportFrom) or node.level == 0:
+                continue
+            if node in for_types:  # names alone, of who is called back
                 continue
             if node.level < len(relative.parts):
                 continue  # a sibling
