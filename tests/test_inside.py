@@ -1,0 +1,693 @@
+"""Products inside of modules, and layers with a forward of their own: never wrong.
+
+Samples are right if ``X^T Y`` is the gradient, where all positions are sampled. What is
+not seen must make no error, and no samples.
+"""
+
+import gc
+import warnings
+import weakref
+
+import numpy as np
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_net import EVERYTHING, by, reason_of
+from torch import nn
+from torch.nn.utils import parametrizations, prune, weight_norm
+
+from frog_triton import FROG, layers, taps
+from frog_triton import routing as routes
+from frog_triton.ops.types import written_out
+from frog_triton.taps import UNPROVEN
+from frog_triton.unhooked import PATIENCE
+
+D = 4
+LIMIT = 1e-10
+
+
+class Net(nn.Module):
+    """A layer between two others, and what it is called with."""
+
+    def __init__(self, inner, call=lambda inner, h: inner(h), last=True, size=D):
+        super().__init__()
+        self.first, self.inner = nn.Linear(D, D), inner
+        self.last = nn.Linear(size, 3) if last else nn.Identity()
+        self.call = call
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.call(self.inner, self.first(x))))
+
+
+def batch(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def frog(net, **options):
+    options = {"exclude_output_layer": False} | options
+    return FROG(net.double(), sample_size=EVERYTHING, **options)
+
+
+def backward(net, opt, x):
+    opt.zero_grad()
+    net(x).square().sum().backward()
+
+
+def steps(net, opt, x, count=3):
+    for _ in range(count):
+        backward(net, opt, x)
+        opt.step()
+
+
+def products(opt, name):
+    """``X^T Y`` and the bias's sum of Y, of a layer's samples; None without any."""
+    layer = opt._plan.layers[name]
+    if not opt.capture.calls(name):
+        return None
+    x, y = opt.capture.samples(layer, False)
+    rows, groups, dim = layer.geometry.rows, layer.geometry.groups, layer.geometry.dim
+    y = oracles.as_numpy(written_out(y)).reshape(-1, groups, rows // groups)
+    x = oracles.as_numpy(x.matrix().x).reshape(len(y), -1, dim)
+    x = np.broadcast_to(x, (len(y), groups, dim))
+    return np.einsum("ngr,ngd->grd", y, x).reshape(rows, dim), y.sum(0).reshape(-1)
+
+
+def sampled(opt):
+    """Names of layers with samples, which are right.
+
+    Of weights that are computed from others the chain rule is the test's own.
+    """
+    found = set()
+    for name, layer in opt._plan.layers.items():
+        both = products(opt, name)
+        if both is None:
+            continue
+        found.add(name)
+        weight = layer.uses[0].weight.name
+        for param, product in zip((layer.weight, layer.bias), both, strict=True):
+            if param is None or param.grad is None:
+                continue
+            if param is layer.weight:
+                product = behind(layer.uses[0].module, weight, product)
+            grad = oracles.as_numpy(param.grad).reshape(product.shape)
+            scale = max(np.linalg.norm(grad), 1e-300)
+            assert np.linalg.norm(product - grad) <= LIMIT * scale, name
+    return found
+
+
+def behind(module, name, product):
+    """The gradient by v, where ``w = g v / |v|``, from that by w."""
+    if name.endswith("_v"):
+        g, v = (getattr(module, f"{name[:-2]}_{part}") for part in "gv")
+    elif name.endswith(".original1"):
+        _, of, _ = name.split(".")
+        g, v = module.parametrizations[of].parameters()
+    else:
+        return product
+    g, v = oracles.as_numpy(g), oracles.as_numpy(v)
+    length = np.linalg.norm(v, axis=1, keepdims=True)
+    unit = v / length
+    return g / length * (product - unit * (product * unit).sum(1, keepdims=True))
+
+
+def modes():
+    """How many modes of torch's function dispatch are open."""
+    return torch._C._len_torch_function_stack()
+
+
+# -- attention -------------------------------------------------------------------------
+
+IN, OUT = "inner.in_proj", "inner.out_proj"
+ATTENDED = {"first", IN, OUT, "last"}
+
+
+class OtherMatrix(nn.MultiheadAttention):
+    """Attends by a matrix of its own before it does as its parent."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.other = nn.Parameter(torch.randn(3 * D, D) / 2)
+
+    def forward(self, q, k, v):
+        h = attend_by(self, q, self.other)
+        return super().forward(h, h, h)
+
+
+class SharedRows(nn.MultiheadAttention):
+    """Makes query and key by the same rows."""
+
+    def forward(self, q, k, v):
+        w = self.in_proj_weight
+        return attend_by(self, q, torch.cat([w[:D], w[:D], w[2 * D :]])), None
+
+
+class OtherOrder(nn.MultiheadAttention):
+    """Takes its rows for key, value and query."""
+
+    def forward(self, q, k, v):
+        w = self.in_proj_weight.chunk(3)
+        names = ("k_proj_weight", "v_proj_weight", "q_proj_weight")
+        given = dict(zip(names, w, strict=True), use_separate_proj_weight=True)
+        return attend_by(self, q, None, **given), None
+
+
+def attend_by(attention, x, matrix, **given):
+    x = x.transpose(0, 1)
+    out = attention.out_proj
+    made, _ = F.multi_head_attention_forward(
+        *(x, x, x, D, 2, matrix, None, None, None, False, 0.0, out.weight, out.bias),
+        **given,
+    )
+    return made.transpose(0, 1)
+
+
+def attention(change=None, kind=nn.MultiheadAttention, last=True):
+    torch.manual_seed(1)
+    made = kind(D, 2, batch_first=True)
+    if change is not None:
+        change(made)
+    return Net(made, lambda inner, h: inner(h, h, h)[0], last)
+
+
+def normed(norm):
+    return lambda: attention(lambda made: norm(made.out_proj))
+
+
+def all_but(part):
+    return lambda net: [p for name, p in net.named_parameters() if part not in name]
+
+
+KINDS = {
+    "plain": (attention, {}, ATTENDED),
+    "out excluded": (attention, {"exclude": ["*.out_proj"]}, ATTENDED - {OUT}),
+    "in excluded": (attention, {"exclude": ["*.in_proj_*"]}, ATTENDED - {IN}),
+    "out frozen": (
+        lambda: attention(lambda made: made.out_proj.requires_grad_(False)),
+        {},
+        ATTENDED - {OUT},
+    ),
+    "out not in params": (attention, {"params": all_but("out_proj")}, ATTENDED - {OUT}),
+    "out named an output": (
+        attention,
+        {"output_layers": [OUT], "exclude_output_layer": True},
+        ATTENDED - {OUT},
+    ),
+    "out normed": (normed(parametrizations.weight_norm), {}, ATTENDED - {OUT}),
+    "out spectral": (normed(parametrizations.spectral_norm), {}, ATTENDED - {OUT}),
+    "other matrix": (lambda: attention(kind=OtherMatrix), {}, ATTENDED),
+    "shared rows": (lambda: attention(kind=SharedRows), {}, ATTENDED - {IN}),
+    "other order": (lambda: attention(kind=OtherOrder), {}, ATTENDED - {IN}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", KINDS)
+def test_attention(name):
+    build, options, expected = KINDS[name]
+    net, x = build(), batch(3, 5, D)
+    options = {key: v(net) if callable(v) else v for key, v in options.items()}
+    opt = frog(net, **options)
+    for _ in range(3):
+        backward(net, opt, x)
+        assert sampled(opt) == expected
+        opt.step()
+    assert modes() == 0
+
+
+def test_attention_that_comes_last():
+    net, x = attention(last=False), batch(3, 5, D)
+    opt = frog(net, exclude_output_layer=True)
+    for step in range(3):
+        backward(net, opt, x)
+        assert sampled(opt) == {"first", IN} | ({OUT} if step == 0 else set())
+        opt.step()
+    assert by(opt) == ["inner.out_proj.weight", "inner.out_proj.bias"]
+    assert reason_of(opt, "inner.out_proj.weight") == "output layer"
+
+
+def test_what_attention_looks_up_may_be_replaced_later(monkeypatch):
+    net, x = attention(), batch(3, 5, D)
+    net.call = lambda inner, h: inner(h, h, h, need_weights=False)[0]
+    opt, seen = frog(net), []
+    original = F.scaled_dot_product_attention
+
+    def replaced(*args, **kwargs):
+        seen.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", replaced)
+    backward(net, opt, x)
+    assert len(seen) == 1 and sampled(opt) == ATTENDED
+    monkeypatch.undo()
+    backward(net, opt, x)
+    assert len(seen) == 1
+
+
+# -- experts ---------------------------------------------------------------------------
+
+E, T = 4, 12
+
+
+class Experts(nn.Module):
+    """As many matrices as it says, used by `call`."""
+
+    def __init__(self, call):
+        super().__init__()
+        torch.manual_seed(1)
+        self.num_experts = E
+        self.w = nn.Parameter(torch.randn(E, D, D) / 2)
+        self.run = call
+
+    def forward(self, x):
+        return self.run(self.w, x)
+
+
+def experts(call):
+    return Net(Experts(call))
+
+
+IDS, ORDER = torch.randint(0, E, (T,)), torch.tensor([2, 0, 3, 1])
+EACH = (E, T // E, D)
+SEEN, UNSEEN = {"first", "inner.w", "last"}, {"first", "last"}
+
+
+def token(matrices, x):
+    return torch.bmm(x[:, None], matrices.mT)[:, 0]
+
+
+def each(w, x):
+    return torch.bmm(x.view(EACH), w).view(T, D)
+
+
+# Ways to write a product, and whether FROG must know them: what it does not know makes
+# no samples, and no error. All sizes are alike, so that no shape gives a mistake away.
+PRODUCTS = {
+    "one": (lambda w, x: F.linear(x, w[1]), True),
+    "of keywords": (lambda w, x: F.linear(input=x, weight=w[1], bias=None), True),
+    "negative": (lambda w, x: F.linear(x, w[-1]) + F.linear(x, w[0]), True),
+    "number in a tensor": (lambda w, x: F.linear(x, w[torch.tensor(-1)]), True),
+    "select": (lambda w, x: F.linear(x, w.select(0, -1)), True),
+    "select by keywords": (
+        lambda w, x: F.linear(x, torch.select(input=w, dim=0, index=1)),
+        True,
+    ),
+    "select of rows": (lambda w, x: F.linear(x, w.select(1, 0)), False),
+    "iteration": (lambda w, x: sum(F.linear(x, matrix) for matrix in w), True),
+    "unbind": (lambda w, x: sum(F.linear(x, m) for m in w.unbind()), True),
+    "unbind by keywords": (
+        lambda w, x: F.linear(x, torch.unbind(input=w, dim=0)[2]),
+        True,
+    ),
+    "unbind of columns": (lambda w, x: F.linear(x, w.unbind(2)[2]), False),
+    "mm by keywords": (lambda w, x: torch.mm(x, mat2=w[1].t()), True),
+    "matmul by keywords": (lambda w, x: torch.matmul(input=x, other=w[1].T), True),
+    "addmm by keywords": (
+        lambda w, x: torch.addmm(input=x.new_zeros(D), mat1=x, mat2=w[1].t()),
+        True,
+    ),
+    "transpose by keywords": (lambda w, x: x @ w[1].transpose(dim0=0, dim1=1), True),
+    "transpose to itself": (lambda w, x: F.linear(x, w[1].transpose(0, 0)), False),
+    "transpose of experts": (lambda w, x: F.linear(x, w.transpose(0, 1)[1]), False),
+    "of reversed dimensions": (lambda w, x: x @ w.T[1], False),
+    "bmm by keywords": (lambda w, x: each_by_keywords(w, x), True),
+    "bmm of all": (lambda w, x: each(w.mT, x), True),
+    "reordered": (lambda w, x: each(w[ORDER].mT, x), False),
+    "one of reordered": (lambda w, x: F.linear(x, w[ORDER][0]), False),
+    "token of reordered": (lambda w, x: token(w[ORDER][IDS], x), False),
+    "token": (lambda w, x: token(w[IDS], x), True),
+    "token by negatives": (lambda w, x: token(w[IDS - E], x), True),
+    "column": (lambda w, x: (w[IDS] @ x[..., None])[..., 0], True),
+    "several tokens": (
+        lambda w, x: torch.bmm(x.view(2, 6, D), w[[0, 2]].mT).view(T, D),
+        False,
+    ),
+    "several tokens of a tensor's": (
+        lambda w, x: torch.bmm(x.view(2, 6, D), w[ORDER[:2]].mT).view(T, D),
+        False,
+    ),
+    "two dimensions of numbers": (
+        lambda w, x: token(w[IDS.view(6, 2)].view(T, D, D), x),
+        False,
+    ),
+    "mask": (lambda w, x: each(w[torch.ones(E, dtype=torch.bool)].mT, x), False),
+    "half a mask": (
+        lambda w, x: torch.bmm(x.view(2, 6, D), w[ORDER > 1].mT).view(T, D),
+        False,
+    ),
+    "true": (lambda w, x: F.linear(x, w[True][0, 1]), False),
+    "list": (lambda w, x: F.linear(x, w[[1]][0]), False),
+    "slice": (lambda w, x: F.linear(x, w[1:][0]), False),
+    "several indices": (lambda w, x: F.linear(x, w[1, :]), True),
+    "several indices of rows": (lambda w, x: F.linear(x, w[:, 1]), False),
+    "index_select": (lambda w, x: token(w.index_select(0, IDS), x), True),
+    "index_select of rows": (
+        lambda w, x: F.linear(x, w.index_select(1, ORDER)[1]),
+        False,
+    ),
+    "rows of one": (lambda w, x: F.linear(x, w[1][ORDER]), False),
+    "scaled": (lambda w, x: F.linear(x, 2 * w[1]), False),
+    "unbatched": (lambda w, x: F.linear(x[0], w[1])[None], True),
+    "twice": (lambda w, x: F.linear(F.linear(x, w[1]).tanh(), w[1]), True),
+    "in place after": (lambda w, x: F.linear(x, w[1]).mul_(2).relu_(), True),
+    "written to": (
+        lambda w, x: (
+            torch.mm(x.detach(), w[1].detach().t(), out=torch.empty_like(x))
+            + F.linear(x, w[1])
+        ),
+        True,
+    ),
+    "by einsum": (lambda w, x: torch.einsum("td,rd->tr", x, w[0]), False),
+}
+
+
+def each_by_keywords(w, x):
+    turned = torch.transpose(input=w, dim0=-1, dim1=1)
+    return torch.bmm(x.view(EACH), mat2=turned).view(T, D)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_with_stacked_weights(name):
+    call, known = PRODUCTS[name]
+    net, x = experts(call), batch(T, D)
+    opt = frog(net)
+    assert "inner.w" in by(opt, "frog")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if known else "ignore")
+        for _ in range(PATIENCE):
+            backward(net, opt, x)
+            assert sampled(opt) in ([SEEN] if known else [SEEN, UNSEEN])
+            opt.step()
+    assert not known or "inner.w" in by(opt, "frog")
+    assert modes() == 0
+
+
+# -- calls that are interrupted from outside -------------------------------------------
+
+
+def stopped(inner):
+    """Interrupts the next call, before its forward is done."""
+
+    def stop(*_):
+        handle.remove()
+        raise KeyboardInterrupt
+
+    handle = inner.register_forward_pre_hook(stop)
+
+
+@pytest.mark.parametrize(
+    "build, shape",
+    [(attention, (3, 5, D)), (lambda: experts(PRODUCTS["iteration"][0]), (T, D))],
+    ids=["attention", "experts"],
+)
+def test_a_call_that_the_keyboard_interrupts(build, shape):
+    net, other, x = build(), build(), batch(*shape)
+    opt = frog(net)
+    backward(net, opt, x)
+    everything = sampled(opt)
+    assert len(everything) == len(opt._plan.layers)
+    for interrupted in range(2):
+        stopped(net.inner)
+        with pytest.raises(KeyboardInterrupt):
+            net(x)
+        opt.zero_grad()
+        # Another model of the same kind, and then the first again.
+        made = other.double()(batch(*shape, seed=interrupted)).square().sum()
+        (made + net(x).square().sum()).backward()
+        assert sampled(opt) == everything
+        opt.step()
+        assert modes() == 0
+    with torch.overrides.BaseTorchFunctionMode():  # the user's own mode stays
+        stopped(net.inner)
+        with pytest.raises(KeyboardInterrupt):
+            net(x)
+        backward(net, opt, x)
+        opt.step()
+        assert modes() == 1
+    assert modes() == 0
+
+
+# -- recurrent layers ------------------------------------------------------------------
+
+HIDDEN = 3
+
+
+class InputDropped(nn.LSTM):
+    """Works on its input, and returns less."""
+
+    def forward(self, x):
+        return super().forward(F.dropout(x))[0]
+
+
+class NormedGates(nn.GRU):
+    """Other gates, by the same parameters."""
+
+    def forward(self, x):
+        h, out = x.new_zeros(x.shape[0], HIDDEN), []
+        for step in x.unbind(1):
+            gates = F.linear(step, self.weight_ih_l0, self.bias_ih_l0)
+            gates = gates + F.linear(h, self.weight_hh_l0, self.bias_hh_l0)
+            z, _, n = F.layer_norm(gates, gates.shape[-1:]).chunk(3, -1)
+            h = torch.lerp(h, n.tanh(), z.sigmoid())
+            out.append(h)
+        return torch.stack(out, 1)
+
+
+class OwnCell(nn.LSTMCell):
+    """Without a memory."""
+
+    def forward(self, x):
+        gates = F.linear(x, self.weight_ih, self.bias_ih)
+        i, _, g, o = (gates + self.bias_hh).chunk(4, -1)
+        return (o.sigmoid() * (i.sigmoid() * g.tanh()).tanh()) + self.weight_hh.sum()
+
+
+class OwnBase(nn.RNNCellBase):
+    """A cell of the user's own, of torch's base class."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes, bias=True, num_chunks=1)
+
+    def forward(self, x):
+        return F.linear(x, self.weight_ih, self.bias_ih + self.bias_hh).sin()
+
+
+def first_of(inner, h):
+    return inner(h)[0]
+
+
+@pytest.mark.filterwarnings("ignore:FROG preconditions")
+@pytest.mark.parametrize("kind", [InputDropped, NormedGates, OwnCell, OwnBase])
+def test_recurrent_layers_with_a_forward_of_their_own(kind):
+    layer = issubclass(kind, nn.RNNBase)
+    inner = kind(D, HIDDEN, **({"batch_first": True} if layer else {}))
+    net = Net(inner, size=HIDDEN)
+    opt, x = frog(net), batch(2, 5, D) if layer else batch(6, D)
+    assert by(opt) == [f"inner.{name}" for name, _ in inner.named_parameters()]
+    if kind is not OwnBase:  # which is none of a known kind
+        why = f"{kind.__name__} has a forward of its own"
+        assert {reason_of(opt, name) for name in by(opt)} == {why}
+    before = [p.detach().clone() for p in net.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            backward(net, opt, x)
+            assert sampled(opt) == {"first", "last"}
+            opt.step()
+    pairs = zip(before, net.parameters(), strict=True)
+    assert not any(torch.equal(a, p) for a, p in pairs if p.grad is not None)
+
+
+def normed_hidden(norm):
+    def build():
+        inner = nn.LSTM(D, HIDDEN, batch_first=True).double()
+        norm(inner, "weight_hh_l0")
+        return inner
+
+    return build
+
+
+def pruned():
+    inner = nn.LSTM(D, HIDDEN, batch_first=True).double()
+    prune.l1_unstructured(inner, "weight_ih_l0", 0.3)
+    return inner
+
+
+RECURRENT = {
+    "plain": (lambda: nn.LSTM(D, HIDDEN, batch_first=True), {"ih", "hh"}),
+    "weight norm": (normed_hidden(parametrizations.weight_norm), {"ih", "hh"}),
+    "weight norm by a hook": (normed_hidden(weight_norm), {"ih", "hh"}),
+    "pruned": (pruned, {"hh"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_whose_weights_are_computed(name):
+    build, expected = RECURRENT[name]
+    net, x = Net(build(), first_of, size=HIDDEN), batch(2, 5, D)
+    opt = frog(net)
+    for _ in range(3):
+        backward(net, opt, x)
+        assert sampled(opt) == {"first", "last"} | {
+            f"inner.weight_{kind}_l0" for kind in expected
+        }
+        opt.step()
+
+
+# -- what FROG holds -------------------------------------------------------------------
+
+HELD = {
+    "linear": lambda: Net(nn.Linear(D, D)),
+    "own forward": lambda: Net(Counted(D, D)),
+    "attention": attention,
+    "experts": lambda: experts(PRODUCTS["iteration"][0]),
+    "lstm": lambda: Net(nn.LSTM(D, D), first_of),
+    "lstm with norms": lambda: Net(normed_hidden(weight_norm)(), first_of, size=HIDDEN),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("closed", [False, True], ids=["open", "closed"])
+@pytest.mark.parametrize("name", HELD)
+def test_modules_go_with_the_last_reference_to_them(name, closed):
+    net, x = HELD[name](), batch(3, 4, D)
+    opt = frog(net)
+    steps(net, opt, x if name != "experts" else x.view(T, D))
+    if closed:
+        opt.close()
+    gone = [weakref.ref(module) for module in net.modules()]
+    optimizer = weakref.ref(opt)
+    gc.collect()
+    gc.disable()
+    try:
+        del opt
+        assert optimizer() is None
+        del net
+        assert [made() for made in gone] == [None] * len(gone)
+    finally:
+        gc.enable()
+
+
+# -- layers with a forward of their own ------------------------------------------------
+
+
+class Counted(nn.Linear):
+    """Its own forward, which counts calls and may become another."""
+
+    count = 0
+
+    def forward(self, x):
+        self.count += 1
+        return self.change(x, F.linear(x, self.weight, self.bias))
+
+    def change(self, x, y):
+        return y
+
+
+class Rectified(Counted):
+    """From the third call on."""
+
+    def change(self, x, y):
+        return y.relu() if self.count > 2 else y
+
+
+class DroppedAfter(Counted):
+    """Ever more of its outputs."""
+
+    def change(self, x, y):
+        return F.dropout(y, min(0.5, 0.25 * (self.count - 1)))
+
+
+class DroppedBefore(Counted):
+    """Ever more of its inputs."""
+
+    def change(self, x, y):
+        x = F.dropout(x, min(0.5, 0.25 * (self.count - 1)))
+        return F.linear(x, self.weight, self.bias)
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Answers of `recognise`, as they are given."""
+    found, look = [], taps.recognise
+
+    def recognise(*args):
+        found.append(look(*args))
+        return found[-1]
+
+    monkeypatch.setattr(taps, "recognise", recognise)
+    return found
+
+
+@pytest.mark.parametrize("kind", [Rectified, DroppedAfter, DroppedBefore])
+def test_layers_that_change_after_they_were_recognised(kind, looks):
+    net, x = Net(kind(D, D)), batch(T, D)
+    opt = frog(net)
+    steps(net, opt, x, 9)
+    assert [isinstance(answer, str) for answer in looks] == [False]
+    with pytest.warns(UserWarning, match="inner: a gradient but no samples.*forward"):
+        steps(net, opt, x, 1)  # the tenth call is looked at
+    assert len(looks) == 2 and looks[1].startswith("its forward is not F.linear")
+    assert "inner.weight" in by(opt, "frog")
+    with pytest.warns(UserWarning, match=f"inner: {looks[1]}.*adamw updates it"):
+        steps(net, opt, x, PATIENCE - 1)
+    assert by(opt) == ["inner.weight", "inner.bias"]
+    assert reason_of(opt, "inner.weight") == looks[1]
+    steps(net, opt, x, 5)
+    assert len(looks) == 2
+
+
+def one_example(net):
+    return batch(1, D)
+
+
+def zeros(net):
+    nn.init.zeros_(net.inner.weight)
+    return batch(T, D)
+
+
+@pytest.mark.parametrize("undecided", [one_example, zeros])
+def test_layers_that_no_call_decides(undecided, looks):
+    net = Net(Counted(D, 2), size=2)
+    x = undecided(net)
+    # A weight of zeros stays what it is.
+    opt = frog(net, lr=1e-30, fallback_lr=1e-30, weight_decay=0.0)
+    with pytest.warns(UserWarning, match=f"inner: .*{UNPROVEN}"):
+        steps(net, opt, x, PATIENCE)
+    assert by(opt) == ["inner.weight", "inner.bias"]
+    assert reason_of(opt, "inner.weight") == UNPROVEN
+    assert "no call has shown yet what it computes" in UNPROVEN
+    steps(net, opt, x, 100 - PATIENCE)
+    assert looks == [None] * 8  # calls 1, 2, 3, 4, 8, 16, 32, 64
+    steps(net, opt, x, 27)
+    assert len(looks) == 8
+    # The 128th call shows it.
+    nn.init.normal_(net.inner.weight)
+    steps(net, opt, batch(T, D), 1)
+    assert len(looks) == 9 and "inner.weight" in by(opt, "frog")
+
+
+# -- construction ----------------------------------------------------------------------
+
+
+def test_construction_asks_for_adapters_as_often_as_there_are_modules(monkeypatch):
+    calls, find = [], routes.adapter_for
+
+    def adapter_for(module):
+        calls.append(module)
+        return find(module)
+
+    for module in (routes, layers):
+        monkeypatch.setattr(module, "adapter_for", adapter_for)
+
+    def asked(count):
+        calls.clear()
+        blocks = (Net(nn.LayerNorm(D), size=D) for _ in range(count // 2))
+        net = nn.Sequential(*blocks)
+        FROG(net).close()
+        return len(calls)
+
+    few, many = asked(60), asked(600)
+    assert many < 11 * few and many < 10 * 600
