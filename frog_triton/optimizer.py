@@ -48,7 +48,7 @@ from .preconditioner import check_solver_options
 from .routing import OUTPUT_LAYER, Exclusion, Layer, Plan, Route, RoutingTable, route
 from .sampling import Counter
 from .scaling import Left, leaving, skipping, steps_taken, unscale_
-from .seeking import Seeker
+from .seeking import Outputs
 from .state import (
     MOMENTUM_DTYPES,
     ROW_KEYS,
@@ -334,9 +334,9 @@ class FROG(Optimizer):
         super().__init__(groups, defaults)
         own_tensors(self.param_groups)
         self._unhooked.reasons |= self._plan.pending
-        self._decided: set[str] = set()
-        self._seeker: Seeker | None = None
-        self._seek_again()
+        self._outputs = Outputs(model, self.capture.stilled)
+        self._outputs.seek(self._plan)
+        weakref.finalize(self, self._outputs.stop)
         self._fused = FusedInference(model)
         weakref.finalize(self, self._fused.close)
         self._watch(self._plan.layers.values())
@@ -498,8 +498,8 @@ class FROG(Optimizer):
             self._unhooked.forget(name)
         self._watch(new.values())
         if new:
-            self._decided -= new.keys()
-            self._seek_again()
+            self._outputs.decided -= new.keys()
+            self._outputs.seek(self._plan)
 
     # -- the step -------------------------------------------------------------------
 
@@ -545,7 +545,8 @@ class FROG(Optimizer):
         found_inf = self._found_inf()
         layers = self._plan.layers.values()
         known = self._unhooked.look(layers, self.capture, not self.capturable)
-        known = self._seek(known)
+        decided, outputs = self._outputs.look(known.sampled)
+        known = known._replace(decided=decided, outputs=outputs)
         if self._ranks is not None:
             found_inf, known = self._agree(self._ranks, found_inf, known)
         if found_inf is not None and self._may_read(found_inf):
@@ -560,26 +561,6 @@ class FROG(Optimizer):
         self.capture.next_step()
         self._stepped = True
         return loss
-
-    def _seek(self, known: Known) -> Known:
-        """What this step shows of output layers."""
-        if self._seeker is None or not self._plan.search:
-            return known
-        decided, outputs = self._seeker.found(known.sampled)
-        fresh = decided - self._decided
-        return known._replace(decided=fresh, outputs=outputs & fresh)
-
-    def _seek_again(self) -> None:
-        """Watch the next step's calls, to find output layers."""
-        self._stop_seeking()
-        if self._plan.search or self._plan.named:
-            self._seeker = Seeker(self._model, self._plan)
-            weakref.finalize(self, self._seeker.close)
-
-    def _stop_seeking(self) -> None:
-        if self._seeker is not None:
-            self.capture.stilled += self._seeker.close()
-            self._seeker = None
 
     def _may_read(self, number: Tensor) -> bool:
         """Whether the host may read a number: on a CPU, and if it is no fake."""
@@ -776,29 +757,15 @@ class FROG(Optimizer):
 
     def _learn(self, known: Known) -> None:
         """Keep what a step has shown of output layers; tell what was not expected."""
-        alone = self._ranks is None or self._ranks.division.rank == 0
-        if not self._plan.search:
-            if self._seeker is not None and (shown := self._seeker.contradicts()):
-                names = ", ".join(sorted(shown))
-                text = f"FROG: the step shows {names} as output layers, but others are"
-                tell(f"{text} named so; see output_layers")
-            self._stop_seeking()
-            return
+        text = self._outputs.learn(known.decided, known.outputs, known.sampled)
+        if text and (self._ranks is None or self._ranks.division.rank == 0):
+            tell(f"FROG: {text}")
         if known.decided:
-            if alone and known.outputs - {self._plan.guess}:
-                names = ", ".join(sorted(known.outputs))
-                tell(f"FROG: output layers, as a step shows: {names}")
-            self._decided |= known.decided
-            self._stop_seeking()
             self._watch_what_is_served()
-        elif self._seeker is None and known.sampled - self._decided - self._plan.bare:
-            self._seek_again()  # for layers with their first gradient
-        elif self._seeker is not None:
-            self._seeker.forget()
 
     def _watch_what_is_served(self) -> None:
         """Output layers that are known as such need no samples."""
-        outputs = self._decided.intersection(self._unhooked.outputs)
+        outputs = self._outputs.decided.intersection(self._unhooked.outputs)
         for layer in self._plan.layers.values():
             watched = self.capture.watches(layer.name)
             if layer.name in outputs and watched:
@@ -815,7 +782,7 @@ class FROG(Optimizer):
             saved["version"] = STATE_VERSION
             saved["let_go"] = dict(self._unhooked.reasons)
             saved["misses"] = dict(self._unhooked.misses)
-            saved["decided"] = sorted(self._decided)
+            saved["decided"] = sorted(self._outputs.decided)
 
         # Before the user's own hooks.
         hook = self.register_state_dict_post_hook(add, prepend=True)
@@ -849,7 +816,8 @@ class FROG(Optimizer):
         if let_go is None:  # not by `state_dict`, or by that of version 1
             let_go = dict.fromkeys(self._let_go_by_state(), REASON)
         self._unhooked = Unhooked(self._fallback)
-        self._decided = set(loaded.get("decided", self._plan.layers))
+        decided = set(loaded.get("decided", self._plan.layers))
+        self._outputs.decided = decided
         if "decided" not in loaded:  # by a version that had nothing pending
             self._unhooked.reasons |= self._plan.pending
         for name in self._plan.layers:
@@ -859,8 +827,8 @@ class FROG(Optimizer):
                 self._unhooked.misses[name] = misses
         if not self.capture.closed:
             self._watch_what_is_served()
-            if self._plan.search and self._plan.layers.keys() - self._decided:
-                self._seek_again()
+            if self._plan.layers.keys() - decided:
+                self._outputs.seek(self._plan)
         self._stepped = any(
             bool(state["step"] > 0) for state in self.state.values() if "step" in state
         )
@@ -932,7 +900,7 @@ class FROG(Optimizer):
         if layer is not None and here:
             if layer.name in self._unhooked.reasons:
                 reason = self._unhooked.reasons[layer.name]
-                if reason == OUTPUT_LAYER and layer.name not in self._decided:
+                if reason == OUTPUT_LAYER and layer.name not in self._outputs.decided:
                     notes.append("the last; its first step will show")
             else:
                 notes.append(self._solved.get(layer.name, ""))
@@ -1022,14 +990,13 @@ class FROG(Optimizer):
             >>> opt.step()
         """
         self.capture.clear()
-        if self._seeker is not None:
-            self._seeker.forget()
+        self._outputs.forget()
 
     def close(self) -> None:
         """Remove the hooks from the model. The optimizer takes no more samples."""
-        self.capture.close()
+        self._outputs.stop()
         self._fused.close()
-        self._stop_seeking()
+        self.capture.close()
 
     def __enter__(self) -> Self:
         """Nothing to do; `close` is called at the end of the block."""

@@ -14,6 +14,85 @@ from .outputs import OutputSearch
 from .routing import Layer, Plan
 
 
+class Outputs:
+    """Which layers of a model are outputs, as far as its steps have shown.
+
+    Each layer is decided once, in the first step in which it can be. Layers without a
+    gradient so far are watched again when they have one.
+
+    Args:
+        model: that is trained.
+        stilled: takes hooks that could not be removed.
+
+    Attributes:
+        decided: names of the layers that are decided.
+    """
+
+    def __init__(self, model: nn.Module, stilled: list[hooks.Installed]) -> None:
+        self._model = model
+        self._stilled = stilled
+        self._plan = Plan()
+        self._seeker: Seeker | None = None
+        self.decided: set[str] = set()
+
+    def seek(self, plan: Plan) -> None:
+        """Watch the next step's calls, if they are to show or to confirm anything."""
+        self.stop()
+        self._plan = plan
+        if plan.search or plan.named:
+            self._seeker = Seeker(self._model, plan)
+
+    def stop(self) -> None:
+        """Watch no more."""
+        if self._seeker is not None:
+            self._stilled += self._seeker.close()
+            self._seeker = None
+
+    def forget(self) -> None:
+        """Drop what is known of calls since the last step."""
+        if self._seeker is not None:
+            self._seeker.forget()
+
+    def look(self, sampled: Set[str]) -> tuple[set[str], set[str]]:
+        """Names of the layers that this step decides, and of those that are outputs.
+
+        Args:
+            sampled: names of the layers that have samples.
+        """
+        if self._seeker is None or not self._plan.search:
+            return set(), set()
+        decided, outputs = self._seeker.found(sampled)
+        fresh = decided - self.decided
+        return fresh, outputs & fresh
+
+    def learn(self, decided: Set[str], outputs: Set[str], sampled: Set[str]) -> str:
+        """End a step, with what was decided by all ranks.
+
+        Returns:
+            What the user is to be told, if anything was not as expected.
+        """
+        text = ""
+        if not self._plan.search:
+            if self._seeker is not None and (shown := self._seeker.contradicts()):
+                text = f"the step shows {_listed(shown)} as output layers, but others "
+                text += "are named so; see output_layers"
+            self.stop()
+        elif decided:
+            if outputs - {self._plan.guess}:
+                text = f"output layers, as a step shows: {_listed(outputs)}"
+            self.decided |= decided
+            self.stop()
+        elif self._seeker is None and sampled - self.decided - self._plan.bare:
+            self.seek(self._plan)  # some have their first gradient
+        else:
+            self.forget()
+        return text
+
+
+def _listed(names: Set[str]) -> str:
+    return ", ".join(sorted(names))
+
+
 class Seeker:
     """Hooks on all modules with weights, until `close`.
 
@@ -67,8 +146,10 @@ class Seeker:
 
     def contradicts(self) -> set[str]:
         """Names of modules that this step shows as outputs, if none is a named one."""
-        units = self._search.found() or set()
-        return set() if units & self._plan.named else {self._names[m] for m in units}
+        units, named = self._search.found() or set(), self._plan.named
+        if units & named or not self._search.arrived & named:
+            return set()
+        return {self._names[module] for module in units}
 
     def forget(self) -> None:
         """Drop what is known of calls so far."""
