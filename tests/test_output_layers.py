@@ -81,6 +81,15 @@ def outputs(opt):
     return gone
 
 
+def sought(net):
+    """Names of modules that are watched to find output layers."""
+    return [
+        name
+        for name, module in net.named_modules()
+        if any("seeking" in hook.__name__ for hook in module._forward_hooks.values())
+    ]
+
+
 # -- what steps show -------------------------------------------------------------------
 
 
@@ -200,6 +209,7 @@ def test_steps_show_the_output_layers(name):
         warnings.simplefilter("error")
         train(net, opt, count, before=before)
     assert outputs(opt) == set(expected.split())
+    assert sought(net) == []
 
 
 def test_a_first_step_that_is_skipped_shows_nothing():
@@ -302,6 +312,22 @@ def test_layers_that_are_put_in(name, after, names):
         assert frog is (which.rpartition(".")[0] not in expected.split())
 
 
+@pytest.mark.filterwarnings("ignore:FROG preconditions")
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_bare_parameter_in_anothers_place_waits_for_samples_of_its_own(after):
+    net = Bare()
+    opt = FROG(net)
+    bare_steps(net, opt, [True] * after)
+    net.w = nn.Parameter(torch.randn(D, D, dtype=torch.float64))
+    opt.add_param_group({"params": [net.w]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bare_steps(net, opt, [False] * (PATIENCE + 1), after)
+        assert "exp_avg" in opt.state[net.w]
+        bare_steps(net, opt, [True] * 2, after + PATIENCE + 1)
+        assert "momentum_buffer" in opt.state[net.w]
+
+
 # -- states ----------------------------------------------------------------------------
 
 
@@ -336,6 +362,19 @@ def test_states_of_any_time_into_optimizers_of_any_time(steps, other, names):
             train(net2, opt2, 1, start=10 + step)
         assert all(map(torch.equal, net.parameters(), net2.parameters()))
         assert outputs(opt) == outputs(opt2) == {*names.split()} - {"a", "b"}
+
+
+def test_a_resumed_run_looks_no_more_at_what_is_decided():
+    net = head_first()
+    opt = FROG(net)
+    train(net, opt, 1)
+    weights, state = saved(net, opt)
+    net = head_first()
+    opt = FROG(net)
+    net.load_state_dict(weights)
+    opt.load_state_dict(state)
+    train(net, opt, 1, start=1)
+    assert sought(net) == []
 
 
 def test_a_rate_finder_that_goes_back_to_the_start():
@@ -475,6 +514,7 @@ NAMED = {
         "actor critic",
         "z",
     ),
+    "without a gradient": ("head a z", chain("a z"), "head", None),
     "one of two": (
         "a head z",
         lambda net, x, s: net.head(h := net.a(x)) + net.z(h),
