@@ -377,6 +377,23 @@ def test_a_resumed_run_looks_no_more_at_what_is_decided():
     assert sought(net) == []
 
 
+def test_a_state_of_a_run_with_other_outputs():
+    """Layers are sampled again that this optimizer took for outputs."""
+    net, other = (Net("z a b", chain(names)) for names in ("z a b", "a b z"))
+    opt, second = FROG(net, sample_size=3), FROG(other, sample_size=3)
+    train(net, opt, 3)
+    train(other, second, 3)
+    assert (outputs(opt), outputs(second)) == ({"b"}, {"z"})
+    other.run = net.run
+    weights, state = saved(net, opt)
+    other.load_state_dict(weights)
+    second.load_state_dict(state)
+    for pair in ((net, opt), (other, second)):
+        train(*pair, 3, start=3)
+    assert outputs(second) == {"b"}
+    assert all(map(torch.equal, net.parameters(), other.parameters()))
+
+
 def test_a_rate_finder_that_goes_back_to_the_start():
     net, twin = head_first(), head_first()
     opt, other = FROG(net), FROG(twin)
