@@ -131,6 +131,9 @@ class _Attention:
         if self._packed is None or module is None or not self._is_piece(weight):
             return output
         first = self._group
+        if not torch.compiler.is_compiling():
+            offset = weight.storage_offset() - self._packed.storage_offset()
+            first = offset // (weight.shape[1] * weight.stride(0))
         self._group = first + weight.shape[0] // weight.shape[1]
         piece = self._parts.get((first, self._group))
         return output if piece is None else piece.see(module, x, output)

@@ -488,14 +488,14 @@ class FROG(Optimizer):
         if self._ranks is not None:
             self._ranks.verified = False
         new = {n: x for n, x in self._plan.layers.items() if known.get(n) is not x}
-        self._unhooked.reasons |= {
-            n: r for n, r in self._plan.pending.items() if n in new
-        }
         for name in new.keys() & known.keys():  # a module put in another's place
             if self.capture.watches(name):
                 self.capture.unwatch(name)
             self._anomalies.pop(name, None)
             self._unhooked.forget(name)
+        self._unhooked.reasons |= {
+            n: r for n, r in self._plan.pending.items() if n in new
+        }
         self._watch(new.values())
         if new:
             self._outputs.decided -= new.keys()
@@ -829,6 +829,8 @@ class FROG(Optimizer):
             self._watch_what_is_served()
             if self._plan.layers.keys() - decided:
                 self._outputs.seek(self._plan)
+            else:
+                self._outputs.stop()
         self._stepped = any(
             bool(state["step"] > 0) for state in self.state.values() if "step" in state
         )

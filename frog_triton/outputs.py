@@ -113,7 +113,7 @@ def _declared(model: nn.Module) -> list[nn.Module]:
     return [
         head
         for head in found
-        if isinstance(head, nn.Module) and getattr(head, "weight", None) is not None
+        if isinstance(head, nn.Module) and head._parameters.get("weight") is not None
     ]
 
 
@@ -121,9 +121,9 @@ def _outputs(head: nn.Module, known: set[nn.Module]) -> set[nn.Module]:
     """The last layer or layers of a head."""
     if head in known:
         return {head}
-    weight = getattr(head, "weight", None)
+    weight = head._parameters.get("weight")
     if weight is not None:  # an embedding, of a layer that shares its weight
-        tied = {m for m in known if getattr(m, "weight", None) is weight}
+        tied = {m for m in known if m._parameters.get("weight") is weight}
         if tied:
             return tied
     parts = _called(dict(head.named_children()), HEADS)

@@ -246,9 +246,10 @@ class _Products(TorchFunctionMode):
 
     def on_unbind(self, output: Any, weight: Any) -> None:
         """``for matrix in weight``."""
-        if self.find(weight) is not None and len(output) == weight.shape[0]:
-            for index, matrix in enumerate(output):
-                self.on_item(matrix, weight, index)
+        if self.find(weight) is None or output[0].stride() != weight.stride()[1:]:
+            return  # along another dimension
+        for index, matrix in enumerate(output):
+            self.on_item(matrix, weight, index)
 
     def on_swap(self, output: Any, weight: Any, first: Any, second: Any) -> None:
         """``weight.transpose(first, second)``."""
@@ -265,6 +266,11 @@ class _Products(TorchFunctionMode):
             turned = copy.copy(found)
             turned.flipped = not found.flipped
             self._known.append((output, turned))
+
+    def on_reverse(self, output: Any, weight: Any) -> None:
+        """``weight.T``: all dimensions change places."""
+        if weight.ndim == 2:
+            self.on_turn(output, weight)
 
     def on_cast(self, output: Any, weight: Any) -> None:
         """The same matrix in another dtype, or in another place."""
@@ -365,7 +371,7 @@ _LOOKS: dict[Any, _Look] = {
     torch.transpose: (_Products.on_swap, ("input", "dim0", "dim1")),
     Tensor.transpose: (_Products.on_swap, ("self", "dim0", "dim1")),
     Tensor.mT.__get__: (_Products.on_turn, ("self",)),  # type: ignore[attr-defined]
-    Tensor.T.__get__: (_Products.on_turn, ("self",)),  # type: ignore[attr-defined]
+    Tensor.T.__get__: (_Products.on_reverse, ("self",)),  # type: ignore[attr-defined]
     Tensor.t: (_Products.on_turn, ("self",)),
     torch.t: (_Products.on_turn, ("input",)),
     F.linear: (_Products.on_linear, ("input", "weight")),

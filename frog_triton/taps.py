@@ -256,7 +256,8 @@ class Tap:
         use.calls += 1
         # Inputs of another size may show another padding.
         size = _size(module, x)
-        due = _is_due(use.calls, use.proven) or size not in use.sizes
+        another = use.proven and size not in use.sizes
+        due = another or _is_due(use.calls, use.proven)
         if not due or is_capturing():
             found: LayerAdapter | str | None = None  # it would wait for the device
         else:

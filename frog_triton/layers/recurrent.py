@@ -60,14 +60,24 @@ class RecurrentAdapter(LinearAdapter):
 
 
 def params_of(module: nn.Module) -> dict[str, Tensor]:
-    """Weights and biases by name, whether they are parameters or computed."""
+    """Weights and biases by name, whether they are parameters or computed.
+
+    What computes them does so as in evaluation: spectral normalisation would go on
+    with its power iterations.
+    """
     found = {}
+    computing = getattr(module, "parametrizations", nn.ModuleDict()).modules()
+    training = [each for each in computing if each.training]
+    for each in training:
+        each.training = False
     for suffix in chain.from_iterable(_suffixes(module)):
         for kind in _kinds(module):
             for name in (f"weight_{kind}{suffix}", f"bias_{kind}{suffix}"):
                 tensor = getattr(module, name, None)
                 if tensor is not None:
                     found[name] = tensor
+    for each in training:
+        each.training = True
     return found
 
 
