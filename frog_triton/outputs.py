@@ -113,7 +113,7 @@ def _declared(model: nn.Module) -> list[nn.Module]:
     return [
         head
         for head in found
-        if isinstance(head, nn.Module) and head._parameters.get("weight") is not None
+        if isinstance(head, nn.Module) and any(p.ndim > 1 for p in head.parameters())
     ]
 
 
