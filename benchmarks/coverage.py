@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -142,7 +143,9 @@ def examine(model: Model, steps: int) -> Found:
         first=first,
         last=last,
         fell=last < first,
-        warned=sorted({" ".join(str(w.message).split())[:300] for w in warned}),
+        warned=sorted(
+            {shorten(str(w.message), 300, placeholder=" ...") for w in warned}
+        ),
     )
 
 

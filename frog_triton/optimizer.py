@@ -432,7 +432,7 @@ class FROG(Optimizer):
         coverage = self.routes().coverage
         if not coverage.low:
             tell(str(coverage))
-        if not self._plan.served():
+        if not self._plan.layers:
             text = "FROG preconditions no parameter of this model"
             warnings.warn(f"{text}; describe() says why", stacklevel=3)
         elif coverage.low:
