@@ -149,6 +149,10 @@ def examine(model: Model, steps: int) -> Found:
     )
 
 
+def _short(message: Warning | str) -> str:
+    return shorten(str(message), 300, placeholder=" ...")
+
+
 def is_linear_map(module: nn.Module, name: str, param: nn.Parameter) -> bool:
     """Whether a parameter is a weight of two or more dimensions that is multiplied by.
 
