@@ -138,11 +138,12 @@ class Seeker:
             if not units.isdisjoint(x.modules) and _makes_the_output(x)
         }
         decided = shown | {x.name for x in layers if x.name in sampled}
+        guessed = {x.name for x in layers if x.name == plan.guess}
         if not outputs:
-            outputs = {plan.guess} & (decided - shown)
+            outputs = guessed & (decided - shown)
         if all(layer.name in outputs for layer in layers):  # a lone layer is none
-            outputs &= {plan.guess}
-        return decided, {name for name in outputs if name is not None}
+            outputs &= guessed
+        return decided, outputs
 
     def contradicts(self) -> set[str]:
         """Names of modules that this step shows as outputs, if none is a named one."""
