@@ -336,6 +336,7 @@ class FROG(Optimizer):
         self._unhooked.reasons |= self._plan.pending
         self._outputs = Outputs(model, self.capture.stilled)
         self._outputs.seek(self._plan)
+        self._told_of: set[str] = set()  # bare parameters
         weakref.finalize(self, self._outputs.stop)
         self._fused = FusedInference(model)
         weakref.finalize(self, self._fused.close)
@@ -430,13 +431,16 @@ class FROG(Optimizer):
         if self._ranks is not None and self._ranks.division.rank:
             return
         coverage = self.routes().coverage
-        if not coverage.low:
-            tell(str(coverage))
+        told = str(coverage)
+        if self._plan.guess is not None:
+            told += "; which is the output layer the first step will show"
         if not self._plan.layers:
             text = "FROG preconditions no parameter of this model"
             warnings.warn(f"{text}; describe() says why", stacklevel=3)
-        elif coverage.low:
-            warnings.warn(f"{coverage}; describe() says why", stacklevel=3)
+        elif coverage.low and not self._plan.bare:
+            warnings.warn(f"{told}; describe() says why", stacklevel=3)
+        else:
+            tell(told)
 
     def _make_state(self, param: nn.Parameter, group: dict[str, Any]) -> None:
         """Make what is missing of a parameter's state: all of it at first."""
@@ -758,8 +762,12 @@ class FROG(Optimizer):
     def _learn(self, known: Known) -> None:
         """Keep what a step has shown of output layers; tell what was not expected."""
         text = self._outputs.learn(known.decided, known.outputs, known.sampled)
-        if text and (self._ranks is None or self._ranks.division.rank == 0):
-            tell(f"FROG: {text}")
+        bare = known.sampled & self._plan.bare - self._told_of
+        self._told_of |= bare
+        served = known.decided or bare  # is not what it was
+        now = str(self.routes().coverage) if (text or bare) and served else ""
+        if (text or now) and (self._ranks is None or not self._ranks.division.rank):
+            tell(". ".join(filter(None, [text, now])))
         if known.decided:
             self._watch_what_is_served()
 
@@ -898,6 +906,8 @@ class FROG(Optimizer):
         layer = self._layer_of.get(param)
         here = layer is not None and self._plan.layers.get(layer.name) is layer
         reason = self._plan.reasons[param]
+        if layer is not None and layer.name in self._plan.bare:
+            reason = "by frog_triton.linear"
         notes = []
         if layer is not None and here:
             if layer.name in self._unhooked.reasons:
@@ -906,7 +916,7 @@ class FROG(Optimizer):
                     notes.append("the last; its first step will show")
             else:
                 notes.append(self._solved.get(layer.name, ""))
-        if layer is not None and self._ranks is not None:
+        if self._ranks is not None and not self._unhooked.holds(layer) and layer:
             notes.append(self._ranks.describe(layer))
         if not param.requires_grad:
             notes.append("frozen")

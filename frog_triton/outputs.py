@@ -150,7 +150,7 @@ class OutputSearch:
     called in a loop, that is the layer whose last call comes last.
 
     What is known of a call lives in its graph until its gradient arrives, so that a
-    graph without a backward pass dies as usual. From then until `forget` nodes of the
+    graph without a backward pass dies as usual. From then until `clear` nodes of the
     graph are kept, as by a loss that is kept: the tensors they saved are freed by the
     backward pass.
 
@@ -166,6 +166,7 @@ class OutputSearch:
         self.visited = 0
         self._made: dict[Node, set[_Call]] = {}
         self._arrived: set[_Call] = set()
+        self._earlier: set[_Call] = set()
 
     def saw(self, unit: Hashable, inputs: Any, outputs: Any) -> None:
         """Note a call, to be told from a forward hook.
@@ -220,7 +221,8 @@ class OutputSearch:
         """
         if not self._arrived:
             return None
-        waiting = [node for call in self._arrived for node in call.fed]
+        calls = self._arrived | self._earlier
+        waiting = [node for call in calls for node in call.fed]
         visited: set[Node] = set()
         consumed: set[_Call] = set()
         while waiting:
@@ -234,9 +236,17 @@ class OutputSearch:
         return {call.unit for call in self._arrived - consumed}
 
     def forget(self) -> None:
+        """Gradients so far are dropped: their calls are no outputs by themselves.
+
+        What they consume stays known once more: a graph that was derived before, for
+        a gradient penalty, may be part of the loss.
+        """
+        self._earlier = self._arrived or self._earlier
+        self._made, self._arrived = {}, set()
+
+    def clear(self) -> None:
         """Drop all that is known, and the graphs with it."""
-        self._made.clear()
-        self._arrived.clear()
+        self._made, self._arrived, self._earlier = {}, set(), set()
 
 
 class _Call:

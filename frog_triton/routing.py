@@ -19,6 +19,7 @@ from .layers import (
     computed_in,
     is_bare,
     is_proven,
+    is_trusted,
     left_out,
 )
 from .layers.rows import RowAxes, Weight, owner
@@ -41,7 +42,8 @@ class Use:
         weight: which of the module's weights it is.
         adapter: of the module's kind.
         proven: whether the module's forward is known to be what the adapter says. One
-            that is not inherited is checked at calls.
+            that is not torch's own is checked at calls.
+        trusted: whether calls that prove nothing are sampled.
         calls: how many there were that could be checked.
         sizes: of inputs that it was proven with.
     """
@@ -50,6 +52,7 @@ class Use:
     weight: Weight
     adapter: LayerAdapter
     proven: bool = True
+    trusted: bool = True
     calls: int = 0
     sizes: set[tuple[int, ...]] = field(default_factory=set)
 
@@ -291,7 +294,8 @@ def _uses(model: nn.Module) -> Uses:
             if param is None:
                 continue
             label = ".".join(filter(None, [name, weight.label])) or "weight"
-            use = Use(module, weight, adapter, is_proven(module))
+            proven, trusted = is_proven(module), is_trusted(module)
+            use = Use(module, weight, adapter, proven, trusted)
             uses.setdefault(param, (label, []))[1].append(use)
     return uses
 
@@ -359,6 +363,13 @@ def _layer(
     first = users[0]
     bias = first.weight.bias_of(first.module)
     geometry = first.adapter.geometry(first.module, first.weight)
+    if bias is not None and bias.numel() != geometry.rows:
+        raise ValueError(
+            f"{name}: {type(first.module).__name__} has a weight of shape "
+            f"{tuple(weight.shape)}, hence {geometry.rows} rows by its adapter, but a "
+            f"bias of {bias.numel()}; if the weight is (in, out), register it with "
+            "LinearAdapter(Weight(axes=ROWS_SECOND))"
+        )
     layer = Layer(name, tuple(users), geometry, weight, bias)
     # A bias is part of the rows only if it goes wherever the weight goes.
     if bias is None or not _follow(bias, users, owners[bias]):

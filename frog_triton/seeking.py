@@ -49,7 +49,7 @@ class Outputs:
             self._seeker = None
 
     def forget(self) -> None:
-        """Drop what is known of calls since the last step."""
+        """Gradients so far are dropped: see `OutputSearch.forget`."""
         if self._seeker is not None:
             self._seeker.forget()
 
@@ -74,18 +74,18 @@ class Outputs:
         text = ""
         if not self._plan.search:
             if self._seeker is not None and (shown := self._seeker.contradicts()):
-                text = f"the step shows {_listed(shown)} as output layers, but others "
-                text += "are named so; see output_layers"
+                text = f"FROG: the step shows {_listed(shown)} as output layers, but "
+                text += "others are named so; see output_layers"
             self.stop()
         elif decided:
             if outputs - {self._plan.guess}:
-                text = f"output layers, as a step shows: {_listed(outputs)}"
+                text = f"FROG: output layers, as a step shows: {_listed(outputs)}"
             self.decided |= decided
             self.stop()
         elif self._seeker is None and sampled - self.decided - self._plan.bare:
             self.seek(self._plan)  # some have their first gradient
-        else:
-            self.forget()
+        elif self._seeker is not None:
+            self._seeker.clear()
         return text
 
 
@@ -153,12 +153,16 @@ class Seeker:
         return {self._names[module] for module in units}
 
     def forget(self) -> None:
-        """Drop what is known of calls so far."""
+        """See `OutputSearch.forget`."""
         self._search.forget()
+
+    def clear(self) -> None:
+        """Drop what is known of calls so far."""
+        self._search.clear()
 
     def close(self) -> list[hooks.Installed]:
         """Take the hooks off; returns those that stay on, without doing anything."""
-        self._search.forget()
+        self._search.clear()
         stay = [hook for hook in self._installed if not hook.remove()]
         self._installed.clear()
         return stay

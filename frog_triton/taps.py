@@ -271,6 +271,8 @@ class Tap:
         elif found is not None:
             use.adapter, use.proven = found, True
             use.sizes.add(size)
+        elif not use.proven and use.trusted:
+            return True
         elif not use.proven:
             capture.missed(self.name, UNPROVEN)
         return use.proven

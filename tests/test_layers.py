@@ -126,6 +126,45 @@ def test_registry_serves_subclasses_that_inherit_forward():
     assert adapter_for(nn.Embedding(2, 2)) is None
 
 
+def test_registrations_that_cannot_be():
+    import frog_triton
+    from frog_triton import layers
+
+    class Right(nn.Module):
+        """``x W``, the weight ``(in, out)``."""
+
+        def __init__(self, dim, rows):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(dim, rows))
+            self.bias = nn.Parameter(torch.zeros(rows))
+
+        def forward(self, x):
+            return x @ self.weight + self.bias
+
+    with pytest.raises(TypeError, match="register takes an adapter"):
+        register(Right, layers.Weight(axes=layers.ROWS_SECOND))
+    register(Right, layers.LinearAdapter())
+    try:
+        net = nn.Sequential(Right(3, 4), nn.Linear(4, 2))
+        message = r"0: Right has a weight of shape \(3, 4\), hence 3 rows"
+        with pytest.raises(ValueError, match=message):
+            frog_triton.FROG(net)
+        net = nn.Sequential(Right(4, 4), nn.Linear(4, 2))  # nothing shows in shapes
+        opt = frog_triton.FROG(net)
+        net(torch.randn(20, 4)).square().sum().backward()
+        with pytest.warns(UserWarning, match=r"0: .*forward is not F\.linear"):
+            opt.step()
+        register(Right, layers.LinearAdapter(layers.Weight(axes=layers.ROWS_SECOND)))
+        for dim in (3, 4):
+            net = nn.Sequential(Right(dim, 4), nn.Linear(4, 2))
+            opt = frog_triton.FROG(net)
+            net(torch.randn(20, dim)).square().sum().backward()
+            assert opt.capture.calls("0")
+            opt.step()
+    finally:
+        del layers._REGISTRY[Right]
+
+
 def test_a_new_kind_is_one_adapter_and_one_line():
     import frog_triton
 

@@ -500,8 +500,9 @@ def told(caplog):
 
 
 def shown(told):
-    """What was told of output layers."""
-    return [text for text in told.messages if "output layers" in text]
+    """What was told of output layers; what is preconditioned now comes after it."""
+    texts = [text for text in told.messages if "output layers" in text]
+    return [text.partition(". FROG preconditions ")[0] for text in texts]
 
 
 TOLD = {
@@ -769,3 +770,30 @@ def test_bare_parameters_resume_with_the_same_bits(cut):
         (whole, frog), (weights, theirs) = run(0), run(cut)
     assert theirs == frog and "w" in frog
     assert all(map(torch.equal, weights, whole))
+
+
+def penalty(critic, x):
+    x = x.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    return (slope.norm(dim=1) - 1).square().mean()
+
+
+@pytest.mark.parametrize("act", [nn.LeakyReLU, nn.Tanh, nn.SiLU])
+@pytest.mark.parametrize("dropped", ["before all", "after the penalty"])
+def test_losses_with_derivatives_of_the_model(act, dropped):
+    """A critic under a gradient penalty: the way back from slopes skips the last."""
+    torch.manual_seed(0)
+    critic = nn.Sequential(
+        *(nn.Linear(4, 8), act(), nn.Linear(8, 8), act(), nn.Linear(8, 1))
+    )
+    opt = FROG(critic)
+    for _ in range(2):
+        if dropped == "before all":
+            opt.zero_grad()
+        slopes = penalty(critic, torch.randn(6, 4))
+        if dropped == "after the penalty":
+            opt.zero_grad()
+        (critic(torch.randn(6, 4)).mean() + 10 * slopes).backward()
+        opt.step()
+    served = opt.describe().updated_by("frog")
+    assert served == ["0.weight", "0.bias", "2.weight", "2.bias"]

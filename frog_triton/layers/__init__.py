@@ -63,6 +63,7 @@ __all__ = [
     "computed_in",
     "is_bare",
     "is_proven",
+    "is_trusted",
     "left_out",
     "pool_samples",
     "register",
@@ -79,8 +80,16 @@ def register(kind: Kind, adapter: LayerAdapter) -> None:
         kind: a module type, or its full name (``"package.module.Class"``), so that the
             package need not be imported.
         adapter: says what the weights are, where their rows lie, and where their
-            samples are seen.
+            samples are seen. Where that is the module's call, the first calls are
+            checked against it.
+
+    Raises:
+        TypeError: it is no adapter.
     """
+    if not isinstance(adapter, LayerAdapter):
+        raise TypeError(
+            f"register takes an adapter, such as LinearAdapter(), got {adapter!r}"
+        )
     _REGISTRY[kind] = adapter
 
 
@@ -98,16 +107,27 @@ def adapter_for(module: nn.Module) -> LayerAdapter | None:
 
 
 def is_proven(module: nn.Module) -> bool:
-    """Whether a module's forward is its registered kind's own, or need not be.
+    """Whether a module's forward is known to be what its adapter says.
 
-    One that is not inherited is checked at the first call that makes samples.
+    Torch's own are, and those that are not seen at the module's call need not be. All
+    others are checked at calls that make samples.
     """
     found = _registered(module)
     if found is None:
         return True
     kind, adapter = found
-    seen = {weight.seen for weight in adapter.weights(module)}
-    return seen != {Seen.CALL} or _inherits(module, kind)
+    if {weight.seen for weight in adapter.weights(module)} != {Seen.CALL}:
+        return True
+    return kind.__module__.partition(".")[0] == "torch" and _inherits(module, kind)
+
+
+def is_trusted(module: nn.Module) -> bool:
+    """Whether a call that proves nothing is sampled: the module's kind is registered.
+
+    Not so for a forward that is not inherited from that kind.
+    """
+    found = _registered(module)
+    return found is None or _inherits(module, found[0])
 
 
 def _inherits(module: nn.Module, kind: type[nn.Module]) -> bool:

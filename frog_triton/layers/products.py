@@ -6,13 +6,14 @@ its own.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 from torch import nn
 
 from .base import Geometry
 from .linear import LinearAdapter
-from .rows import EXPERTS, EXPERTS_SECOND, Seen, Weight, named
+from .rows import EXPERTS, EXPERTS_SECOND, ROWS_SECOND, Seen, Weight, named
 
 
 class AttentionAdapter(LinearAdapter):
@@ -78,6 +79,16 @@ class BareLinearAdapter(LinearAdapter):
 
     def __init__(self) -> None:
         super().__init__(_BARE)
+
+    def weights(self, module: nn.Module) -> tuple[Weight, ...]:  # noqa: D102
+        (weight,) = super().weights(module)
+        rows = named(module, weight.name).shape
+        bias = weight.bias_of(module)
+        if bias is None or bias.shape == rows[:1]:
+            return (weight,)
+        if bias.shape == rows[1:]:  # (in, out)
+            return (replace(weight, axes=ROWS_SECOND),)
+        return (replace(weight, bias=None),)
 
 
 def is_bare_linear(module: nn.Module) -> bool:
