@@ -40,8 +40,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def mark(tap: Tap) -> RemovableHandle:
-    """Let `linear` find a weight's tap, by a hook that does nothing else."""
-    return tap.weight.register_hook(_Mark(tap))
+    """Let `linear` find a weight's tap, by a hook that does nothing else.
+
+    A weight that is frozen may thaw, but torch lets only others have hooks.
+    """
+    weight, frozen = tap.weight, not tap.weight.requires_grad
+    weight.requires_grad_()
+    handle = weight.register_hook(_Mark(tap))
+    weight.requires_grad_(not frozen)
+    return handle
 
 
 class _Mark:

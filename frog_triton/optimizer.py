@@ -555,7 +555,7 @@ class FROG(Optimizer):
             found_inf, known = self._agree(self._ranks, found_inf, known)
         if found_inf is not None and self._may_read(found_inf):
             if found_inf:
-                self.drop_samples()
+                self._outputs.forget()
                 self.capture.next_step()
                 self._stepped = True
                 return loss

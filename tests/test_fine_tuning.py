@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import frog_triton
 from frog_triton import FROG
 
 pytestmark = pytest.mark.filterwarnings("ignore:FROG preconditions")
@@ -117,6 +118,37 @@ def test_a_frozen_k_bit_layer_is_left_untouched():
     for name, value in net.base.state_dict().items():
         assert torch.equal(value, base[name])
     assert "base" not in opt.capture._pools
+
+
+class Bare(nn.Module):
+    """Matrices of its own: a position embedding, and a projection."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.positions = nn.Parameter(torch.randn(12, 6))
+        self.projection = nn.Parameter(torch.randn(8, 6) / 3)
+        self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = frog_triton.linear(x + self.positions, self.projection)
+        return self.head(torch.tanh(self.second(torch.tanh(x))))
+
+
+def test_bare_matrices_may_be_frozen_and_thaw():
+    net = Bare()
+    net.positions.requires_grad_(False)
+    net.projection.requires_grad_(False)
+    opt = FROG(net)
+    assert not net.positions.requires_grad and not net.projection.requires_grad
+    step(net, opt, 0)
+    assert not opt.state.get(net.projection)
+    net.projection.requires_grad_(True)
+    step(net, opt, 1)
+    assert "projection" in opt.describe().updated_by("frog")
+    opt.close()
+    assert not any(p._backward_hooks for p in net.parameters())
+    copy.deepcopy(net)
 
 
 @pytest.mark.parametrize("saved_between", [False, True])
