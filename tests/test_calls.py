@@ -650,3 +650,26 @@ def test_operations_of_the_hooks(layers, passes, most):
         return counting.count / depth / passes
 
     assert count(True) - count(False) <= most
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "most"),
+    # Two products of attention at what two Linear layers take; an LSTM's 16 steps are
+    # run again forward and backward, at 45 operations a step.
+    [(nn.MultiheadAttention(8, 2), (64, 8, 8), 56), (nn.LSTM(8, 8), (16, 32, 8), 726)],
+)
+def test_operations_inside_of_a_module(layer, shape, most):
+    attends, x = isinstance(layer, nn.MultiheadAttention), torch.randn(shape)
+
+    def count(hooked):
+        opt = (
+            FROG(layer, sample_size=64, exclude_output_layer=False) if hooked else None
+        )
+        with Counting() as counting:
+            layer(*[x] * (3 if attends else 1))[0].sum().backward()
+        if opt is not None:
+            assert all(opt.capture.calls(name) for name in opt._plan.layers)
+            opt.close()
+        return counting.count
+
+    assert count(True) - count(False) <= most
