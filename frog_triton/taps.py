@@ -280,8 +280,9 @@ class Tap:
     def keep(self, x: Tensor, index: Tensor, grad: Tensor) -> None:
         """See `traced.Receiver`."""
         capture, module = self._capture(), self._module()
-        # Without a proof `sample` gave nothing: what comes back are the graph's zeros.
-        if capture is not None and module is not None and self.use.proven:
+        # Without one `sample` gave nothing: what comes back are the graph's zeros.
+        known = not self.refuted and (self.use.proven or self.use.trusted)
+        if capture is not None and module is not None and known:
             capture.keep(self, module, x, index, grad)
 
 

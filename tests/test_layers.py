@@ -1,5 +1,7 @@
 """Linear maps against the layers themselves and against explicit patches."""
 
+from functools import partial
+
 import numpy as np
 import oracles
 import pytest
@@ -159,6 +161,14 @@ def test_registrations_that_cannot_be():
             net = nn.Sequential(Right(dim, 4), nn.Linear(4, 2))
             opt = frog_triton.FROG(net)
             net(torch.randn(20, dim)).square().sum().backward()
+            assert opt.capture.calls("0")
+            opt.step()
+        # Zeros prove nothing, but the kind is registered: samples from the first call.
+        for wrap in (lambda net: net, partial(torch.compile, backend="aot_eager")):
+            net = nn.Sequential(Right(4, 4), nn.Linear(4, 2))
+            nn.init.zeros_(net[0].weight)
+            opt = frog_triton.FROG(net)
+            wrap(net)(torch.randn(20, 4)).square().sum().backward()
             assert opt.capture.calls("0")
             opt.step()
     finally:
