@@ -9,6 +9,10 @@ from torch import nn
 
 import frog_triton
 
+ROUNDING = 8 if torch.cuda.is_available() else 2
+"""How often torch's own float32 error a kernel's may be. On a GPU its products are
+tf32x3, whose rounding is four times float32's; in the interpreter they are float32."""
+
 PAPER = {**frog_triton.PAPER, "sampling": "positions"}
 
 # With the paper's damping, unless a test says otherwise: systems that are harder.

@@ -25,6 +25,16 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _full_precision(monkeypatch):
+    """Convolutions and recurrent layers in float32, here and in kernels on images.
+
+    By default cuDNN rounds them to tf32, where no oracle in float64 follows; products
+    of float32 samples then are tf32x3. A test of that switch sets it itself.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(scope="session")
 def pools():
     """Gloo ranks by their number; each pool starts when it is first used."""

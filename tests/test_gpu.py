@@ -56,9 +56,8 @@ def test_precondition_at_real_sizes(n, d, r, dtype, formulation):
     [(3, 64, 32, 1), (64, 64, 32, 1), (128, 256, 16, 2), (512, 512, 4, 1)],
 )
 def test_convolutions_at_resnet_sizes(
-    channels, rows, size, stride, dtype, limit, formulation, monkeypatch
+    channels, rows, size, stride, dtype, limit, formulation
 ):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     module = nn.Conv2d(channels, rows, 3, stride, padding=1, bias=False)
     small = nn.Conv2d(channels, ROWS, 3, stride, padding=1, bias=False)
     out = (size - 1) // stride + 1

@@ -6,7 +6,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from cases import PAPER, precondition
+from cases import PAPER, ROUNDING, precondition
 from torch import Tensor, nn
 
 from frog_triton import FROG
@@ -265,8 +265,9 @@ def test_gram_cg(size, iters):
     baseline = torch_ops.gram_cg(*single, status, damping, iters)
     actual = triton_ops.gram_cg(*single, status.int(), damping, iters)
     for ours, torchs, exact in zip(actual, baseline, expected, strict=True):
-        # Measured: 1.9 times torch's own error at most where that is 2e-4, else 3e-7.
-        assert error(ours, exact) < 2 * error(torchs, exact) + 1e-5
+        # Measured: 1.9 times torch's own error at most where that is 2e-4, else 3e-7;
+        # on an H200 2.3 times.
+        assert error(ours, exact) < ROUNDING * error(torchs, exact) + 1e-5
 
 
 def test_gram_cg_takes_its_damping_from_the_device():

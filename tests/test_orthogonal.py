@@ -181,11 +181,11 @@ def test_a_step_in_either_layout(layout, options):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("rows", "dim"), [(64, 576), (768, 3072), (3072, 768)])
+@pytest.mark.parametrize(("rows", "dim"), [(64, 576), (768, 769), (3072, 769), (3, 27)])
 def test_in_bfloat16_on_the_device(rows, dim):
     m = randn(rows, dim, dtype=torch.float32, device="cuda")
     found = newton_schulz(m)
     assert found.dtype == torch.bfloat16
     expected = oracles.orthogonalized(oracles.as_numpy(m), 1)
-    # Measured with bfloat16 on a CPU: 3.5e-2.
+    # Measured with bfloat16 on a CPU: 3.5e-2; ragged sides are filled up with zeros.
     assert oracles.relative_error(found, expected) < 1e-1
