@@ -1,8 +1,9 @@
 """Predicted time of a launch: roofline and occupancy.
 
 Used to rank candidates, of which the best few are then timed; and where nothing can be
-timed. The efficiencies below are assumptions, no GPU has confirmed them; ranking needs
-no more than that more padding, more traffic and emptier processors cost more.
+timed. The efficiencies below are assumptions (an H200 took up to ten times as long);
+ranking needs no more than that more padding, more traffic and emptier processors cost
+more.
 """
 
 from __future__ import annotations
