@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import cost
-from ..autotune.traffic import GPUS, name_here
 from ..autotune.tuning import Tuning
 from ..cost import Cost, LayerCost
+from ..kernels.gpu import GPUS, name_here
+from ..kernels.launch import Launch, recording
 from ..launches import Bucket, LayerShape
 from ..layers import ConvMap
 from ..ops import triton_ops
-from ..ops.launch import Launch, recording
 from ..ops.types import Rows
 from ..preconditioner import solve
 from ..solvers import Batch

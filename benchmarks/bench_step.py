@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from .. import FROG, cost
-from ..autotune.traffic import GPUS, name_here
 from ..autotune.tuning import Tuning
 from ..capture import SAMPLINGS
+from ..kernels.gpu import GPUS, name_here
 from ..launches import LayerShape
 from .plot import try_to_draw
 from .records import Results

@@ -20,10 +20,10 @@ import torch
 import triton
 
 from ..autotune.offline import compiled, inexact, resources
+from ..kernels.launch import Launch, capturable, recording
 from ..launches import Bucket, LayerShape, step_launches, step_problem
 from ..layers.conv import ConvSpec
 from ..ops import triton_ops
-from ..ops.launch import Launch, capturable, recording
 from ..ops.types import Window
 from ..solvers import FORMULATIONS
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..autotune.traffic import GPU
+from ..kernels.gpu import GPU
 
 Points = Sequence[tuple[str, int, int, float | None]]
 

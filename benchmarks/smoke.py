@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import FROG, PAPER, kernels
-from ..ops.launch import recording
+from ..kernels.launch import recording
 
 # Both backends see the same samples, so errors are those of the kernels. Measured in
 # the interpreter: 4e-7 in float32, 1e-3 where images in bfloat16 round p and T.

@@ -9,8 +9,8 @@ import torch
 
 from ..autotune.jobs import Job, compile_jobs
 from ..autotune.offline import Resources
-from ..autotune.traffic import GPU, detect
 from ..formulation import choose
+from ..kernels.gpu import GPU, detect
 from ..launches import Bucket, step_launches
 
 SECONDS = 60.0

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .autotune.traffic import GPUS, Work
 from .capture import SAMPLINGS
 from .eager import eager_work
 from .formulation import choose, count_works
+from .kernels.gpu import GPUS
+from .kernels.work import Work
 from .launches import Bucket, LayerShape, portions
 from .layers import ConvMap, LinearMap, Seen, adapter_for
 from .ops.types import Rows
@@ -131,7 +132,7 @@ def cost(
         momentum_dtype: of the momentum.
         exclude: as for `FROG`.
         exclude_output_layer: as for `FROG`.
-        gpu: a name of `frog_triton.autotune.traffic.GPUS`.
+        gpu: a name of `frog_triton.kernels.gpu.GPUS`.
 
     Raises:
         ValueError: an unknown GPU or sampling, or a model whose positions are not

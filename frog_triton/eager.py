@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from .autotune.traffic import PRICES, Work
+from .kernels.work import PRICES, Work
 
 # A product in float32 keeps its precision unless the user says otherwise, so it runs
 # on no tensor core: as dear as tf32x3 here.

@@ -1,7 +1,7 @@
 """What a solve costs in each formulation, and which costs less.
 
 The torch backend is counted from formulas. For the Triton backend the very launches of
-a step are counted, with their precision, by `frog_triton.autotune.traffic`.
+a step are counted, with their precision, by `frog_triton.kernels.work`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 
-from .autotune.table import Table, active, layer_key, tuned_formulation, using
-from .autotune.traffic import GPU, GPUS, Work, detect, work
+from .kernels.gpu import GPU, GPUS, detect
+from .kernels.table import Table, active, kernel_key, tuned_formulation, using
+from .kernels.work import Work, work
 from .launches import Bucket, shape_of, step_launches
 from .ops.precision import tf32_convolutions
 from .solvers import FORMULATIONS, Batch
+
+
+def layer_key(bucket: Bucket) -> str:
+    """Sizes of layers of one geometry, rounded up, for their formulation."""
+    shape = bucket.shape
+    sizes = {"n": shape.samples, "r": shape.rows, "d": shape.dim, "g": shape.groups}
+    kind = "matrix" if shape.conv is None else "images"
+    sizes |= {"c": bucket.count, "k": bucket.iters}
+    return kernel_key("layer", sizes, bucket.dtypes[:1], kind)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .kernels.launch import Launch, capturable, recording
 from .layers import ConvMap, LinearMap, MatrixMap
 from .layers.conv import ConvSpec
-from .ops.launch import Launch, capturable, recording
 from .ops.types import Rows
 from .orthogonal import orthogonal_update_
 from .solvers import FORMULATIONS, Batch

@@ -40,9 +40,9 @@ from .guards import (
     problem_with_grads,
     refuse_to_make_in_graph,
 )
+from .kernels.launch import capturable as without_host_copies
 from .layers import ROWS_FIRST
 from .loading import Loading
-from .ops.launch import capturable as without_host_copies
 from .ops.types import local
 from .preconditioner import check_solver_options
 from .routing import OUTPUT_LAYER, Exclusion, Layer, Plan, Route, RoutingTable, route

@@ -125,14 +125,3 @@ def grouped_program(rows_blocks, other_blocks, GROUP_M: tl.constexpr):
     height = tl.minimum(rows_blocks - first, GROUP_M)
     within = program % (GROUP_M * other_blocks)
     return first + within % height, within // height
-
-
-@triton.jit
-def _sum_splits_kernel(
-    partial_ptr, out_ptr, numel, split_stride, SPLITS, BLOCK: tl.constexpr
-):
-    """Second stage of a split reduction: ``out = sum over splits``, in order."""
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < numel
-    total = ordered_sum(partial_ptr, SPLITS, split_stride, offsets, mask)
-    tl.store(out_ptr + offsets, total, mask=mask)

@@ -1,7 +1,17 @@
 """Patch rows of drawn positions, straight from the activations."""
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ..ops.types import Window
+from .config import Config, power_of_two
+from .kernel import Args, Kernel, Parts, Values, blocks
+from .work import Sizes
 
 
 @triton.jit
@@ -59,3 +69,82 @@ def _gather_kernel(
     x = tl.load(x_ptr + at, mask=inside & (d < ROW), other=0.0)
     out_at = tl.program_id(0).to(tl.int64) * ROW + d
     tl.store(out_ptr + out_at, x, mask=d < ROW)
+
+
+@dataclass(frozen=True)
+class GatherConfig(Config):
+    """`GATHER`."""
+
+    BLOCK_D: int = 512
+
+
+def gather_config(row: int) -> GatherConfig:
+    """A row at a time, up to 1024 entries."""
+    return GatherConfig(BLOCK_D=min(power_of_two(row), 1024))
+
+
+def _parts(args: Args, problems: int, values: Values) -> Parts:
+    return [((args["N"], blocks(args["ROW"], values["BLOCK_D"])), {})]
+
+
+def _count(s: Sizes) -> tuple[int, int]:
+    size = s.args["out_ptr"].element_size()
+    return 0, s.n * (2 * s.args["ROW"] * size + 8)
+
+
+GATHER = Kernel(
+    fn=_gather_kernel,
+    config=GatherConfig,
+    parts=_parts,
+    count=_count,
+    values={"BLOCK_D": (128, 256, 512, 1024, 2048), "num_warps": (1, 2, 4, 8)},
+    accumulator=("BLOCK_D",),
+)
+
+
+def gather(
+    x: Tensor, index: Tensor | None, output_shape: Sequence[int], window: Window
+) -> Tensor:
+    """Patch rows at drawn positions, or at all of them."""
+    spatial = x.ndim - 2
+    count = x.shape[0] * math.prod(output_shape) if index is None else index.numel()
+    ones, zeros = (1,) * (2 - spatial), (0,) * (2 - spatial)
+    kernel_h, kernel_w = (*ones, *window.kernel)
+    stride_h, stride_w = (*ones, *window.stride)
+    dilation_h, dilation_w = (*ones, *window.dilation)
+    pad_h, pad_w = (*zeros, *window.pads)
+    upsample_h, upsample_w = (*ones, *(window.upsample or (1,) * spatial))
+    height, width = (*ones, *x.shape[2:])
+    out_height, out_width = (*ones, *output_shape)
+    stride_xh, stride_xw = (*zeros, *x.stride()[2:])
+    row = x.shape[1] * kernel_h * kernel_w
+    out = x.new_empty(count, row)
+    config = GATHER.tuned(gather_config(row), {"n": count, "d": row}, (x.dtype,))
+    GATHER.launch(
+        config,
+        x_ptr=x,
+        index_ptr=x if index is None else index,
+        out_ptr=out,
+        N=count,
+        ROW=row,
+        HEIGHT=height,
+        WIDTH=width,
+        OUT_HEIGHT=out_height,
+        OUT_WIDTH=out_width,
+        stride_xn=x.stride(0),
+        stride_xc=x.stride(1),
+        stride_xh=stride_xh,
+        stride_xw=stride_xw,
+        KERNEL_H=kernel_h,
+        KERNEL_W=kernel_w,
+        STRIDE_H=stride_h,
+        STRIDE_W=stride_w,
+        PAD_H=pad_h,
+        PAD_W=pad_w,
+        DILATION_H=dilation_h,
+        DILATION_W=dilation_w,
+        UPSAMPLE_H=upsample_h,
+        UPSAMPLE_W=upsample_w,
+        INDEXED=index is not None,
+    )
+    return out

@@ -1,8 +1,14 @@
 """Momentum and its projection on the samples, in one pass over the rows."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..ops.types import Rows, SampleMap
 from .common import (
     is_finite,
     layer_pointer,
@@ -11,6 +17,13 @@ from .common import (
     power_of_two,
     problem_base,
 )
+from .config import Config
+from .config import power_of_two as next_power_of_two
+from .kernel import PRODUCT, TILES, Args, Kernel, Parts, Values, blocks
+from .largest import largest_of
+from .launchers import DTYPES, PRECISION, biases, by_group, empty_rows, flat_samples
+from .tables import Tables
+from .work import Sizes
 
 
 @triton.jit
@@ -180,3 +193,178 @@ def _momentum_project_kernel(
         c_ptr += problem_base(problem, GROUPS, N, R)
         c_at = n[:, None] * R * GROUPS + rows[None, :]
         tl.store(c_ptr + c_at, c, mask=(n < N)[:, None] & row_ok[None, :])
+
+
+@dataclass(frozen=True)
+class ProjectConfig(Config):
+    """`MOMENTUM_PROJECT`."""
+
+    BLOCK_N: int = 64
+    BLOCK_R: int = 32
+    BLOCK_D: int = 32
+
+
+def project_config(n: int) -> ProjectConfig:
+    """Up to 128 samples beside a block of rows; without any, long pieces of rows."""
+    if n == 0:
+        return ProjectConfig(BLOCK_N=16, BLOCK_R=8, BLOCK_D=64)
+    block_n = min(next_power_of_two(n), 128)
+    if block_n <= 32:
+        return ProjectConfig(BLOCK_N=block_n, BLOCK_R=16, num_stages=3)
+    if block_n == 64:
+        return ProjectConfig(num_warps=8)
+    return ProjectConfig(BLOCK_N=block_n, BLOCK_D=16, num_warps=8)
+
+
+def _parts(args: Args, problems: int, values: Values) -> Parts:
+    """The first block of samples goes with the update, the others read what it left."""
+    rows = blocks(args["R"], values["BLOCK_R"])
+    samples = blocks(args["N"], values["BLOCK_N"])
+    if not args["UPDATE"]:
+        return [((rows, problems, samples), {})]
+    found: Parts = [((rows, problems, 1), {})]
+    if samples > 1:
+        left = {
+            "m_table_ptr": args["v_table_ptr"],
+            "m_bias_table_ptr": args["v_bias_table_ptr"],
+            "M_DTYPE": tl.float32 if args["NESTEROV"] else args["M_DTYPE"],
+        }
+        rest = {"UPDATE": False, "MEASURE": False, "first_block_n": 1}
+        found.append(((rows, problems, samples - 1), rest | left))
+    return found
+
+
+def _count(s: Sizes) -> tuple[int, int]:
+    moved = s.row_entries * s.size("M_DTYPE")
+    if s.args["first_block_n"] == 0:
+        moved += 4 * s.rows  # |v|^2
+    moved += 4 * s.rows  # their scales
+    if s.args["UPDATE"]:
+        moved += s.rows  # which of them are finite
+        moved += s.row_entries * (s.size("G_DTYPE") + s.size("M_DTYPE"))
+        moved += 4 * s.row_entries * s.args["NESTEROV"]
+    if not s.args["PROJECT"]:
+        return 0, moved
+    return s.products, moved + s.x_entries * s.size("X_DTYPE") + 4 * s.nr
+
+
+def _again(s: Sizes, values: Values) -> float:
+    again = 0
+    if s.args["MEASURE"]:  # the rows are read once ahead
+        again = s.row_entries * s.size("M_DTYPE")
+        again += s.row_entries * s.size("G_DTYPE") * s.args["UPDATE"]
+    if not s.args["PROJECT"]:
+        return again
+    rows = blocks(s.args["R"], values["BLOCK_R"])
+    again += s.x_entries * s.size("X_DTYPE") * (rows - 1)
+    samples = blocks(s.n, values["BLOCK_N"])
+    return again + s.row_entries * s.size("M_DTYPE") * (samples - 1)
+
+
+MOMENTUM_PROJECT = Kernel(
+    fn=_momentum_project_kernel,
+    config=ProjectConfig,
+    parts=_parts,
+    count=_count,
+    again=_again,
+    values={**PRODUCT, "BLOCK_R": (4, 8, *TILES)},
+    tiles=(("BLOCK_N", "BLOCK_D"), ("BLOCK_R", "BLOCK_D")),
+    loop="D",
+)
+
+
+def momentum_project_(
+    xs: Sequence[SampleMap] | None,
+    momenta: Sequence[Rows],
+    grads: Sequence[Rows] | None,
+    momentum: float | Tensor,
+    nesterov: bool,
+) -> tuple[list[Rows], Tensor, Tensor, Tensor, Tensor]:
+    """See `torch_ops.momentum_project_`; without samples nothing is projected.
+
+    One launch, two beyond as many samples as a block holds.
+    """
+    layers, m = len(momenta), momenta[0].weight
+    rows, dim = m.shape
+    n = 1 if xs is None else xs[0].samples
+    groups = 1 if xs is None else xs[0].groups
+    gs = [_dense_bias(_same_strides(g, grads)) for g in grads] if grads else momenta
+    vs: Sequence[Rows] = momenta
+    if grads and nesterov:
+        vs = empty_rows(momenta)[1]
+    samples = largest = [m.weight for m in momenta]  # not read without samples
+    if xs is not None:
+        samples, largest = flat_samples(xs)[1], largest_of(xs)
+    tables = Tables(
+        [
+            [g.weight for g in gs],
+            [m.weight for m in momenta],
+            [v.weight for v in vs],
+            samples,
+            largest,
+            biases(gs),
+            biases(momenta),
+            biases(vs),
+        ],
+        [momentum],
+    )
+    c = m.new_empty(layers, n, rows if xs is not None else 0, dtype=torch.float32)
+    m_squared = m.new_empty(layers, rows, dtype=torch.float32)
+    scales = torch.empty_like(m_squared)
+    make = m.new_ones if grads is None else m.new_empty
+    finite = make(layers, rows, dtype=torch.bool)
+    config = MOMENTUM_PROJECT.tuned(
+        project_config(0 if xs is None else n),
+        {"n": n, "r": rows // groups, "d": dim, "p": layers * groups},
+        (gs[0].weight.dtype, m.dtype, samples[0].dtype),
+        "alone" if xs is None else "",
+    )
+    MOMENTUM_PROJECT.launch(
+        config,
+        layers * groups,
+        g_table_ptr=tables[0],
+        m_table_ptr=tables[1],
+        v_table_ptr=tables[2],
+        x_table_ptr=tables[3],
+        x_largest_table_ptr=tables[4],
+        g_bias_table_ptr=tables[5],
+        m_bias_table_ptr=tables[6],
+        v_bias_table_ptr=tables[7],
+        scalars_ptr=tables.scalars,
+        c_ptr=c,
+        m_squared_ptr=m_squared,
+        m_scale_ptr=scales,
+        finite_ptr=finite.view(torch.int8),
+        N=n,
+        R=rows // groups,
+        D=dim,
+        GROUPS=groups,
+        first_block_n=0,
+        stride_gr=gs[0].weight.stride(0),
+        stride_gd=gs[0].weight.stride(1),
+        stride_xn=samples[0].stride(0),
+        ALIGN=tables.align,
+        G_DTYPE=DTYPES[gs[0].weight.dtype],
+        M_DTYPE=DTYPES[m.dtype],
+        X_DTYPE=DTYPES[samples[0].dtype],
+        HAS_BIAS=momenta[0].bias is not None,
+        UPDATE=bool(grads),
+        MEASURE=True,
+        NESTEROV=nesterov,
+        PROJECT=xs is not None,
+        PRECISION=PRECISION,
+    )
+    return list(vs), scales, finite, by_group(c, groups), m_squared
+
+
+def _dense_bias(rows: Rows) -> Rows:
+    if rows.bias is None or rows.bias.is_contiguous():
+        return rows
+    return Rows(rows.weight, rows.bias.contiguous())
+
+
+def _same_strides(rows: Rows, all_rows: Sequence[Rows]) -> Rows:
+    """The rows as they are if all layers' have the same strides, else dense."""
+    if len({r.weight.stride() for r in all_rows}) == 1:
+        return rows
+    return Rows(rows.weight.contiguous(), rows.bias)

@@ -1,7 +1,19 @@
-"""Addresses and scalars that reach the device as arguments of a launch."""
+"""Tables of addresses and scalars that kernels of several layers read."""
 
+import struct
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .config import Config
+from .kernel import Kernel
+from .launch import hold, is_capturable
+
+_WORDS = 16
+"""Words that one launch of `_fill_table_kernel` writes."""
 
 
 @triton.jit(do_not_specialize=range(1, 17))
@@ -41,3 +53,79 @@ def _fill_table_kernel(
     tl.store(table_ptr + 13, word_13)
     tl.store(table_ptr + 14, word_14)
     tl.store(table_ptr + 15, word_15)
+
+
+FILL_TABLE = Kernel(
+    fn=_fill_table_kernel,
+    parts=lambda args, problems, values: [((1,), {})],
+    count=lambda sizes: (0, 8 * _WORDS),
+)
+
+
+class Tables:
+    """Addresses of tensors, one row a kind and one column a layer, on the device.
+
+    All rows, and the scalars, travel together: in one copy from the host's memory, or
+    where a CUDA graph must be able to capture that, as arguments of a kernel. The
+    tensors live as long as these tables do; past the launch, the caching allocator
+    sees to what one stream still reads.
+
+    Args:
+        rows: tensors by kind, each a list of one a layer.
+        scalars: numbers, or 0-dimensional tensors, which are read on the device.
+
+    Attributes:
+        align: a power of two up to 16 that divides all addresses.
+        scalars: float64, in the order given.
+    """
+
+    def __init__(
+        self, rows: Sequence[Sequence[Tensor]], scalars: Sequence[float | Tensor] = ()
+    ) -> None:
+        hold(rows)
+        self._tensors = rows
+        layers = len(rows[0])
+        width = layers + layers % 2  # rows begin at multiples of 16 bytes
+        words = []
+        for row in rows:
+            words += [tensor.data_ptr() for tensor in row] + [0] * (width - layers)
+        count = len(words)
+        self.align = min(
+            (address & -address for address in words if address), default=16
+        )
+        self.align = min(self.align, 16)
+        for scalar in scalars:
+            words.append(0 if isinstance(scalar, Tensor) else _bits(scalar))
+        upload = _filled if is_capturable() else _copied
+        packed = upload(words, rows[0][0].device)
+        self._rows = packed[:count].view(len(rows), width)
+        self.scalars = packed[count : len(words)].view(torch.float64)
+        for i, scalar in enumerate(scalars):
+            if isinstance(scalar, Tensor):
+                self.scalars[i].copy_(scalar)
+
+    def __getitem__(self, kind: int) -> Tensor:
+        """The row of one kind."""
+        return self._rows[kind]
+
+
+def _bits(number: float) -> int:
+    """A float64's bits as a signed integer."""
+    bits: int = struct.unpack("<q", struct.pack("<d", number))[0]
+    return bits
+
+
+def _copied(words: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(words, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def _filled(words: Sequence[int], device: torch.device) -> Tensor:
+    padded = [*words, *[0] * (-len(words) % _WORDS)]
+    table = torch.empty(len(padded), dtype=torch.int64, device=device)
+    for first in range(0, len(padded), _WORDS):
+        arguments = {
+            f"word_{i}": padded[first + i] for i in range(_WORDS)
+        }  # by value, hence part of a captured graph
+        one = Config(num_warps=1, num_stages=1)
+        FILL_TABLE.launch(one, table_ptr=table[first:], **arguments)
+    return table

@@ -1,8 +1,15 @@
 """Equation (5): ``theta <- (1 - rho eta) theta - eta (s m + X^T u)``."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..ops.types import Rows, SampleMap
 from .common import (
     count_anomalies,
     grouped_program,
@@ -12,6 +19,23 @@ from .common import (
     load_scale,
     problem_base,
 )
+from .config import Config
+from .config import power_of_two as next_power_of_two
+from .kernel import PRODUCT, Kernel, Values, blocks, covering
+from .largest import largest_of, near_one
+from .launchers import (
+    DTYPES,
+    PRECISION,
+    biases,
+    empty_rows,
+    flat,
+    flat_samples,
+    row_strides,
+    stored,
+    write_back,
+)
+from .tables import Tables
+from .work import Sizes
 
 
 @triton.jit
@@ -129,3 +153,177 @@ def _update_kernel(
         # Several threads may hold the same row: all must have read it first.
         tl.debug_barrier()
         tl.store(bias_ptr + layer_rows, z_bias.to(THETA_DTYPE), mask=first)
+
+
+@dataclass(frozen=True)
+class UpdateConfig(Config):
+    """`UPDATE`."""
+
+    BLOCK_N: int = 32
+    BLOCK_R: int = 64
+    BLOCK_D: int = 64
+    GROUP_M: int = 1
+
+
+def update_config(n: int) -> UpdateConfig:
+    """Samples a piece at a time, to pipeline their loads."""
+    return UpdateConfig(BLOCK_N=min(next_power_of_two(n), 32), num_stages=3)
+
+
+def _count(s: Sizes) -> tuple[int, int]:
+    theta = (1 + s.args["STEP"]) * s.size("THETA_DTYPE")
+    moved = s.row_entries * (s.size("M_DTYPE") + theta)
+    moved += s.x_entries * s.size("X_DTYPE") + 4 * s.nr + 9 * s.rows
+    return s.products, moved
+
+
+def _again(s: Sizes, values: Values) -> float:
+    rows = blocks(s.args["R"], values["BLOCK_R"])
+    columns = blocks(s.args["D"], values["BLOCK_D"])
+    return s.x_entries * s.size("X_DTYPE") * (rows - 1) + 4 * s.nr * (columns - 1)
+
+
+UPDATE = Kernel(
+    fn=_update_kernel,
+    config=UpdateConfig,
+    parts=covering("RD"),
+    count=_count,
+    again=_again,
+    values={**PRODUCT, "GROUP_M": (1, 4)},
+    accumulator=("BLOCK_R", "BLOCK_D"),
+    tiles=(("BLOCK_N", "BLOCK_D"), ("BLOCK_N", "BLOCK_R")),
+    loop="N",
+)
+
+
+def gram_rows(
+    xs: Sequence[SampleMap], ms: Sequence[Rows], scales: Tensor, s: Tensor, u: Tensor
+) -> Rows:
+    """See `torch_ops.gram_rows`; one launch."""
+    z, layers = empty_rows(ms)
+    x = _Explicit.of(xs)
+    _gram_step(layers, x, ms, scales, s, u, s, s, [], 0.0, 0.0, step=False)
+    return z
+
+
+def gram_update_(
+    params: Sequence[Rows],
+    xs: Sequence[SampleMap],
+    ms: Sequence[Rows],
+    scales: Tensor,
+    s: Tensor,
+    u: Tensor,
+    status: Tensor,
+    finite: Tensor,
+    counts: Sequence[Tensor],
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+) -> None:
+    """See `torch_ops.gram_update_`; one launch."""
+    rows = [flat(p) for p in params]
+    rest = (status, finite, counts, lr, weight_decay)
+    _gram_step(rows, _Explicit.of(xs), ms, scales, s, u, *rest, step=True)
+    write_back(params, rows)
+
+
+def direction_update_(
+    params: Sequence[Rows],
+    direction: Rows,
+    status: Tensor,
+    finite: Tensor,
+    counts: Sequence[Tensor],
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+) -> None:
+    """See `torch_ops.direction_update_`; one launch: the update ``s z``, no samples."""
+    z = direction.weight.contiguous()
+    bias = None if direction.bias is None else direction.bias.contiguous()
+    layers, rows, dim = z.shape
+    zs = [Rows(z[i], None if bias is None else bias[i]) for i in range(layers)]
+    one = z.new_ones(layers, rows)
+    none = _Explicit([z.new_empty(0, dim)] * layers, near_one(z, layers, 1), 1)
+    thetas = [flat(p) for p in params]
+    rest = (status, finite, counts, lr, weight_decay)
+    u = z.new_empty(layers, 1, 0, rows)
+    _gram_step(thetas, none, zs, one, one, u, *rest, step=True)
+    write_back(params, thetas)
+
+
+class _Explicit(NamedTuple):
+    """Samples of each layer as matrices, and what their scales are found from."""
+
+    samples: list[Tensor]
+    largest: list[Tensor]
+    groups: int
+
+    @classmethod
+    def of(cls, xs: Sequence[SampleMap]) -> Self:
+        x, samples = flat_samples(xs)
+        return cls(samples, largest_of(xs), x.groups)
+
+
+def _gram_step(
+    thetas: Sequence[Rows],
+    xs: _Explicit,
+    ms: Sequence[Rows],
+    scales: Tensor,
+    s: Tensor,
+    u: Tensor,
+    status: Tensor,
+    finite: Tensor,
+    counts: Sequence[Tensor],
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    step: bool,
+) -> None:
+    (samples, largest, groups), m = xs, ms[0].weight
+    (rows, dim), n = m.shape, samples[0].shape[0]
+    tables = Tables(
+        [
+            [theta.weight for theta in thetas],
+            [m.weight for m in ms],
+            samples,
+            largest,
+            biases(thetas),
+            biases(ms),
+            counts or samples,
+        ],
+        [0.0, 0.0, lr, weight_decay],
+    )
+    config = update_config(n)
+    if n:  # without samples there is nothing to tune
+        config = UPDATE.tuned(
+            config,
+            {"n": n, "r": rows // groups, "d": dim, "p": len(ms) * groups},
+            (thetas[0].weight.dtype, m.dtype, samples[0].dtype),
+        )
+    UPDATE.launch(
+        config,
+        len(ms) * groups,
+        theta_table_ptr=tables[0],
+        m_table_ptr=tables[1],
+        x_table_ptr=tables[2],
+        x_largest_table_ptr=tables[3],
+        theta_bias_table_ptr=tables[4],
+        m_bias_table_ptr=tables[5],
+        counts_table_ptr=tables[6],
+        scalars_ptr=tables.scalars,
+        m_scale_ptr=scales,
+        s_ptr=s,
+        u_ptr=stored(u),
+        status_ptr=status,
+        finite_ptr=finite.view(torch.int8) if step else finite,
+        N=n,
+        R=rows // groups,
+        D=dim,
+        GROUPS=groups,
+        stride_xn=samples[0].stride(0),
+        **row_strides(thetas[0].weight),
+        ALIGN=tables.align,
+        THETA_DTYPE=DTYPES[thetas[0].weight.dtype],
+        M_DTYPE=DTYPES[m.dtype],
+        X_DTYPE=DTYPES[samples[0].dtype],
+        HAS_BIAS=ms[0].bias is not None,
+        STEP=step,
+        PRECISION=PRECISION,
+    )

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from frog_triton import FROG
 from frog_triton.autotune import space, tuner
-from frog_triton.autotune.config import GramConfig
 from frog_triton.autotune.jobs import (
     CRASHED,
     Failure,
@@ -32,15 +31,16 @@ from frog_triton.autotune.shortlist import (
     keys,
     shortlist,
 )
-from frog_triton.autotune.space import SPACES
-from frog_triton.autotune.table import Table, using
-from frog_triton.autotune.traffic import GPUS, detect
 from frog_triton.autotune.tuner import Tuner, winner
 from frog_triton.autotune.tuning import Tuning
 from frog_triton.cli.autotune import to_json
 from frog_triton.formulation import choose
+from frog_triton.kernels.gpu import GPUS, detect
+from frog_triton.kernels.gram import GramConfig
+from frog_triton.kernels.launch import recording
+from frog_triton.kernels.registry import SPACES
+from frog_triton.kernels.table import Table, using
 from frog_triton.launches import LayerShape, step_launches
-from frog_triton.ops.launch import recording
 
 H200 = GPUS["h200"]
 

@@ -13,8 +13,9 @@ import pytest
 
 from frog_triton.autotune import cache as cache_module
 from frog_triton.autotune.cache import Cache, Machine, UnusableError, parse, render
-from frog_triton.autotune.config import GramConfig, UpdateConfig
-from frog_triton.autotune.table import Table
+from frog_triton.kernels.gram import GramConfig
+from frog_triton.kernels.table import Table
+from frog_triton.kernels.update import UpdateConfig
 
 MACHINE = Machine("NVIDIA Test 1", 90, "3.7.1")
 TABLE = Table(
@@ -44,8 +45,8 @@ def test_entries_of_others_are_kept(tmp_path):
 WRITER = """
 import sys
 from frog_triton.autotune.cache import Cache, Machine
-from frog_triton.autotune.config import GramConfig
-from frog_triton.autotune.table import Table
+from frog_triton.kernels.gram import GramConfig
+from frog_triton.kernels.table import Table
 cache, machine = Cache(sys.argv[1]), Machine("NVIDIA Test 1", 90, "3.7.1")
 for i in range(int(sys.argv[3])):
     cache.store(machine, Table({f"gram n{i} p{sys.argv[2]}": GramConfig()}))

@@ -9,7 +9,6 @@ import torch
 from layer_shapes import BF16, CONV, DEPTHWISE, F32, LINEAR, MANY, RAGGED, geometry
 
 from frog_triton.autotune import space
-from frog_triton.autotune.config import ForwardConfig, GramConfig, SumConfig
 from frog_triton.autotune.jobs import (
     costliest,
 )
@@ -20,13 +19,18 @@ from frog_triton.autotune.shortlist import (
     keys,
     shortlist,
 )
-from frog_triton.autotune.space import SPACES, invalid
-from frog_triton.autotune.table import Table, kernel_key, kernel_of, using
-from frog_triton.autotune.traffic import GPUS, work
+from frog_triton.autotune.space import invalid
 from frog_triton.kernels.common import _sum_splits_kernel
+from frog_triton.kernels.gpu import GPUS
+from frog_triton.kernels.gram import GramConfig
+from frog_triton.kernels.launch import Launch, recording
+from frog_triton.kernels.primal_forward import ForwardConfig
+from frog_triton.kernels.registry import SPACES, kernel_of
+from frog_triton.kernels.splits import SumConfig
+from frog_triton.kernels.table import Table, kernel_key, using
+from frog_triton.kernels.work import work
 from frog_triton.launches import Bucket, LayerShape, step_launches
 from frog_triton.ops import launch as launching
-from frog_triton.ops.launch import Launch, recording
 
 H200 = GPUS["h200"]
 

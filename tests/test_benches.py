@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from frog_triton.autotune.shortlist import keys
-from frog_triton.autotune.traffic import GPUS
 from frog_triton.benchmarks import (
     bench_kernels,
     bench_step,
@@ -16,7 +15,8 @@ from frog_triton.benchmarks import (
     warm,
 )
 from frog_triton.capture import SAMPLINGS
-from frog_triton.ops.launch import recording
+from frog_triton.kernels.gpu import GPUS
+from frog_triton.kernels.launch import recording
 
 BF16 = torch.bfloat16
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

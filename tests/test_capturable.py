@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from frog_triton import FROG
 from frog_triton.fallback import FALLBACKS
 from frog_triton.formulation import predict
-from frog_triton.ops.launch import capturable as without_host_copies
-from frog_triton.ops.launch import recording
+from frog_triton.kernels.launch import capturable as without_host_copies
+from frog_triton.kernels.launch import recording
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WAITING = (
@@ -155,7 +155,7 @@ def test_state_moves_between_capturable_and_not():
 
 def test_tables_written_by_a_kernel():
     pytest.importorskip("triton")
-    from frog_triton.ops.tables import Tables
+    from frog_triton.kernels.tables import Tables
 
     tensors = [[torch.zeros(3 + i + j) for i in range(5)] for j in range(4)]
     scalars = [0.1, -2.0, torch.tensor(0.25), 0.0]

@@ -9,9 +9,9 @@ import torch
 
 from frog_triton import cli
 from frog_triton.autotune.cache import Cache, Machine
-from frog_triton.autotune.config import GramConfig
-from frog_triton.autotune.table import Table
 from frog_triton.cli import models
+from frog_triton.kernels.gram import GramConfig
+from frog_triton.kernels.table import Table
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 

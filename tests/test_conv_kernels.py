@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from frog_triton import FROG
+from frog_triton.kernels.launch import recording
 from frog_triton.layers import adapter_for
 from frog_triton.ops import torch_ops, triton_ops, triton_samples
-from frog_triton.ops.launch import recording
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,9 +10,9 @@ from cases import PAPER, ROUNDING, precondition
 from torch import Tensor, nn
 
 from frog_triton import FROG
+from frog_triton.kernels.launch import recording
 from frog_triton.layers import MatrixMap
 from frog_triton.ops import torch_ops, triton_ops
-from frog_triton.ops.launch import recording
 from frog_triton.ops.types import Rows, Window
 from frog_triton.solvers import FORMULATIONS, Batch
 

@@ -8,8 +8,8 @@ from cases import PAPER
 from torch import nn
 
 from frog_triton import FROG, cost, launches, step
+from frog_triton.kernels.launch import recording
 from frog_triton.launches import LayerShape, portions
-from frog_triton.ops.launch import recording
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from frog_triton import kernels
-from frog_triton.autotune.config import GramConfig
 from frog_triton.autotune.jobs import Job, compile_jobs
 from frog_triton.autotune.shortlist import keys
-from frog_triton.autotune.space import shared_limit
+from frog_triton.kernels.gpu import shared_limit
+from frog_triton.kernels.gram import GramConfig
 from frog_triton.launches import Bucket, LayerShape
 
 ROOT = Path(__file__).parents[1]
@@ -101,7 +101,7 @@ from dataclasses import replace
 from frog_triton.autotune.offline import compiled, inexact, resources
 from frog_triton.launches import Bucket, LayerShape, step_problem
 from frog_triton.ops import triton_ops
-from frog_triton.ops.launch import capturable, recording
+from frog_triton.kernels.launch import capturable, recording
 from frog_triton.ops.types import Rows, Window
 
 def meta(size, dtype):
@@ -200,7 +200,7 @@ from frog_triton.autotune.offline import compiling_for
 from frog_triton.launches import LayerShape, Bucket, step_launches, step_problem
 from frog_triton.layers.conv import ConvSpec
 from frog_triton.ops import triton_ops
-from frog_triton.ops.launch import capturable, recording
+from frog_triton.kernels.launch import capturable, recording
 
 seen = []
 
@@ -272,12 +272,12 @@ def test_a_launch_compiles_to_the_same_whether_its_tensors_have_memory():
 LAUNCH = """
 import json, sys, torch
 from triton import knobs
-from frog_triton.autotune.config import GramConfig
+from frog_triton.kernels.gram import GramConfig
 from frog_triton.autotune.offline import compiling_for
-from frog_triton.autotune.table import Table, using
+from frog_triton.kernels.table import Table, using
 from frog_triton.launches import Bucket, step_problem
 from frog_triton.ops import triton_ops
-from frog_triton.ops.launch import recording
+from frog_triton.kernels.launch import recording
 from triton.runtime import driver
 
 bucket, key, values = json.loads(sys.argv[1])

@@ -80,8 +80,8 @@ assert opt.state_dict() and opt.describe()
 ON_A_GPU = """
 from types import SimpleNamespace
 from frog_triton.autotune import cache, traffic, tuner, tuning
-from frog_triton.autotune.config import GramConfig
-from frog_triton.autotune.table import Table
+from frog_triton.kernels.gram import GramConfig
+from frog_triton.kernels.table import Table
 
 found = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
 torch.cuda.get_device_properties = lambda device: found

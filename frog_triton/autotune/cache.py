@@ -20,9 +20,9 @@ from typing import Any
 
 import triton
 
-from .config import Config
-from .space import SPACES
-from .table import Table, kernel_of
+from ..kernels.config import Config
+from ..kernels.registry import kernel_of
+from ..kernels.table import Table
 
 FORMAT, VERSION = "frog_triton autotune table", 1
 LOCK_SECONDS = 20.0
@@ -229,10 +229,10 @@ def parse(text: str, machine: Machine | None = None) -> Table:
 
 
 def _config(key: str, values: Any) -> Config:
-    kernel = kernel_of(key) if key.strip() else ""
-    if kernel not in SPACES:
+    kernel = kernel_of(key)
+    if kernel is None:
         raise UnusableError(f"{key!r} is for no kernel that is known")
-    kind = SPACES[kernel].config
+    kind = kernel.config
     if not isinstance(values, Mapping) or set(values) != set(kind().values()):
         raise UnusableError(f"{key!r} has other fields than {kind.__name__}")
     for name, value in values.items():

@@ -19,13 +19,12 @@ from queue import Empty, Queue
 
 import torch
 
+from ..kernels.config import Config
+from ..kernels.launch import Launch
+from ..kernels.table import Table, using
+from ..kernels.work import work
 from ..launches import Bucket, step_launches
-from ..ops.launch import Launch
-from .config import Config
 from .offline import Resources, compile_launch
-from .remake import leads
-from .table import Table, using
-from .traffic import work
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def costliest(launches: Sequence[Launch]) -> Launch:
         done = work(launch)
         return done.operations, done.bytes
 
-    return max(filter(leads, launches), key=cost)
+    return max((a for a in launches if a.leads), key=cost)
 
 
 def compile_jobs(
@@ -196,11 +195,12 @@ def _ask(process: subprocess.Popen[str], job: Job) -> Resources | Failure:
 
 def answer(line: str) -> str:
     """Compile the job on a line; returns its resources, or the error, as JSON."""
-    from .space import SPACES
-    from .table import kernel_of
+    from ..kernels.registry import kernel_of
 
     asked = json.loads(line)
-    config = SPACES[kernel_of(asked["key"])].config(**asked["config"])
+    kernel = kernel_of(asked["key"])
+    assert kernel is not None
+    config = kernel.config(**asked["config"])
     bucket = Bucket.from_json(asked["bucket"])
     job = Job(bucket, asked["formulation"], asked["key"], config, asked["capability"])
     try:

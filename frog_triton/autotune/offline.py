@@ -1,7 +1,7 @@
 """What a launch compiles to, on any machine: registers, spills, shared memory.
 
 Triton's compiler and NVIDIA's assembler need no GPU. The launches come from
-`frog_triton.ops.launch.recording` and go through Triton's own binder, so what is
+`frog_triton.kernels.launch.recording` and go through Triton's own binder, so what is
 compiled is what a step would run, and Triton's cache on disk serves that step.
 """
 
@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ..ops.launch import Launch
+from ..kernels.launch import Launch
 
 # Instructions of the tensor cores, by generation.
 _TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA|QGMMA|OMMA)\b")
@@ -86,7 +86,7 @@ def compiling_for(capability: int) -> Iterator[None]:
 def compiled(launch: Launch, capability: int) -> Any:
     """What Triton makes of a launch on such a GPU, a ``CompiledKernel``."""
     with compiling_for(capability):
-        return launch.kernel.warmup(
+        return launch.kernel.fn.warmup(
             grid=launch.grid, **launch.args, **launch.config.options()
         )
 

@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..kernels.config import Config
+from ..kernels.gpu import GPU, shared_limit
+from ..kernels.launch import Launch
 from ..launches import Bucket, step_launches
-from ..ops.launch import Launch
-from .config import Config
 from .jobs import Failure, Job, compile_jobs, costliest
 from .model import predict
 from .offline import Resources
-from .space import candidates, invalid, shared_limit
-from .table import kernel_of
-from .traffic import GPU
+from .space import candidates, invalid
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def shortlist(asked: Asked, gpu: GPU, top: int) -> KeyReport:
         top: how many.
     """
     launch, default = asked.launch, asked.launch.config
-    kernel, args = kernel_of(asked.key), launch.args
+    kernel, args = launch.kernel, launch.args
     report = KeyReport(
         asked.key,
         asked.bucket.shape.name,

@@ -16,11 +16,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..formulation import layer_key
 from ..formulation import predict as predict_formulations
+from ..kernels.config import Config
+from ..kernels.gpu import GPU
+from ..kernels.launch import Launch, Launches, recording
+from ..kernels.table import Table, using
 from ..launches import Bucket, Problem, step_problem
 from ..ops import torch_ops, triton_ops
-from ..ops.launch import Launch, Launches, recording
-from .config import Config
 from .model import predict
 from .shortlist import (
     Asked,
@@ -31,8 +34,6 @@ from .shortlist import (
     may_be_gram,
     shortlist,
 )
-from .table import Table, layer_key, using
-from .traffic import GPU
 
 NEAR = 2.0
 """Formulations whose predictions are within this factor are timed."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from ..kernels.table import Table, using
 from .share import broadcast
-from .table import Table, using
 
 if TYPE_CHECKING:
     from ..launches import Bucket
@@ -113,7 +113,7 @@ def tune(
     device: torch.device, buckets: Sequence[Bucket], table: Table, budget: float
 ) -> Table:
     """Tune what a table lacks, with a progress bar."""
-    from .traffic import detect
+    from ..kernels.gpu import detect
     from .tuner import CudaTimer, Tuner
 
     gpu = detect(device)

@@ -23,11 +23,11 @@ from rich.progress import Progress
 
 from ..autotune.cache import Cache, shipped
 from ..autotune.shortlist import Candidate, KeyReport, inspect, keys, shortlist
-from ..autotune.table import Table
-from ..autotune.traffic import GPU, GPUS, detect
 from ..autotune.tuning import machine_of, progress_bar
 from ..capture import SAMPLINGS
 from ..cost import LayerCost
+from ..kernels.gpu import GPU, GPUS, detect
+from ..kernels.table import Table
 from ..launches import Bucket, LayerShape, portions
 from . import models
 from .describe import add_model, count

@@ -15,9 +15,9 @@ from dataclasses import asdict
 
 import torch
 
-from ..autotune.traffic import GPUS
 from ..capture import SAMPLINGS
 from ..cost import Cost, cost
+from ..kernels.gpu import GPUS
 from ..table import RoutingTable
 from . import models
 from .errors import CommandError

@@ -40,8 +40,8 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleTyp
         )
     if not available:
         raise ValueError("backend='triton' needs triton: pip install triton")
-    backends = importlib.import_module(".triton_common", __name__)
-    if device.type != "cuda" and not backends.interpreted():
+    interpreter = importlib.import_module("..kernels.interpreter", __name__)
+    if device.type != "cuda" and not interpreter.interpreted():
         raise ValueError(
             f"the Triton backend takes CUDA tensors, got {device.type}; use "
             "backend='torch', or set TRITON_INTERPRET=1 before Python starts to run "

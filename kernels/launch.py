@@ -10,11 +10,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..autotune.config import Config
+from .config import Config
+
+if TYPE_CHECKING:
+    from .kernel import Kernel
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 """Programs along each axis at most, on every GPU (CUDA's guide)."""
@@ -25,19 +28,22 @@ class Launch:
     """One kernel launch.
 
     Attributes:
-        kernel: the Triton function.
+        kernel: what is launched.
         grid: programs along each axis.
         args: arguments by name, tensors and numbers.
         config: block sizes, warps and stages.
+        leads: whether it does not merely go on with what another began for the same
+            product.
 
     Raises:
         ValueError: no GPU can launch such a grid.
     """
 
-    kernel: Any
+    kernel: Kernel
     grid: tuple[int, ...]
     args: Mapping[str, Any]
     config: Config
+    leads: bool = True
 
     def __post_init__(self) -> None:
         if any(n > limit for n, limit in zip(self.grid, GRID_LIMITS, strict=False)):
@@ -52,7 +58,7 @@ class Launch:
     @property
     def name(self) -> str:
         """The kernel's name."""
-        return str(self.kernel.__name__)
+        return self.kernel.name
 
     def run(self) -> None:
         """Launch."""
@@ -60,7 +66,7 @@ class Launch:
         # Triton launches on the current device, which need not be the tensors'.
         on_device = torch.cuda.device(first.device) if first.is_cuda else nullcontext()
         with on_device:
-            self.kernel[self.grid](**self.args, **self.config.options())
+            self.kernel.fn[self.grid](**self.args, **self.config.options())
 
 
 class Launches(list[Launch]):
@@ -135,9 +141,8 @@ def hold(tensors: Any) -> None:
         current.launches.tensors.append(tensors)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], config: Config, **args: Any) -> None:
-    """Launch a kernel with a configuration's block sizes, warps and stages."""
-    made = Launch(kernel, grid, args, config)
+def launch(made: Launch) -> None:
+    """Launch, unless a recording only counts."""
     current = _RECORDING.get()
     if current is not None:
         current.launches.append(made)

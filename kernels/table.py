@@ -12,14 +12,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 
 from .config import Config
-
-if TYPE_CHECKING:
-    from ..launches import Bucket
 
 C = TypeVar("C", bound=Config)
 
@@ -30,7 +27,8 @@ class Table:
 
     Attributes:
         configs: a configuration for each key of `kernel_key`.
-        formulations: ``"primal"`` or ``"gram"`` for each key of `layer_key`.
+        formulations: ``"primal"`` or ``"gram"`` for each key of
+            `frog_triton.formulation.layer_key`.
     """
 
     configs: Mapping[str, Config] = field(default_factory=dict)
@@ -112,25 +110,11 @@ def kernel_key(
 ) -> str:
     """A kernel's name, sizes rounded up to powers of two, dtypes and kind."""
     name = kernel.strip("_").removesuffix("_kernel")
-    rounded = [f"{letter}{bucket(size)}" for letter, size in sizes.items()]
+    rounded = [f"{letter}{_rounded(size)}" for letter, size in sizes.items()]
     types = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     return " ".join([name, *rounded, *types, *([kind] if kind else [])])
 
 
-def layer_key(bucket: Bucket) -> str:
-    """Sizes of layers of one geometry, rounded up, for their formulation."""
-    shape = bucket.shape
-    sizes = {"n": shape.samples, "r": shape.rows, "d": shape.dim, "g": shape.groups}
-    kind = "matrix" if shape.conv is None else "images"
-    sizes |= {"c": bucket.count, "k": bucket.iters}
-    return kernel_key("layer", sizes, bucket.dtypes[:1], kind)
-
-
-def kernel_of(key: str) -> str:
-    """The kernel that a key is for."""
-    return f"_{key.split()[0]}_kernel"
-
-
-def bucket(size: int) -> int:
+def _rounded(size: int) -> int:
     """The next power of two."""
     return 0 if size <= 0 else 1 << (size - 1).bit_length()

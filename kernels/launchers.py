@@ -8,8 +8,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.types import Rows, SampleMap
 from .interpreter import bear_new_numpy, interpreted
-from .types import Rows, SampleMap
 
 DTYPES = {
     torch.float32: tl.float32,
@@ -71,3 +71,13 @@ def empty_rows(ms: Sequence[Rows]) -> tuple[Rows, list[Rows]]:
         for i in range(len(ms))
     ]
     return rows, layers
+
+
+def by_group(values: Tensor, groups: int) -> Tensor:
+    """``(L, N, R)`` as ``(L, groups, N, R / groups)``."""
+    return values.unflatten(2, (groups, -1)).transpose(1, 2)
+
+
+def stored(values: Tensor) -> Tensor:
+    """``(L, groups, N, R / groups)`` as it is stored, ``(L, N, R)``."""
+    return values.transpose(1, 2).flatten(2).contiguous()

@@ -6,12 +6,12 @@ from typing import Any
 
 from triton.runtime import interpreter
 
-from ..kernels.common import _sum_splits_kernel
+from .common import ordered_sum
 
 
 def interpreted() -> bool:
     """Whether the kernels were built for the interpreter."""
-    return isinstance(_sum_splits_kernel, interpreter.InterpretedFunction)
+    return isinstance(ordered_sum, interpreter.InterpretedFunction)
 
 
 def bear_new_numpy() -> None:

@@ -1,0 +1,477 @@
+"""``z += alpha p`` and ``r -= alpha A p``, with ``A p = X^T T + tau p``."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    grouped_program,
+    layer_pointer,
+    load_scalar,
+    load_scale,
+    load_scales,
+    ordered_sum,
+    sum_of_products,
+)
+from .config import SplitConfig
+from .config import power_of_two as next_power_of_two
+from .kernel import PRODUCT, TILES, Args, Kernel, Parts, Values, blocks, pieces
+from .launchers import DTYPES, biases
+from .primal import PrimalState, bias_of, step_length
+from .samples import (
+    as_factor,
+    load_window,
+    native_column,
+    outstanding,
+    product,
+    product_precision,
+)
+from .tables import Tables
+from .work import Sizes
+
+
+@triton.jit
+def _advance(
+    ap,
+    ap_bias,
+    alpha,
+    damping,
+    m_table_ptr,
+    m_bias_table_ptr,
+    m_scale_ptr,
+    p_ptr,
+    p_bias_ptr,
+    r_ptr,
+    r_bias_ptr,
+    z_ptr,
+    z_bias_ptr,
+    rho_partial_ptr,
+    layer,
+    layer_rows,
+    row_ok,
+    at,
+    block_d,
+    d,
+    R,
+    D,
+    GROUPS,
+    total,
+    ALIGN: tl.constexpr,
+    M_DTYPE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FIRST: tl.constexpr,
+):
+    """``z += alpha p``, ``r -= alpha A p`` and ``|r|^2`` on one tile of rows."""
+    mask = row_ok[:, None] & (d < D)[None, :]
+    stored = (layer * GROUPS * R + layer_rows)[:, None] * D + d[None, :]
+    writes = row_ok & (block_d == 0)
+    p = tl.load(p_ptr + stored, mask=mask, other=0.0)
+    z = alpha[:, None] * p
+    if FIRST:
+        m_scale = tl.load(m_scale_ptr + at, mask=row_ok, other=0.0)
+        m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
+        local = layer_rows[:, None] * D + native_column(d, CHANNELS, TAPS)[None, :]
+        r = tl.load(m_ptr + local, mask=mask, other=0.0).to(tl.float32)
+        r *= m_scale[:, None]
+    else:
+        r = tl.load(r_ptr + stored, mask=mask, other=0.0)
+        z += tl.load(z_ptr + stored, mask=mask, other=0.0)
+    r -= alpha[:, None] * (ap + damping * p)
+    # Several threads may hold the same entry: all must have read it first.
+    tl.debug_barrier()
+    tl.store(z_ptr + stored, z, mask=mask)
+    tl.store(r_ptr + stored, r, mask=mask)
+    rho = tl.sum(tl.where(mask, r * r, 0.0), axis=1)
+    if HAS_BIAS:
+        p = tl.load(p_bias_ptr + at, mask=writes, other=0.0)
+        z = alpha * p
+        if FIRST:
+            m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
+            r = tl.load(m_bias_ptr + layer_rows, mask=writes, other=0.0).to(tl.float32)
+            r *= m_scale
+        else:
+            r = tl.load(r_bias_ptr + at, mask=writes, other=0.0)
+            z += tl.load(z_bias_ptr + at, mask=writes, other=0.0)
+        r -= alpha * (ap_bias + damping * p)
+        tl.debug_barrier()
+        tl.store(z_bias_ptr + at, z, mask=writes)
+        tl.store(r_bias_ptr + at, r, mask=writes)
+        rho += tl.where(writes, r * r, 0.0)
+    tl.store(rho_partial_ptr + block_d.to(tl.int64) * total + at, rho, mask=row_ok)
+
+
+@triton.jit
+def _primal_adjoint_kernel(
+    x_table_ptr,
+    x_largest_table_ptr,
+    m_table_ptr,
+    m_bias_table_ptr,
+    m_scale_ptr,
+    scalars_ptr,
+    t_ptr,
+    p_ptr,
+    p_bias_ptr,
+    r_ptr,
+    r_bias_ptr,
+    z_ptr,
+    z_bias_ptr,
+    ap_partial_ptr,
+    ap_bias_partial_ptr,
+    rho_partial_ptr,
+    pap_partial_ptr,
+    pp_ptr,
+    rho_ptr,
+    active_ptr,
+    next_active_ptr,
+    zm_ptr,
+    N,
+    R,
+    D,
+    GROUPS,
+    total,
+    entries,
+    pap_blocks,
+    split_length,
+    SPLITS,
+    group_channels,
+    multiplier,
+    HEIGHT,
+    WIDTH,
+    OUT_HEIGHT,
+    OUT_WIDTH,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    ALIGN: tl.constexpr,
+    M_DTYPE: tl.constexpr,
+    X_DTYPE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DEPTHWISE: tl.constexpr,
+    FIRST: tl.constexpr,
+    MULTIPLY: tl.constexpr,
+    ADVANCE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``X^T T``; alpha is known already, so ``z += alpha p``, ``r -= alpha A p``.
+
+    Where the positions are split, one launch multiplies (MULTIPLY) and leaves partial
+    products behind; a second adds them up in order and advances (ADVANCE). Else one
+    launch does both.
+    """
+    problem = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2).to(tl.int64)
+    layer, group = problem // GROUPS, problem % GROUPS
+    blocks_d = tl.maximum(tl.cdiv(D, BLOCK_D), 1)
+    block_r, block_d = grouped_program(tl.cdiv(R, BLOCK_R), blocks_d, GROUP_M)
+    rows = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_ok = rows < R
+    layer_rows = group * R + rows.to(tl.int64)
+    at = problem * R + rows
+    d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = row_ok[:, None] & (d < D)[None, :]
+    stored = (layer * GROUPS * R + layer_rows)[:, None] * D + d[None, :]
+    writes = row_ok & (block_d == 0)
+
+    ap = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    ap_bias = tl.zeros((BLOCK_R,), tl.float32)
+    if MULTIPLY:
+        x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN)
+        x_ptr += group * group_channels * stride_xc
+        t_ptr += layer * N * GROUPS * R
+        if DEPTHWISE:
+            channel = rows // multiplier
+            x_scale = load_scales(x_largest_table_ptr, layer, channel, row_ok)
+        else:
+            x_scale = load_scale(x_largest_table_ptr, layer, group)
+        begin = split * split_length
+        end = tl.minimum(begin + split_length, N)
+        for start in range(begin, end, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N).to(tl.int64)
+            if DEPTHWISE:
+                t_mask = (n < end)[:, None] & row_ok[None, :]
+                t_at = n[:, None] * GROUPS * R + layer_rows[None, :]
+                t = tl.load(t_ptr + t_at, mask=t_mask, other=0.0).to(tl.float32)
+                x = load_window(
+                    x_ptr,
+                    n[:, None],
+                    channel[None, :],
+                    block_d,
+                    t_mask,
+                    HEIGHT,
+                    WIDTH,
+                    OUT_HEIGHT,
+                    OUT_WIDTH,
+                    stride_xn,
+                    stride_xc,
+                    stride_xh,
+                    stride_xw,
+                    KERNEL_W,
+                    STRIDE_H,
+                    STRIDE_W,
+                    PAD_H,
+                    PAD_W,
+                    DILATION_H,
+                    DILATION_W,
+                    POINTWISE,
+                )
+                x = x.to(tl.float32) * x_scale[None, :]
+                ap += sum_of_products(t, x, axis=0)[:, None]
+                if HAS_BIAS:
+                    ap_bias += tl.sum(t, axis=0)
+            else:
+                t_mask = row_ok[:, None] & (n < end)[None, :]
+                t_at = n[None, :] * GROUPS * R + layer_rows[:, None]
+                t = tl.load(t_ptr + t_at, mask=t_mask, other=0.0)
+                x_mask = (n < end)[:, None] & (d < D)[None, :]
+                channel, tap = d, d
+                if not POINTWISE:
+                    channel, tap = d % CHANNELS, d // CHANNELS
+                x = load_window(
+                    x_ptr,
+                    n[:, None],
+                    channel[None, :],
+                    tap[None, :],
+                    x_mask,
+                    HEIGHT,
+                    WIDTH,
+                    OUT_HEIGHT,
+                    OUT_WIDTH,
+                    stride_xn,
+                    stride_xc,
+                    stride_xh,
+                    stride_xw,
+                    KERNEL_W,
+                    STRIDE_H,
+                    STRIDE_W,
+                    PAD_H,
+                    PAD_W,
+                    DILATION_H,
+                    DILATION_W,
+                    POINTWISE,
+                )
+                ap = product(t, as_factor(x, x_scale, PRECISION), ap, PRECISION)
+                if HAS_BIAS:
+                    ap_bias += tl.sum(t.to(tl.float32), axis=1)
+        ap_bias *= x_scale
+        if not DEPTHWISE:
+            ap *= outstanding(x_scale, PRECISION)
+    if ADVANCE:
+        if not MULTIPLY:
+            ap = ordered_sum(ap_partial_ptr, SPLITS, entries, stored, mask)
+            if HAS_BIAS:
+                ap_bias = ordered_sum(ap_bias_partial_ptr, SPLITS, total, at, writes)
+        alpha, rho, active = step_length(
+            scalars_ptr,
+            pap_partial_ptr,
+            pp_ptr,
+            rho_ptr,
+            active_ptr,
+            pap_blocks,
+            total,
+            at,
+            row_ok,
+        )
+        tl.store(next_active_ptr + at, active.to(tl.int8), mask=writes)
+        # <z, m> is the sum of alpha rho: the search directions are conjugate.
+        zm = alpha * rho
+        if not FIRST:
+            zm += tl.load(zm_ptr + at, mask=writes, other=0.0)
+        tl.debug_barrier()
+        tl.store(zm_ptr + at, zm, mask=writes)
+        _advance(
+            ap,
+            ap_bias,
+            alpha,
+            load_scalar(scalars_ptr, 1),
+            m_table_ptr,
+            m_bias_table_ptr,
+            m_scale_ptr,
+            p_ptr,
+            p_bias_ptr,
+            r_ptr,
+            r_bias_ptr,
+            z_ptr,
+            z_bias_ptr,
+            rho_partial_ptr,
+            layer,
+            layer_rows,
+            row_ok,
+            at,
+            block_d,
+            d,
+            R,
+            D,
+            GROUPS,
+            total,
+            ALIGN,
+            M_DTYPE,
+            CHANNELS,
+            TAPS,
+            HAS_BIAS,
+            FIRST,
+        )
+    else:
+        tl.store(ap_partial_ptr + split * entries + stored, ap, mask=mask)
+        if HAS_BIAS:
+            tl.store(ap_bias_partial_ptr + split * total + at, ap_bias, mask=writes)
+
+
+@dataclass(frozen=True)
+class AdjointConfig(SplitConfig):
+    """`PRIMAL_ADJOINT`."""
+
+    BLOCK_N: int = 32
+    BLOCK_R: int = 64
+    BLOCK_D: int = 64
+    GROUP_M: int = 1
+
+
+def adjoint_config(n: int, depthwise: bool = False) -> AdjointConfig:
+    """Tiles of rows by weights; of a depthwise layer, rows by one weight."""
+    if depthwise:
+        block_n = min(next_power_of_two(n), 64)
+        return AdjointConfig(BLOCK_N=block_n, BLOCK_R=32, BLOCK_D=1)
+    return AdjointConfig(BLOCK_N=min(next_power_of_two(n), 32), num_warps=8)
+
+
+def _parts(args: Args, problems: int, values: Values) -> Parts:
+    """In pieces of the samples where that fills the GPU, which one more launch adds."""
+    count = blocks(args["R"], values["BLOCK_R"]) * blocks(args["D"], values["BLOCK_D"])
+    splits, length = adjoint_pieces(args, problems, values)
+    split = {"SPLITS": splits, "split_length": length}
+    if splits == 1:
+        whole = {"MULTIPLY": True, "ADVANCE": True}
+        return [((count, problems, 1), split | whole)]
+    return [
+        ((count, problems, splits), split | {"MULTIPLY": True, "ADVANCE": False}),
+        ((count, problems, 1), split | {"MULTIPLY": False, "ADVANCE": True}),
+    ]
+
+
+def adjoint_pieces(args: Args, problems: int, values: Values) -> tuple[int, int]:
+    """Pieces of the samples N for R rows of D weights, and their length."""
+    count = blocks(args["R"], values["BLOCK_R"]) * blocks(args["D"], values["BLOCK_D"])
+    return pieces(
+        args["N"], count * problems, 8 * values["BLOCK_N"], values["programs"]
+    )
+
+
+def _count(s: Sizes) -> tuple[int, int]:
+    operations = moved = 0
+    partial = 4 * s.args["SPLITS"] * s.row_entries
+    if s.args["MULTIPLY"]:
+        operations = s.products
+        moved = s.x_entries * s.size("X_DTYPE")
+        moved += s.nr * s.args["t_ptr"].element_size()
+    if s.args["ADVANCE"]:
+        old = s.size("M_DTYPE") if s.args["FIRST"] else 2 * 4
+        moved += (old + 3 * 4) * s.row_entries + (12 + 4 * s.args["FIRST"]) * s.rows
+    if s.args["MULTIPLY"] != s.args["ADVANCE"]:
+        moved += partial
+    return operations, moved
+
+
+def _again(s: Sizes, values: Values) -> float:
+    if not s.args["MULTIPLY"]:
+        return 0.0
+    rows = blocks(s.args["R"], values["BLOCK_R"])
+    columns = blocks(s.args["D"], values["BLOCK_D"])
+    x = s.n * s.args["D"] * s.problems * s.size("X_DTYPE")
+    t = s.nr * s.args["t_ptr"].element_size()
+    return x * rows - s.x_entries * s.size("X_DTYPE") + t * (columns - 1)
+
+
+def _rule(values: Values, sizes: Mapping[str, int], kind: str) -> str | None:
+    if kind.startswith("depthwise") != (values["BLOCK_D"] == 1):
+        return "a depthwise layer has one weight a tile, and others have more"
+    return None
+
+
+PRIMAL_ADJOINT = Kernel(
+    fn=_primal_adjoint_kernel,
+    config=AdjointConfig,
+    parts=_parts,
+    count=_count,
+    again=_again,
+    values={
+        **PRODUCT,
+        "BLOCK_D": (1, *TILES),
+        "GROUP_M": (1, 4),
+        "programs": (128, 256, 512),
+    },
+    accumulator=("BLOCK_R", "BLOCK_D"),
+    tiles=(("BLOCK_N", "BLOCK_D"), ("BLOCK_N", "BLOCK_R")),
+    loop="N",
+    rule=_rule,
+)
+
+
+def adjoint(state: PrimalState, damping: float | Tensor) -> None:
+    """``z += alpha p`` and ``r -= alpha A p``; one launch, two where N is split."""
+    s, m = state.samples, state.ms[0]
+    k = state.iteration - 1
+    p, (r, z) = state.vectors[k % 2], state.vectors[2:]
+    ms = [m.weight for m in state.ms]
+    tables = Tables([s.tensors, s.largest, ms, biases(state.ms)], [0.0, damping])
+    partial = z if state.ap is None else state.ap
+
+    PRIMAL_ADJOINT.launch(
+        state.adjoint,
+        len(state.ms) * s.groups,
+        x_table_ptr=tables[0],
+        x_largest_table_ptr=tables[1],
+        m_table_ptr=tables[2],
+        m_bias_table_ptr=tables[3],
+        m_scale_ptr=state.scales,
+        scalars_ptr=tables.scalars,
+        t_ptr=state.t,
+        p_ptr=p.weight,
+        p_bias_ptr=bias_of(p),
+        r_ptr=r.weight,
+        r_bias_ptr=bias_of(r),
+        z_ptr=z.weight,
+        z_bias_ptr=bias_of(z),
+        ap_partial_ptr=partial.weight,
+        ap_bias_partial_ptr=bias_of(partial),
+        rho_partial_ptr=state.rho_partial,
+        pap_partial_ptr=state.pap,
+        pp_ptr=state.pp,
+        rho_ptr=state.rho[k],
+        active_ptr=state.active[2 * k],
+        next_active_ptr=state.active[2 * k + 1],
+        zm_ptr=state.zm,
+        **s.sizes,
+        total=state.pp.numel(),
+        entries=p.weight.numel(),
+        pap_blocks=state.pap.shape[0],
+        group_channels=s.group_channels,
+        multiplier=max(1, s.depthwise),
+        **s.window,
+        ALIGN=tables.align,
+        M_DTYPE=DTYPES[m.weight.dtype],
+        X_DTYPE=DTYPES[s.tensors[0].dtype],
+        HAS_BIAS=m.bias is not None,
+        DEPTHWISE=s.depthwise > 0,
+        FIRST=k == 0,
+        PRECISION=product_precision(s),
+    )

@@ -1,0 +1,66 @@
+"""Scratch memory, and configurations, of a solve on the rows."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops.types import Rows, SampleMap
+from .kernel import blocks
+from .primal import PrimalState
+from .primal_adjoint import PRIMAL_ADJOINT, adjoint_config, adjoint_pieces
+from .primal_forward import PRIMAL_FORWARD, forward_config
+from .samples import product_precision, samples
+
+
+def start(
+    xs: Sequence[SampleMap],
+    ms: Sequence[Rows],
+    scales: Tensor,
+    status: Tensor,
+    iters: int,
+) -> PrimalState:
+    """Scratch for `iters` iterations; nothing is launched."""
+    m = ms[0]
+    layers, (rows, dim) = len(ms), m.weight.shape
+    s = samples(xs, rows)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return m.weight.new_empty(shape, dtype=dtype)
+
+    def vector(*leading: int) -> Rows:
+        bias = None if m.bias is None else empty(*leading, layers, rows)
+        return Rows(empty(*leading, layers, rows, dim), bias)
+
+    precision = product_precision(s)
+    dtypes, kind = (s.tensors[0].dtype,), f"{s.kind} {precision}"
+    of_forward = PRIMAL_FORWARD.tuned(
+        forward_config(s.n, s.map.dim, s.kind), s.key, dtypes, kind
+    )
+    of_adjoint = PRIMAL_ADJOINT.tuned(
+        adjoint_config(s.n, s.depthwise > 0), s.key, dtypes, kind
+    )
+    blocks_n = blocks(s.n, of_forward.BLOCK_N)
+    blocks_d = blocks(dim, of_adjoint.BLOCK_D)
+    problems = layers * s.groups
+    splits, _ = adjoint_pieces(s.sizes, problems, of_adjoint.values())
+    rounded = precision.startswith("bf16") and not s.depthwise
+    t_dtype = torch.bfloat16 if rounded else torch.float32
+    return PrimalState(
+        s,
+        of_forward,
+        of_adjoint,
+        ms,
+        scales,
+        status,
+        0,
+        [vector() for _ in range(4)],
+        empty(layers, s.n, rows, dtype=t_dtype),
+        empty(blocks_n, layers, rows),
+        empty(blocks_d, layers, rows),
+        empty(iters, layers, rows),
+        empty(2 * iters, layers, rows, dtype=torch.int8),
+        empty(layers, rows),
+        empty(layers, rows),
+        vector(splits) if splits > 1 else None,
+    )

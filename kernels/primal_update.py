@@ -1,0 +1,239 @@
+"""The last ``z += alpha p`` and equation (5)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops.types import Rows
+from .common import count_anomalies, layer_pointer, load_scalar
+from .config import Config
+from .kernel import WARPS, Kernel, covering
+from .launchers import DTYPES, biases, row_strides
+from .primal import PrimalState, bias_of, step_length
+from .samples import native_column
+from .tables import Tables
+from .work import Sizes
+
+
+@triton.jit
+def _primal_update_kernel(
+    theta_table_ptr,
+    theta_bias_table_ptr,
+    m_table_ptr,
+    m_bias_table_ptr,
+    m_scale_ptr,
+    counts_table_ptr,
+    scalars_ptr,
+    p_ptr,
+    p_bias_ptr,
+    z_ptr,
+    z_bias_ptr,
+    pap_partial_ptr,
+    pp_ptr,
+    first_rho_ptr,
+    rho_ptr,
+    active_ptr,
+    zm_ptr,
+    status_ptr,
+    finite_ptr,
+    R,
+    D,
+    GROUPS,
+    total,
+    pap_blocks,
+    stride_theta_r,
+    stride_theta_d,
+    ALIGN: tl.constexpr,
+    THETA_DTYPE: tl.constexpr,
+    M_DTYPE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DENSE: tl.constexpr,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The last ``z += alpha p``, normalised, and equation (5); not STEP: z itself."""
+    problem = tl.program_id(1).to(tl.int64)
+    layer, group = problem // GROUPS, problem % GROUPS
+    blocks_d = tl.maximum(tl.cdiv(D, BLOCK_D), 1)
+    block_d = tl.program_id(0) % blocks_d
+    rows = (tl.program_id(0) // blocks_d) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_ok = rows < R
+    layer_rows = group * R + rows.to(tl.int64)
+    at = problem * R + rows
+    d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    column = native_column(d, CHANNELS, TAPS)[None, :]
+    local = layer_rows[:, None] * D + column
+    stored = (layer * GROUPS * R + layer_rows)[:, None] * D + d[None, :]
+
+    alpha, rho, _ = step_length(
+        scalars_ptr,
+        pap_partial_ptr,
+        pp_ptr,
+        rho_ptr,
+        active_ptr,
+        pap_blocks,
+        total,
+        at,
+        row_ok,
+    )
+    zm = alpha * rho
+    if not FIRST:
+        zm += tl.load(zm_ptr + at, mask=row_ok, other=0.0)
+    # Rows on the identity Fisher step along m, whose square is the first rho.
+    status = tl.load(status_ptr + at, mask=row_ok, other=1)
+    plain = status != 0
+    zm = tl.where(plain, tl.load(first_rho_ptr + at, mask=row_ok, other=0.0), zm)
+    usable = (zm > 0) & (zm < float("inf"))
+    root = tl.sqrt_rn(tl.where(usable, zm, 1.0))
+    scale = tl.where(usable, tl.div_rn(1.0, root), 0.0)
+
+    if STEP:
+        finite = tl.load(finite_ptr + at, mask=row_ok, other=0)
+        count_anomalies(
+            counts_table_ptr,
+            layer,
+            layer_rows,
+            GROUPS * R,
+            status,
+            finite,
+            row_ok & (block_d == 0),
+        )
+        row_ok = row_ok & (finite != 0)
+        lr = load_scalar(scalars_ptr, 2)
+        decay = 1.0 - lr * load_scalar(scalars_ptr, 3)
+    mask = row_ok[:, None] & (d < D)[None, :]
+    z = alpha[:, None] * tl.load(p_ptr + stored, mask=mask, other=0.0)
+    if not FIRST:
+        z += tl.load(z_ptr + stored, mask=mask, other=0.0)
+    m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
+    m = tl.load(m_ptr + local, mask=mask & plain[:, None], other=0.0)
+    m_scale = tl.load(m_scale_ptr + at, mask=row_ok, other=0.0)
+    m = m.to(tl.float32) * m_scale[:, None]
+    z = tl.where(plain[:, None], m, z) * scale[:, None]
+    theta_ptr = layer_pointer(theta_table_ptr, layer, THETA_DTYPE, ALIGN)
+    if not DENSE:
+        local = layer_rows[:, None] * stride_theta_r
+        local += column.to(tl.int64) * stride_theta_d
+    if STEP:
+        theta = tl.load(theta_ptr + local, mask=mask, other=0.0).to(tl.float32)
+        z = decay * theta - lr * z
+    tl.debug_barrier()
+    tl.store(theta_ptr + local, z.to(THETA_DTYPE), mask=mask)
+    if HAS_BIAS:
+        first = row_ok & (block_d == 0)
+        z = alpha * tl.load(p_bias_ptr + at, mask=first, other=0.0)
+        if not FIRST:
+            z += tl.load(z_bias_ptr + at, mask=first, other=0.0)
+        m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
+        m = tl.load(m_bias_ptr + layer_rows, mask=first & plain, other=0.0)
+        z = tl.where(plain, m.to(tl.float32) * m_scale, z) * scale
+        bias_ptr = layer_pointer(theta_bias_table_ptr, layer, THETA_DTYPE, ALIGN)
+        if STEP:
+            theta = tl.load(bias_ptr + layer_rows, mask=first, other=0.0)
+            z = decay * theta.to(tl.float32) - lr * z
+        tl.debug_barrier()
+        tl.store(bias_ptr + layer_rows, z.to(THETA_DTYPE), mask=first)
+
+
+@dataclass(frozen=True)
+class FinishConfig(Config):
+    """`PRIMAL_UPDATE`."""
+
+    num_warps: int = 8
+    BLOCK_R: int = 16
+    BLOCK_D: int = 128
+
+
+def _count(s: Sizes) -> tuple[int, int]:
+    theta = (1 + s.args["STEP"]) * s.size("THETA_DTYPE")
+    vectors = 4 if s.args["FIRST"] else 2 * 4
+    return 0, (theta + vectors) * s.row_entries + 28 * s.rows
+
+
+PRIMAL_UPDATE = Kernel(
+    fn=_primal_update_kernel,
+    config=FinishConfig,
+    parts=covering("RD"),
+    count=_count,
+    values={
+        "BLOCK_R": (4, 8, 16, 32),
+        "BLOCK_D": (64, 128, 256),
+        "num_warps": WARPS,
+    },
+    accumulator=("BLOCK_R", "BLOCK_D"),
+)
+
+
+def finish(
+    thetas: Sequence[Rows],
+    state: PrimalState,
+    finite: Tensor,
+    counts: Sequence[Tensor],
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+    step: bool,
+) -> None:
+    """The last ``z += alpha p`` and equation (5), or z written out; one launch."""
+    s, m = state.samples, state.ms[0]
+    dim = m.weight.shape[1]
+    k = state.iteration - 1
+    p, z = state.vectors[k % 2], state.vectors[3]
+    config = PRIMAL_UPDATE.tuned(
+        FinishConfig(),
+        {"r": s.problem_rows, "d": dim, "p": len(thetas) * s.groups},
+        (thetas[0].weight.dtype, m.weight.dtype),
+    )
+    tables = Tables(
+        [
+            [theta.weight for theta in thetas],
+            biases(thetas),
+            [m.weight for m in state.ms],
+            biases(state.ms),
+            counts or [m.weight for m in state.ms],
+        ],
+        [0.0, state.damping, lr, weight_decay],
+    )
+    PRIMAL_UPDATE.launch(
+        config,
+        len(thetas) * s.groups,
+        theta_table_ptr=tables[0],
+        theta_bias_table_ptr=tables[1],
+        m_table_ptr=tables[2],
+        m_bias_table_ptr=tables[3],
+        m_scale_ptr=state.scales,
+        counts_table_ptr=tables[4],
+        scalars_ptr=tables.scalars,
+        p_ptr=p.weight,
+        p_bias_ptr=bias_of(p),
+        z_ptr=z.weight,
+        z_bias_ptr=bias_of(z),
+        pap_partial_ptr=state.pap,
+        pp_ptr=state.pp,
+        first_rho_ptr=state.rho[0],
+        rho_ptr=state.rho[k],
+        active_ptr=state.active[2 * k],
+        zm_ptr=state.zm,
+        status_ptr=state.status,
+        finite_ptr=finite.view(torch.int8) if step else finite,
+        R=s.problem_rows,
+        D=dim,
+        GROUPS=s.groups,
+        total=state.pp.numel(),
+        pap_blocks=state.pap.shape[0],
+        **row_strides(thetas[0].weight),
+        ALIGN=tables.align,
+        THETA_DTYPE=DTYPES[thetas[0].weight.dtype],
+        M_DTYPE=DTYPES[m.weight.dtype],
+        **s.taps,
+        HAS_BIAS=m.bias is not None,
+        FIRST=k == 0,
+        STEP=step,
+    )

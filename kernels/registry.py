@@ -1,0 +1,48 @@
+"""All kernels by name: a new one is a file of its own, and a line here."""
+
+from types import MappingProxyType
+
+from .gather import GATHER
+from .gram import GRAM
+from .gram_cg import GRAM_CG, GRAM_CG_TILED
+from .kernel import Kernel
+from .largest import LARGEST
+from .momentum import MOMENTUM_PROJECT
+from .primal_adjoint import PRIMAL_ADJOINT
+from .primal_forward import PRIMAL_FORWARD
+from .primal_update import PRIMAL_UPDATE
+from .row_weights import ROW_NORMS, ROW_SCALE, ROW_SCALE_SUM
+from .splits import SUM_SPLITS
+from .tables import FILL_TABLE
+from .update import UPDATE
+from .weights import FISHER_WEIGHTS
+
+KERNELS = MappingProxyType(
+    {
+        kernel.name: kernel
+        for kernel in (
+            FILL_TABLE,
+            FISHER_WEIGHTS,
+            GATHER,
+            GRAM,
+            GRAM_CG,
+            GRAM_CG_TILED,
+            LARGEST,
+            MOMENTUM_PROJECT,
+            PRIMAL_ADJOINT,
+            PRIMAL_FORWARD,
+            PRIMAL_UPDATE,
+            ROW_NORMS,
+            ROW_SCALE,
+            ROW_SCALE_SUM,
+            SUM_SPLITS,
+            UPDATE,
+        )
+    }
+)
+
+
+def kernel_of(key: str) -> Kernel | None:
+    """The kernel that a key of a table is for, if it is known and can be tuned."""
+    found = KERNELS.get(f"_{key.split()[0]}_kernel") if key.strip() else None
+    return found if found is not None and found.values else None
