@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from types import ModuleType
 
 from .kernels.gpu import GPU, GPUS, detect
 from .kernels.table import Table, active, kernel_key, tuned_formulation, using
 from .kernels.work import Work, work
 from .launches import Bucket, shape_of, step_launches
+from .ops.backend import Backend
 from .ops.precision import tf32_convolutions
 from .solvers import FORMULATIONS, Batch
 
@@ -142,7 +142,7 @@ def choose(bucket: Bucket, gpu: GPU) -> str:
     return min(times, key=lambda name: times[name])
 
 
-def choose_formulation(backend: ModuleType, batch: Batch, iters: int) -> str:
+def choose_formulation(backend: Backend, batch: Batch, iters: int) -> str:
     """``"primal"`` or ``"gram"``, whichever costs less.
 
     Args:

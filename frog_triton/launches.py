@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from .kernels.launch import Launch, capturable, recording
 from .layers import ConvMap, LinearMap, MatrixMap
 from .layers.conv import ConvSpec
+from .ops.backend import Backend
 from .ops.types import Rows
 from .orthogonal import orthogonal_update_
 from .solvers import FORMULATIONS, Batch
@@ -146,7 +146,7 @@ class Problem:
     formulation: str
     iters: int
 
-    def step(self, backend: ModuleType, orthogonalize: bool = False) -> None:
+    def step(self, backend: Backend, orthogonalize: bool = False) -> None:
         """Momentum, solve and update, as `FROG.step` makes them."""
         rows = self.batch.ms[0].weight
         dtype = torch.promote_types(rows.dtype, torch.float32)

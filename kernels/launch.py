@@ -60,6 +60,11 @@ class Launch:
         """The kernel's name."""
         return self.kernel.name
 
+    def compile(self) -> Any:
+        """What Triton makes of it for the active GPU, a ``CompiledKernel``."""
+        options = self.config.options()
+        return self.kernel.fn.warmup(grid=self.grid, **self.args, **options)
+
     def run(self) -> None:
         """Launch."""
         first = next(a for a in self.args.values() if isinstance(a, torch.Tensor))

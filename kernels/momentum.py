@@ -273,6 +273,19 @@ MOMENTUM_PROJECT = Kernel(
 )
 
 
+def momentum_(
+    momenta: Sequence[Rows],
+    grads: Sequence[Rows] | None,
+    momentum: float | Tensor,
+    nesterov: bool,
+) -> tuple[Sequence[Rows], Tensor, Tensor]:
+    """See `torch_ops.momentum_`; one launch."""
+    ms, scales, finite, _, _ = momentum_project_(
+        None, momenta, grads, momentum, nesterov
+    )
+    return ms, scales, finite
+
+
 def momentum_project_(
     xs: Sequence[SampleMap] | None,
     momenta: Sequence[Rows],

@@ -1,12 +1,13 @@
 """``z += alpha p`` and ``r -= alpha A p``, with ``A p = X^T T + tau p``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.types import SampleMap
 from .common import (
     grouped_program,
     layer_pointer,
@@ -426,8 +427,10 @@ PRIMAL_ADJOINT = Kernel(
 )
 
 
-def adjoint(state: PrimalState, damping: float | Tensor) -> None:
-    """``z += alpha p`` and ``r -= alpha A p``; one launch, two where N is split."""
+def cg_adjoint_(
+    xs: Sequence[SampleMap], state: PrimalState, damping: float | Tensor
+) -> None:
+    """See `torch_ops.cg_adjoint_`; one launch, two where the samples are split."""
     s, m = state.samples, state.ms[0]
     k = state.iteration - 1
     p, (r, z) = state.vectors[k % 2], state.vectors[2:]

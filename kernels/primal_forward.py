@@ -1,12 +1,13 @@
 """``p = r + beta p`` and ``T = Lambda * (X p)``, with the sums that p^T A p takes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.types import SampleMap
 from .common import (
     grouped_program,
     layer_pointer,
@@ -317,10 +318,14 @@ PRIMAL_FORWARD = Kernel(
 )
 
 
-def forward(
-    weights: RowWeights, state: PrimalState, damping: float | Tensor, last: bool
+def cg_forward_(
+    xs: Sequence[SampleMap],
+    weights: RowWeights,
+    state: PrimalState,
+    damping: float | Tensor,
+    last: bool,
 ) -> None:
-    """``p = r + beta p`` and ``T = Lambda * (X p)``; one launch."""
+    """See `torch_ops.cg_forward_`; one launch."""
     s, m = state.samples, state.ms[0]
     k = state.iteration
     before = max(k - 1, 0)

@@ -13,14 +13,14 @@ from .primal_forward import PRIMAL_FORWARD, forward_config
 from .samples import product_precision, samples
 
 
-def start(
+def cg_start(
     xs: Sequence[SampleMap],
     ms: Sequence[Rows],
     scales: Tensor,
     status: Tensor,
     iters: int,
 ) -> PrimalState:
-    """Scratch for `iters` iterations; nothing is launched."""
+    """See `torch_ops.cg_start`: scratch for `iters` iterations; nothing is launched."""
     m = ms[0]
     layers, (rows, dim) = len(ms), m.weight.shape
     s = samples(xs, rows)

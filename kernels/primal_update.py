@@ -12,7 +12,7 @@ from ..ops.types import Rows
 from .common import count_anomalies, layer_pointer, load_scalar
 from .config import Config
 from .kernel import WARPS, Kernel, covering
-from .launchers import DTYPES, biases, row_strides
+from .launchers import DTYPES, biases, empty_rows, flat, row_strides, write_back
 from .primal import PrimalState, bias_of, step_length
 from .samples import native_column
 from .tables import Tables
@@ -172,7 +172,28 @@ PRIMAL_UPDATE = Kernel(
 )
 
 
-def finish(
+def cg_rows(state: PrimalState) -> Rows:
+    """See `torch_ops.cg_rows`; one launch."""
+    z, layers = empty_rows(state.ms)
+    _finish(layers, state, state.status, [], 0.0, 0.0, step=False)
+    return z
+
+
+def cg_update_(
+    params: Sequence[Rows],
+    state: PrimalState,
+    finite: Tensor,
+    counts: Sequence[Tensor],
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
+) -> None:
+    """See `torch_ops.cg_update_`; one launch."""
+    rows = [flat(p) for p in params]
+    _finish(rows, state, finite, counts, lr, weight_decay, step=True)
+    write_back(params, rows)
+
+
+def _finish(
     thetas: Sequence[Rows],
     state: PrimalState,
     finite: Tensor,
@@ -181,7 +202,7 @@ def finish(
     weight_decay: float | Tensor,
     step: bool,
 ) -> None:
-    """The last ``z += alpha p`` and equation (5), or z written out; one launch."""
+    """Equation (5), or directions written out."""
     s, m = state.samples, state.ms[0]
     dim = m.weight.shape[1]
     k = state.iteration - 1

@@ -38,8 +38,8 @@ from frog_triton.formulation import choose
 from frog_triton.kernels.gpu import GPUS, detect
 from frog_triton.kernels.gram import GramConfig
 from frog_triton.kernels.launch import recording
-from frog_triton.kernels.registry import SPACES
 from frog_triton.kernels.table import Table, using
+from frog_triton.kernels.update import UPDATE
 from frog_triton.launches import LayerShape, step_launches
 
 H200 = GPUS["h200"]
@@ -366,9 +366,7 @@ def test_a_table_that_is_there_is_used():
         for a in step_launches(geometry(LayerShape("", 20, 24, 18), 1, F32), "gram")
         if a.name == "_update_kernel"
     )
-    config = next(
-        iter(space.candidates("_update_kernel", SPACES["_update_kernel"].config()))
-    )
+    config = next(iter(space.candidates(UPDATE, UPDATE.config())))
     tuning.table = Table({key: config}, {})
     opt._tuning = tuning
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,23 +14,20 @@ from frog_triton.autotune.jobs import (
 )
 from frog_triton.autotune.model import occupancy, predict
 from frog_triton.autotune.offline import Resources
-from frog_triton.autotune.remake import remade
 from frog_triton.autotune.shortlist import (
     keys,
     shortlist,
 )
 from frog_triton.autotune.space import invalid
-from frog_triton.kernels.common import _sum_splits_kernel
 from frog_triton.kernels.gpu import GPUS
 from frog_triton.kernels.gram import GramConfig
-from frog_triton.kernels.launch import Launch, recording
-from frog_triton.kernels.primal_forward import ForwardConfig
-from frog_triton.kernels.registry import SPACES, kernel_of
-from frog_triton.kernels.splits import SumConfig
+from frog_triton.kernels.launch import Launch, launch, recording
+from frog_triton.kernels.primal_forward import PRIMAL_FORWARD, ForwardConfig
+from frog_triton.kernels.registry import KERNELS, kernel_of
+from frog_triton.kernels.splits import SUM_SPLITS, SumConfig
 from frog_triton.kernels.table import Table, kernel_key, using
 from frog_triton.kernels.work import work
 from frog_triton.launches import Bucket, LayerShape, step_launches
-from frog_triton.ops import launch as launching
 
 H200 = GPUS["h200"]
 
@@ -39,7 +36,9 @@ H200 = GPUS["h200"]
 @pytest.mark.parametrize("shape", [LINEAR, CONV, DEPTHWISE], ids=lambda s: s.name)
 def test_pruning_never_drops_the_default(shape, gpu):
     found = keys([geometry(shape)])
-    assert {kernel_of(asked.key) for asked in found} <= set(SPACES)
+    assert {kernel_of(asked.key) for asked in found} <= {
+        kernel for kernel in KERNELS.values() if kernel.values
+    }
     for asked in found:
         report = shortlist(asked, GPUS[gpu], top=1)
         assert asked.launch.config in [c.config for c in report.candidates]
@@ -76,7 +75,7 @@ def test_every_default_is_valid():
 def test_what_cannot_serve_is_named(change, why):
     config = replace(ForwardConfig(num_warps=8), **change)
     sizes = {"n": 4096, "r": 32, "d": 768}
-    found = invalid("_primal_forward_kernel", config, sizes, "", 80)
+    found = invalid(PRIMAL_FORWARD, config, sizes, "", 80)
     assert found is not None and why in found
 
 
@@ -85,7 +84,7 @@ def test_keys_hold_for_batches_of_about_the_same_size():
     assert set(sizes) == {"gram n64 bfloat16"}
     assert kernel_key("_gram_kernel", {"n": 65}, (BF16,)) == "gram n128 bfloat16"
     assert kernel_key("_gram_kernel", {"n": 64}, (F32,)) == "gram n64 float32"
-    assert kernel_of("gram n64 bfloat16") == "_gram_kernel"
+    assert kernel_of("gram n64 bfloat16").name == "_gram_kernel"
 
 
 def test_launches_take_their_configurations_from_the_table():
@@ -109,6 +108,11 @@ def plain(launch):
     return launch.name, launch.grid, args, launch.config
 
 
+def again(launch, config):
+    """What its kernel makes of a launch's arguments with a configuration."""
+    return launch.kernel.launches(config, launch.grid[1], launch.args)
+
+
 @pytest.mark.parametrize(
     "shape", [LINEAR, CONV, DEPTHWISE, RAGGED, MANY], ids=lambda s: s.name
 )
@@ -125,10 +129,10 @@ def test_launches_are_foretold_for_every_configuration(shape, nesterov):
                 made = step_launches(bucket, asked.formulation)
             ours = [a for a in made if a.config.key == asked.key]
             expected = [plain(a) for a in ours]
-            for launch in remade(asked.launch, config):
-                assert plain(launch) in expected, (asked.key, config)
+            for made in again(asked.launch, config):
+                assert plain(made) in expected, (asked.key, config)
             checked[kernel] += 1
-            as_it_is, *_ = remade(asked.launch, asked.launch.config)
+            as_it_is, *_ = again(asked.launch, asked.launch.config)
             assert plain(as_it_is) == plain(asked.launch)
     assert all(checked.values()) and len(checked) >= 4
 
@@ -142,22 +146,27 @@ def test_grids_that_no_gpu_has_are_refused(grid, run):
         recording(run) as made,
         pytest.raises(ValueError, match=words + ".*backend='torch'"),
     ):
-        launching.launch(_sum_splits_kernel, grid, config)
+        launch(Launch(SUM_SPLITS, grid, {}, config))
     assert not made
     with pytest.raises(ValueError, match="CUDA has no grid"):
-        Launch(_sum_splits_kernel, grid, {}, config).run()
+        Launch(SUM_SPLITS, grid, {}, config).run()
     largest = tuple(n - 1 if n > 1 else 1 for n in grid)
     with recording(run=False) as made:
-        launching.launch(_sum_splits_kernel, largest, config)
+        launch(Launch(SUM_SPLITS, largest, {}, config))
     assert [a.grid for a in made] == [largest]
 
 
-def test_a_kernel_that_is_not_known_is_no_single_program():
-    launch = step_launches(geometry(LINEAR), "gram")[0]
-    other = next(a for a in step_launches(geometry(MANY), "primal") if "sum" in a.name)
-    assert predict(other, H200).waves >= 1
-    with pytest.raises(KeyError, match="_row_scale_sum_kernel"):
-        predict(other, H200, config=launch.config)
+@pytest.mark.parametrize("formulation", ["gram", "primal"])
+@pytest.mark.parametrize("shape", [LINEAR, CONV, MANY], ids=lambda s: s.name)
+def test_every_kernel_says_how_it_is_launched(shape, formulation):
+    """Those that nobody tunes, too: none is taken for a single program."""
+    for made in step_launches(geometry(shape), formulation):
+        assert KERNELS[made.name] is made.kernel
+        assert predict(made, H200).waves >= 1
+        if made.leads:
+            problems = made.grid[1] if len(made.grid) > 1 else 1
+            first, *_ = made.kernel.launches(made.config, problems, made.args)
+            assert plain(first) == plain(made)
 
 
 def test_sums_of_splits_are_counted_with_all_their_programs():

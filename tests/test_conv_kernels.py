@@ -13,8 +13,9 @@ from torch import nn
 
 from frog_triton import FROG
 from frog_triton.kernels.launch import recording
+from frog_triton.kernels.samples import samples
 from frog_triton.layers import adapter_for
-from frog_triton.ops import torch_ops, triton_ops, triton_samples
+from frog_triton.ops import torch_ops, triton_ops
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,7 +59,7 @@ def test_activations_are_read_where_they_lie(name, layout):
     x = x.contiguous(memory_format=layout)
     map_ = adapter_for(module).linear_map(module, x, False)
     (map_,), _ = triton_ops.prepare([map_], [y.flatten(2)], torch.float32)
-    described = triton_samples.samples([map_], module.weight.shape[0])
+    described = samples([map_], module.weight.shape[0])
     assert described.tensors[0].data_ptr() == x.data_ptr()
     # Rows of channels_last images are a matrix if no window jumps or overlaps.
     plain = name == "conv2d-1x1" and layout == torch.channels_last

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from frog_triton.benchmarks import sanitize, smoke
-from frog_triton.ops import launch
+from frog_triton.kernels import launch
 
 KERNELS = Path(smoke.__file__).parents[1] / "kernels"
 

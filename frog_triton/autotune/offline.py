@@ -86,9 +86,7 @@ def compiling_for(capability: int) -> Iterator[None]:
 def compiled(launch: Launch, capability: int) -> Any:
     """What Triton makes of a launch on such a GPU, a ``CompiledKernel``."""
     with compiling_for(capability):
-        return launch.kernel.fn.warmup(
-            grid=launch.grid, **launch.args, **launch.config.options()
-        )
+        return launch.compile()
 
 
 def compile_launch(launch: Launch, capability: int) -> Resources:

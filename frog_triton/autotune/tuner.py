@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from ..kernels.launch import Launch, Launches, recording
 from ..kernels.table import Table, using
 from ..launches import Bucket, Problem, step_problem
 from ..ops import torch_ops, triton_ops
+from ..ops.backend import Backend
 from .model import predict
 from .shortlist import (
     Asked,
@@ -258,7 +258,7 @@ def _tensors(problem: Problem) -> list[Tensor]:
     return [part for part in parts if part is not None]
 
 
-def _results(problem: Problem, backend: ModuleType) -> list[Tensor]:
+def _results(problem: Problem, backend: Backend) -> list[Tensor]:
     """Where a step from zero ends."""
     problem.step(backend)
     return _tensors(problem)

@@ -19,12 +19,12 @@ from collections.abc import Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from types import ModuleType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.backend import Backend
 from ..ops.types import Rows, Window, written_out
 from .computed import row_wise
 from .rows import Weight
@@ -277,7 +277,7 @@ class LayerAdapter(ABC):
         x: Tensor,
         y_shape: torch.Size,
         index: Tensor,
-        backend: ModuleType,
+        backend: Backend,
     ) -> Tensor:
         """Rows of ``X`` at flat positions ``index``: ``(N, groups * D)``.
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.backend import Backend
 from .base import Geometry, MatrixMap
 from .linear import LinearAdapter
 from .rows import Weight, named
@@ -43,7 +43,7 @@ class BilinearAdapter(LinearAdapter):
         x: Tensor,
         y_shape: torch.Size,
         index: Tensor,
-        backend: ModuleType,
+        backend: Backend,
     ) -> Tensor:
         taken = super().take_input_positions(module, x, y_shape, index, backend)
         return _products(module, taken)

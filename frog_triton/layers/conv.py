@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.backend import Backend
 from ..ops.precision import exact_convolutions
 from ..ops.types import Rows, Window, unravel
 from .base import Geometry, LayerAdapter, LinearMap, MatrixMap
@@ -182,7 +182,7 @@ class ConvAdapter(LayerAdapter):
         x: Tensor,
         y_shape: torch.Size,
         index: Tensor,
-        backend: ModuleType,
+        backend: Backend,
     ) -> Tensor:
         conv = cast(_Conv, module)
         window = Window(

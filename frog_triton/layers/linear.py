@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.backend import Backend
 from ..ops.types import unravel
 from .base import Geometry, LayerAdapter, MatrixMap
 from .computed import row_wise
@@ -48,7 +48,7 @@ class LinearAdapter(LayerAdapter):
         x: Tensor,
         y_shape: torch.Size,
         index: Tensor,
-        backend: ModuleType,
+        backend: Backend,
     ) -> Tensor:
         return _at(x, index)
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import torch_ops
+from ..ops.backend import Backend
 from ..ops.precision import exact_convolutions
 from ..ops.types import Rows, Window
 from .base import Geometry, LinearMap, MatrixMap
@@ -153,7 +153,7 @@ class TransposedConvAdapter(ConvAdapter):
         x: Tensor,
         y_shape: torch.Size,
         index: Tensor,
-        backend: ModuleType,
+        backend: Backend,
     ) -> Tensor:
         window = _window(_spec(module))
         rows: Tensor = backend.gather_patches(x, index, y_shape[2:], window)

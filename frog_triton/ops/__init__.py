@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from types import ModuleType
+from typing import cast
 
 import torch
 
 from . import torch_ops
+from .backend import Backend
 
-__all__ = ["BACKENDS", "resolve"]
+__all__ = ["BACKENDS", "Backend", "resolve"]
 
 BACKENDS = ("auto", "torch", "triton")
 
 
-def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend module that serves tensors of this device and dtype.
 
     Args:
@@ -47,4 +48,4 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> ModuleTyp
             "backend='torch', or set TRITON_INTERPRET=1 before Python starts to run "
             "the kernels on the CPU, slowly"
         )
-    return importlib.import_module(".triton_ops", __name__)
+    return cast(Backend, importlib.import_module(".triton_ops", __name__))

@@ -8,42 +8,44 @@ weights and the vectors of CG are float32. Arrays over samples and rows are stor
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..kernels import primal_adjoint, primal_forward, primal_update, weights
-from ..kernels import row_weights as row_weights_
+from ..kernels import weights
 from ..kernels.gather import gather
 from ..kernels.gram import gram
 from ..kernels.gram_cg import gram_cg
 from ..kernels.largest import with_largest
-from ..kernels.launchers import DTYPES, empty_rows, flat, write_back
-from ..kernels.momentum import momentum_project_
-from ..kernels.primal import PrimalState
-from ..kernels.primal_start import start
+from ..kernels.launchers import DTYPES
+from ..kernels.momentum import momentum_, momentum_project_
+from ..kernels.primal_adjoint import cg_adjoint_
+from ..kernels.primal_forward import cg_forward_
+from ..kernels.primal_start import cg_start
+from ..kernels.primal_update import cg_rows, cg_update_
+from ..kernels.row_weights import row_weights
 from ..kernels.samples import matrix_view, serves
 from ..kernels.update import direction_update_, gram_rows, gram_update_
 from . import torch_ops
+from .backend import Backend
 from .scales import scaled
 from .torch_ops import (  # the last two serve pieces of layers
     FISHER,
     NO_GRADIENT,
     NON_FINITE,
-    CGState,
     count_,
     step_along_,
 )
-from .types import Rows, SampleMap, Window, written_out
+from .types import SampleMap, Window, written_out
 
 __all__ = [
     "FISHER",
     "GROUPS_LAYERS",
     "NON_FINITE",
     "NO_GRADIENT",
-    "CGState",
     "cg_adjoint_",
     "cg_forward_",
     "cg_rows",
@@ -59,6 +61,7 @@ __all__ = [
     "gram_update_",
     "momentum_",
     "momentum_project_",
+    "on_rows",
     "prepare",
     "row_weights",
     "step_along_",
@@ -89,17 +92,14 @@ def prepare(
     return with_largest(xs), ys
 
 
-def momentum_(
-    momenta: Sequence[Rows],
-    grads: Sequence[Rows] | None,
-    momentum: float | Tensor,
-    nesterov: bool,
-) -> tuple[Sequence[Rows], Tensor, Tensor]:
-    """See `torch_ops.momentum_`; one launch."""
-    ms, scales, finite, _, _ = momentum_project_(
-        None, momenta, grads, momentum, nesterov
-    )
-    return ms, scales, finite
+def on_rows(xs: Sequence[SampleMap]) -> Backend:
+    """This backend where its kernels read the samples in place, else torch's.
+
+    Windows in three dimensions have no kernel: torch's convolutions serve them.
+    """
+    if all(map(serves, xs)):
+        return cast(Backend, sys.modules[__name__])
+    return torch_ops
 
 
 def write_out(
@@ -115,15 +115,6 @@ def write_out(
     return maps, list(ys)
 
 
-def row_weights(
-    xs: Sequence[SampleMap], ys: Sequence[Tensor], row_length: int
-) -> tuple[Any, Tensor]:
-    """See `torch_ops.row_weights`; three launches, two for depthwise layers."""
-    if all(map(serves, xs)):
-        return row_weights_.row_weights(xs, ys, row_length)
-    return torch_ops.row_weights(xs, ys, row_length)
-
-
 def fisher_weights(
     ys: Sequence[Tensor], norms: Sequence[Tensor], row_length: int
 ) -> tuple[Tensor, Tensor]:
@@ -132,71 +123,6 @@ def fisher_weights(
         ys = [written_out(y) for y in ys]
         return torch_ops.fisher_weights(ys, norms, row_length)
     return weights.fisher_weights(ys, norms, row_length)
-
-
-def cg_start(
-    xs: Sequence[SampleMap],
-    ms: Sequence[Rows],
-    scales: Tensor,
-    status: Tensor,
-    iters: int,
-) -> CGState | PrimalState:
-    """See `torch_ops.cg_start`."""
-    if all(map(serves, xs)):
-        return start(xs, ms, scales, status, iters)
-    # Three dimensions: torch's convolutions.
-    ms = [m.to(torch.float32) for m in ms]
-    return torch_ops.cg_start(xs, ms, scales, status, iters)
-
-
-def cg_forward_(
-    xs: Sequence[SampleMap],
-    weights: Any,
-    state: CGState | PrimalState,
-    damping: float | Tensor,
-    last: bool,
-) -> None:
-    """See `torch_ops.cg_forward_`; one launch."""
-    if isinstance(state, CGState):
-        torch_ops.cg_forward_(xs, weights, state, damping, last)
-    else:
-        primal_forward.forward(weights, state, damping, last)
-
-
-def cg_adjoint_(
-    xs: Sequence[SampleMap], state: CGState | PrimalState, damping: float | Tensor
-) -> None:
-    """See `torch_ops.cg_adjoint_`; one launch."""
-    if isinstance(state, CGState):
-        torch_ops.cg_adjoint_(xs, state, damping)
-    else:
-        primal_adjoint.adjoint(state, damping)
-
-
-def cg_rows(state: CGState | PrimalState) -> Rows:
-    """See `torch_ops.cg_rows`; one launch."""
-    if isinstance(state, CGState):
-        return torch_ops.cg_rows(state)
-    z, layers = empty_rows(state.ms)
-    primal_update.finish(layers, state, state.status, [], 0.0, 0.0, step=False)
-    return z
-
-
-def cg_update_(
-    params: Sequence[Rows],
-    state: CGState | PrimalState,
-    finite: Tensor,
-    counts: Sequence[Tensor],
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-) -> None:
-    """See `torch_ops.cg_update_`; one launch."""
-    if isinstance(state, CGState):
-        torch_ops.cg_update_(params, state, finite, counts, lr, weight_decay)
-        return
-    rows = [flat(p) for p in params]
-    primal_update.finish(rows, state, finite, counts, lr, weight_decay, step=True)
-    write_back(params, rows)
 
 
 def gather_patches(

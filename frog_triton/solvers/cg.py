@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
+from ..ops.backend import Backend
 from ..ops.types import Rows
 from .base import Batch
 
@@ -29,7 +29,7 @@ class PrimalSolution:
         formulation: ``"primal"``.
     """
 
-    ops: ModuleType
+    ops: Backend
     state: Any
     status: Tensor
     finite: Tensor
@@ -37,8 +37,7 @@ class PrimalSolution:
 
     def rows(self) -> Rows:
         """The directions, ``(L, R, D)``."""
-        rows: Rows = self.ops.cg_rows(self.state)
-        return rows
+        return self.ops.cg_rows(self.state)
 
     def update_(
         self,
@@ -59,13 +58,14 @@ class PrimalSolution:
 
 
 def solve(
-    ops: ModuleType, batch: Batch, damping: float | Tensor, iters: int
+    ops: Backend, batch: Batch, damping: float | Tensor, iters: int
 ) -> PrimalSolution:
     """Directions ``z / sqrt(<z, m>)`` after `iters` iterations from zero."""
     ms, scales, finite = ops.momentum_(
         batch.ms, batch.grads, batch.momentum, batch.nesterov
     )
     finite = finite if batch.finite is None else batch.finite
+    ops = ops.on_rows(batch.xs)
     weights, status = ops.row_weights(batch.xs, batch.ys, batch.row_length)
     state = ops.cg_start(batch.xs, ms, scales, status, iters)
     for iteration in range(iters):

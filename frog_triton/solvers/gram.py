@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 from torch import Tensor
 
+from ..ops.backend import Backend
 from ..ops.types import Rows, SampleMap
 from .base import Batch
 
@@ -32,7 +32,7 @@ class GramSolution:
         formulation: ``"gram"``.
     """
 
-    ops: ModuleType
+    ops: Backend
     xs: Sequence[SampleMap]
     ms: Sequence[Rows]
     scales: Tensor
@@ -44,8 +44,7 @@ class GramSolution:
 
     def rows(self) -> Rows:
         """The directions, ``(L, R, D)``."""
-        rows: Rows = self.ops.gram_rows(self.xs, self.ms, self.scales, self.s, self.u)
-        return rows
+        return self.ops.gram_rows(self.xs, self.ms, self.scales, self.s, self.u)
 
     def update_(
         self,
@@ -78,7 +77,7 @@ class GramSolution:
 
 
 def solve(
-    ops: ModuleType, batch: Batch, damping: float | Tensor, iters: int
+    ops: Backend, batch: Batch, damping: float | Tensor, iters: int
 ) -> GramSolution:
     """Coordinates of ``z / sqrt(<z, m>)`` after `iters` iterations from zero."""
     xs, ys = ops.write_out(batch.xs, batch.ys)

@@ -1,0 +1,183 @@
+"""What a backend can do: the products and updates that solvers are written in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .types import Rows, SampleMap, Window
+
+Number = float | Tensor
+
+
+class Backend(Protocol):
+    """A module of functions; `torch_ops` says what each computes.
+
+    Attributes:
+        GROUPS_LAYERS: whether layers of one geometry are solved together.
+    """
+
+    GROUPS_LAYERS: bool
+
+    # -- what is given ---------------------------------------------------------------
+
+    def prepare(
+        self, xs: Sequence[SampleMap], ys: Sequence[Tensor], dtype: torch.dtype
+    ) -> tuple[list[SampleMap], list[Tensor]]:
+        """Samples as the backend reads them."""
+
+    def on_rows(self, xs: Sequence[SampleMap]) -> Backend:
+        """The backend that solves on the rows with such samples."""
+
+    def write_out(
+        self, xs: Sequence[SampleMap], ys: Sequence[Tensor]
+    ) -> tuple[list[SampleMap], list[Tensor]]:
+        """Samples as matrices."""
+
+    def gather_patches(
+        self, x: Tensor, index: Tensor, output_shape: Sequence[int], window: Window
+    ) -> Tensor:
+        """Rows of X at drawn positions."""
+
+    # -- momentum, and Lambda: equations (3) and (4) ---------------------------------
+
+    def momentum_(
+        self,
+        momenta: Sequence[Rows],
+        grads: Sequence[Rows] | None,
+        momentum: Number,
+        nesterov: bool,
+    ) -> tuple[Sequence[Rows], Tensor, Tensor]:
+        """``M <- beta M + G``; what to precondition, scales, finite rows."""
+
+    def momentum_project_(
+        self,
+        xs: Sequence[SampleMap],
+        momenta: Sequence[Rows],
+        grads: Sequence[Rows] | None,
+        momentum: Number,
+        nesterov: bool,
+    ) -> tuple[Sequence[Rows], Tensor, Tensor, Tensor, Tensor]:
+        """The same, with ``X M^T`` and ``|m|^2``."""
+
+    def row_weights(
+        self, xs: Sequence[SampleMap], ys: Sequence[Tensor], row_length: int
+    ) -> tuple[Any, Tensor]:
+        """Lambda as `cg_forward_` takes it, and the rows' status."""
+
+    def fisher_weights(
+        self, ys: Sequence[Tensor], norms: Sequence[Tensor], row_length: int
+    ) -> tuple[Tensor, Tensor]:
+        """Lambda written out, and the rows' status."""
+
+    # -- conjugate gradients on the rows ---------------------------------------------
+
+    def cg_start(
+        self,
+        xs: Sequence[SampleMap],
+        ms: Sequence[Rows],
+        scales: Tensor,
+        status: Tensor,
+        iters: int,
+    ) -> Any:
+        """The state before the first iteration."""
+
+    def cg_forward_(
+        self,
+        xs: Sequence[SampleMap],
+        weights: Any,
+        state: Any,
+        damping: Number,
+        last: bool,
+    ) -> None:
+        """``p = r + beta p`` and ``T = Lambda * (X p)``."""
+
+    def cg_adjoint_(self, xs: Sequence[SampleMap], state: Any, damping: Number) -> None:
+        """``z += alpha p`` and ``r -= alpha A p``."""
+
+    def cg_rows(self, state: Any) -> Rows:
+        """Directions written out."""
+
+    def cg_update_(
+        self,
+        params: Sequence[Rows],
+        state: Any,
+        finite: Tensor,
+        counts: Sequence[Tensor],
+        lr: Number,
+        weight_decay: Number,
+    ) -> None:
+        """Equation (5)."""
+
+    # -- conjugate gradients in Gram space -------------------------------------------
+
+    def gram(self, xs: Sequence[SampleMap]) -> Tensor:
+        """``K = X X^T``."""
+
+    def gram_cg(
+        self,
+        k: Tensor,
+        c: Tensor,
+        weights: Tensor,
+        m_squared: Tensor,
+        status: Tensor,
+        damping: Number,
+        iters: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Coordinates s and u of ``z = s m + X^T u``."""
+
+    def gram_rows(
+        self,
+        xs: Sequence[SampleMap],
+        ms: Sequence[Rows],
+        scales: Tensor,
+        s: Tensor,
+        u: Tensor,
+    ) -> Rows:
+        """Directions written out."""
+
+    def gram_update_(
+        self,
+        params: Sequence[Rows],
+        xs: Sequence[SampleMap],
+        ms: Sequence[Rows],
+        scales: Tensor,
+        s: Tensor,
+        u: Tensor,
+        status: Tensor,
+        finite: Tensor,
+        counts: Sequence[Tensor],
+        lr: Number,
+        weight_decay: Number,
+    ) -> None:
+        """Equation (5)."""
+
+    # -- steps along directions that are written out ---------------------------------
+
+    def step_along_(
+        self,
+        params: Sequence[Rows],
+        direction: Rows,
+        finite: Tensor,
+        lr: Number,
+        weight_decay: Number,
+    ) -> None:
+        """Equation (5), nothing counted."""
+
+    def direction_update_(
+        self,
+        params: Sequence[Rows],
+        direction: Rows,
+        status: Tensor,
+        finite: Tensor,
+        counts: Sequence[Tensor],
+        lr: Number,
+        weight_decay: Number,
+    ) -> None:
+        """Equation (5), rows that stay and rows without samples counted."""
+
+    def count_(self, counts: Sequence[Tensor], status: Tensor, finite: Tensor) -> None:
+        """Count such rows alone."""
