@@ -16,7 +16,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +70,8 @@ def geometries(name: str, dtype: torch.dtype, gpu: str, formulation: str) -> Cos
     with torch.device("meta"):
         model, inputs = build(), torch.zeros(1, 3, size, size)
     counted = cost(model, inputs, sampling="examples", sample_size=samples)
-    shapes: dict[LayerShape, LayerShape] = {}
-    for line in counted.layers:
-        shapes.setdefault(replace(line.layer, name=""), line.layer)
-    return cost(
-        list(shapes.values()), sample_dtype=dtype, gpu=gpu, formulation=formulation
-    )
+    shapes = list(dict.fromkeys(line.layer for line in counted.layers))
+    return cost(shapes, sample_dtype=dtype, gpu=gpu, formulation=formulation)
 
 
 def buckets(lines: Sequence[LayerCost], dtype: torch.dtype) -> list[Bucket]:

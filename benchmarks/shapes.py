@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 
-from ..launches import Bucket, LayerShape
+from ..launches import Bucket, LayerShape, buckets
 
 
 def gpt2_small(samples: int, blocks: int = 12) -> list[LayerShape]:
@@ -78,8 +77,4 @@ REAL = ("gpt2-small", "resnet50")
 
 def grouped(shapes: Iterable[LayerShape], sample_dtype: torch.dtype) -> list[Bucket]:
     """Layers by geometry, as a step with k = 4 sees them, named after the first."""
-    found: dict[LayerShape, list[LayerShape]] = {}
-    for shape in shapes:
-        found.setdefault(replace(shape, name=""), []).append(shape)
-    dtypes = (sample_dtype, torch.float32, torch.float32)
-    return [Bucket(same[0], len(same), dtypes=dtypes) for same in found.values()]
+    return buckets(shapes, (sample_dtype, torch.float32, torch.float32))

@@ -15,7 +15,7 @@ from .eager import eager_work
 from .formulation import choose, count_works
 from .kernels.gpu import GPUS
 from .kernels.work import Work
-from .launches import Bucket, LayerShape, portions
+from .launches import Bucket, LayerShape, together
 from .layers import ConvMap, LinearMap, Seen, adapter_for
 from .ops.types import Rows
 from .orthogonal import orthogonalize as directions
@@ -153,21 +153,12 @@ def cost(
         shapes = _shapes(model, plan.served(), inputs, size, sampling)
     else:
         shapes = list(model_or_layers)
-    buckets: dict[LayerShape, list[LayerShape]] = {}
-    for shape in shapes:
-        key = LayerShape("", *[getattr(shape, f) for f in _GEOMETRY])
-        buckets.setdefault(key, []).append(shape)
     lines: dict[str, LayerCost] = {}
     dtypes = (sample_dtype, param_dtype, momentum_dtype)
     total = Work()
     floor = 0.0
-    together = [
-        (key, some)
-        for key, members in buckets.items()
-        for some in portions(members, key.groups)
-    ]
-    for key, members in together:
-        bucket = Bucket(key, len(members), cg_iters, nesterov, dtypes)
+    for members in together(shapes, lambda shape: shape, lambda shape: shape.groups):
+        bucket = Bucket(members[0], len(members), cg_iters, nesterov, dtypes)
         chosen = choose(bucket, GPUS[gpu]) if formulation == "auto" else formulation
         works = count_works(bucket, chosen, orthogonalize)
         works += _beside_the_kernels(bucket, orthogonalize)
@@ -220,9 +211,6 @@ def _beside_the_kernels(bucket: Bucket, orthogonalize: bool) -> list[Work]:
         finite = z.weight.new_empty(z.weight.shape[:2], dtype=torch.bool)
         works.append(eager_work(lambda: directions(z, finite, shape.groups)))
     return works
-
-
-_GEOMETRY = ("rows", "dim", "samples", "groups", "bias", "image", "conv")
 
 
 def _images(shape: LayerShape) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from .layers.conv import ConvSpec
 from .ops.backend import Backend
 from .ops.types import Rows
 from .orthogonal import orthogonal_update_
-from .solvers import FORMULATIONS, Batch
+from .solvers import FORMULATIONS, Batch, prepared
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LayerShape:
     """A layer as far as cost goes.
 
     Attributes:
-        name: for the report.
+        name: for the report; layers of one geometry are equal whatever their names.
         rows: R.
         dim: D, weights in a row.
         samples: N, all positions counted.
@@ -34,7 +34,7 @@ class LayerShape:
         conv: the convolution then.
     """
 
-    name: str
+    name: str = field(compare=False)
     rows: int
     dim: int
     samples: int
@@ -119,10 +119,42 @@ MOST_PROBLEMS = 65535
 """Layers times groups that a launch can hold: CUDA's limit to a grid's second axis."""
 
 
-def portions(layers: Sequence[T], groups: int) -> list[list[T]]:
-    """Layers of one geometry, as many together as a launch can hold."""
-    most = max(1, MOST_PROBLEMS // groups)
-    return [list(layers[i : i + most]) for i in range(0, len(layers), most)]
+def together(
+    layers: Iterable[T], key: Callable[[T], Hashable], groups: Callable[[T], int]
+) -> list[list[T]]:
+    """Layers of one geometry, as many together as a launch can hold.
+
+    Args:
+        layers: of any geometries.
+        key: equal for layers of one geometry.
+        groups: how many a layer has.
+    """
+    alike: dict[Hashable, list[T]] = {}
+    for layer in layers:
+        alike.setdefault(key(layer), []).append(layer)
+    found = []
+    for some in alike.values():
+        most = max(1, MOST_PROBLEMS // groups(some[0]))
+        found += [some[i : i + most] for i in range(0, len(some), most)]
+    return found
+
+
+def buckets(
+    shapes: Iterable[LayerShape],
+    dtypes: DTypes = _SINGLE,
+    iters: int = 4,
+    nesterov: bool = False,
+) -> list[Bucket]:
+    """Layers by geometry, named after the first of each.
+
+    Args:
+        shapes: of the layers.
+        dtypes: of samples, parameters and momentum.
+        iters: k.
+        nesterov: whether the momentum is Nesterov's.
+    """
+    found = together(shapes, lambda shape: shape, lambda shape: shape.groups)
+    return [Bucket(some[0], len(some), iters, nesterov, dtypes) for some in found]
 
 
 Make = Callable[[tuple[int, ...], torch.dtype], Tensor]
@@ -148,14 +180,11 @@ class Problem:
 
     def step(self, backend: Backend, orthogonalize: bool = False) -> None:
         """Momentum, solve and update, as `FROG.step` makes them."""
-        rows = self.batch.ms[0].weight
-        dtype = torch.promote_types(rows.dtype, torch.float32)
-        xs, ys = backend.prepare(self.batch.xs, self.batch.ys, dtype)
-        batch = replace(self.batch, xs=xs, ys=ys)
+        batch = prepared(backend, self.batch)
         solution = FORMULATIONS[self.formulation](backend, batch, 1e-4, self.iters)
         rest = (self.params, self.counts, 2e-2, 1e-2)
         if orthogonalize:
-            orthogonal_update_(backend, solution, xs[0].groups, *rest)
+            orthogonal_update_(backend, solution, batch.xs[0].groups, *rest)
         else:
             solution.update_(*rest)
 

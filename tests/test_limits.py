@@ -9,7 +9,7 @@ from torch import nn
 
 from frog_triton import FROG, cost, launches, step
 from frog_triton.kernels.launch import recording
-from frog_triton.launches import LayerShape, portions
+from frog_triton.launches import LayerShape, together
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -48,11 +48,15 @@ def test_layers_of_one_geometry_are_split_where_a_launch_is_full(monkeypatch):
         assert torch.equal(ours, theirs)
 
 
-def test_portions():
-    assert portions(range(5), 1) == [[0, 1, 2, 3, 4]]
-    assert [len(p) for p in portions(range(70_000), 1)] == [65_535, 4_465]
-    assert [len(p) for p in portions(range(3), 40_000)] == [1, 1, 1]
-    assert [len(p) for p in portions(range(2), 100_000)] == [1, 1]
+def test_layers_of_one_geometry_share_launches_as_far_as_these_hold_them():
+    def counts(layers, groups):
+        return [len(p) for p in together(layers, lambda i: 0, lambda i: groups)]
+
+    odd = together(range(5), lambda i: i % 2, lambda i: 1)
+    assert odd == [[0, 2, 4], [1, 3]]
+    assert counts(range(70_000), 1) == [65_535, 4_465]
+    assert counts(range(3), 40_000) == [1, 1, 1]
+    assert counts(range(2), 100_000) == [1, 1]
 
 
 def test_costs_are_counted_where_a_launch_is_full():

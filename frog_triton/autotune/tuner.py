@@ -34,6 +34,7 @@ from .shortlist import (
     may_be_gram,
     shortlist,
 )
+from .tuning import TOP
 
 NEAR = 2.0
 """Formulations whose predictions are within this factor are timed."""
@@ -71,7 +72,7 @@ class Tuner:
         device: torch.device,
         timer: Timer,
         table: Table | None = None,
-        top: int = 6,
+        top: int = TOP,
         budget: float = float("inf"),
         progress: Callable[[str, float], object] = lambda what, share: None,
         compile: bool = True,

@@ -17,8 +17,12 @@ from .share import broadcast
 if TYPE_CHECKING:
     from ..launches import Bucket
     from .cache import Machine
+    from .tuner import Tuner
 
 MODES = ("cached", "now", "off")
+TOP = 6
+"""Candidates that are looked at closely for each key."""
+
 BUDGET_SECONDS = 240.0
 """For tuning at the first step; well below the time after which ranks that wait for
 rank 0 give up."""
@@ -89,7 +93,7 @@ class Tuning:
             table = shipped(machine).merged(cache.load(machine))
             if self.mode == "now":
                 try:
-                    table = tune(device, buckets(), table, BUDGET_SECONDS)
+                    _, table = tune(device, buckets(), table, BUDGET_SECONDS)
                     cache.store(machine, table)
                 except Exception as error:  # other ranks wait for what is known
                     warnings.warn(
@@ -110,9 +114,26 @@ def machine_of(device: torch.device) -> Machine:
 
 
 def tune(
-    device: torch.device, buckets: Sequence[Bucket], table: Table, budget: float
-) -> Table:
-    """Tune what a table lacks, with a progress bar."""
+    device: torch.device,
+    buckets: Sequence[Bucket],
+    table: Table,
+    budget: float,
+    top: int = TOP,
+    keep: Callable[[Table], object] = lambda table: None,
+) -> tuple[Tuner, Table]:
+    """Tune what a table lacks, with a progress bar.
+
+    Args:
+        device: the GPU.
+        buckets: the layers.
+        table: what is known.
+        budget: seconds.
+        top: candidates that are timed for each key.
+        keep: called with the table as it grows.
+
+    Returns:
+        The tuner, for its reports, and the table.
+    """
     from ..kernels.gpu import detect
     from .tuner import CudaTimer, Tuner
 
@@ -120,8 +141,8 @@ def tune(
     assert gpu is not None
     with progress_bar() as progress:
         timer = CudaTimer(device)
-        tuner = Tuner(gpu, device, timer, table, budget=budget, progress=progress)
-        return tuner.tune(buckets)
+        tuner = Tuner(gpu, device, timer, table, top, budget, progress, keep=keep)
+        return tuner, tuner.tune(buckets)
 
 
 @contextmanager

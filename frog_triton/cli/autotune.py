@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,11 @@ from rich.progress import Progress
 
 from ..autotune.cache import Cache, shipped
 from ..autotune.shortlist import Candidate, KeyReport, inspect, keys, shortlist
-from ..autotune.tuning import machine_of, progress_bar
+from ..autotune.tuning import machine_of, tune
 from ..capture import SAMPLINGS
-from ..cost import LayerCost
 from ..kernels.gpu import GPU, GPUS, detect
 from ..kernels.table import Table
-from ..launches import Bucket, LayerShape, portions
+from ..launches import Bucket, buckets
 from . import models
 from .describe import add_model, count
 from .errors import CommandError
@@ -74,10 +73,10 @@ def run(args: argparse.Namespace) -> int:
             "candidates with what they compile to",
             3,
         )
-    buckets = model_buckets(args)
+    found = model_buckets(args)
     if args.dry_run:
-        return _dry_run(args, buckets)
-    return _tune(args, buckets)
+        return _dry_run(args, found)
+    return _tune(args, found)
 
 
 def model_buckets(args: argparse.Namespace) -> list[Bucket]:
@@ -89,28 +88,14 @@ def model_buckets(args: argparse.Namespace) -> list[Bucket]:
     counted = count(args, loaded, args.gpu or "h200")
     if not counted.layers:
         raise CommandError(f"{loaded.name} has no layer that FROG preconditions", 1)
-    return grouped(counted.layers, getattr(torch, args.dtype), args.cg_iters)
+    dtypes = (getattr(torch, args.dtype), torch.float32, torch.float32)
+    return buckets([line.layer for line in counted.layers], dtypes, args.cg_iters)
 
 
-def grouped(
-    lines: Iterable[LayerCost], sample_dtype: torch.dtype, iters: int
-) -> list[Bucket]:
-    """Layers by geometry, named after the first of each."""
-    shapes: dict[LayerShape, list[LayerShape]] = {}
-    for line in lines:
-        shapes.setdefault(replace(line.layer, name=""), []).append(line.layer)
-    dtypes = (sample_dtype, torch.float32, torch.float32)
-    return [
-        Bucket(some[0], len(some), iters, False, dtypes)
-        for found in shapes.values()
-        for some in portions(found, found[0].groups)
-    ]
-
-
-def _dry_run(args: argparse.Namespace, buckets: Sequence[Bucket]) -> int:
+def _dry_run(args: argparse.Namespace, found: Sequence[Bucket]) -> int:
     here = detect(torch.device("cuda")) if torch.cuda.is_available() else None
     gpu = GPUS[args.gpu] if args.gpu else here or GPUS["h200"]
-    shortlists = [(a, shortlist(a, gpu, args.top)) for a in keys(buckets)]
+    shortlists = [(a, shortlist(a, gpu, args.top)) for a in keys(found)]
     # The budget goes where the time goes.
     shortlists.sort(key=lambda pair: -pair[1].candidates[-1].predicted_us)
     total = sum(len(report.candidates) for _, report in shortlists)
@@ -124,26 +109,20 @@ def _dry_run(args: argparse.Namespace, buckets: Sequence[Bucket]) -> int:
     return 0
 
 
-def _tune(args: argparse.Namespace, buckets: Sequence[Bucket]) -> int:
-    from ..autotune.tuner import CudaTimer, Tuner
-
+def _tune(args: argparse.Namespace, found: Sequence[Bucket]) -> int:
     device = torch.device("cuda")
     gpu = detect(device)
     assert gpu is not None
     machine, cache = machine_of(device), Cache(args.cache_dir)
     known: Table = shipped(machine).merged(cache.load(machine))
-    with progress_bar() as progress:
-        tuner = Tuner(
-            gpu,
-            device,
-            CudaTimer(device),
-            known,
-            args.top,
-            args.budget,
-            progress,
-            keep=lambda table: cache.store(machine, table),
-        )
-        table = tuner.tune(buckets)
+    tuner, table = tune(
+        device,
+        found,
+        known,
+        args.budget,
+        args.top,
+        keep=lambda table: cache.store(machine, table),
+    )
     show(tuner.reports, gpu)
     write_json(args.json, to_json(tuner.reports, gpu))
     path = cache.store(machine, table)

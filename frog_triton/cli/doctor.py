@@ -102,7 +102,7 @@ def examine() -> dict[str, Any]:
         )
         advice.append(f"models run on the CPU with plain torch: {why}")
     backend = ops.resolve("auto", device, torch.float32)
-    facts["backend"] = backend.__name__.rpartition(".")[2]
+    facts["backend"] = backend.NAME
     if sys.platform != "linux":
         advice.append("Triton is for Linux; elsewhere FROG runs in plain torch")
     return {

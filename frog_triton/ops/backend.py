@@ -17,9 +17,11 @@ class Backend(Protocol):
     """A module of functions; `torch_ops` says what each computes.
 
     Attributes:
+        NAME: of the module.
         GROUPS_LAYERS: whether layers of one geometry are solved together.
     """
 
+    NAME: str
     GROUPS_LAYERS: bool
 
     # -- what is given ---------------------------------------------------------------

@@ -20,6 +20,7 @@ from .backend import Backend
 from .scales import row_scales, scaled
 from .types import Rows, SampleMap, Window, stack_rows, unravel, written_out
 
+NAME = "torch_ops"
 GROUPS_LAYERS = False  # one layer at a time: stacking would only copy
 
 # Status of a row. All but FISHER take the identity in place of their Fisher matrix.

@@ -44,6 +44,7 @@ from .types import SampleMap, Window, written_out
 __all__ = [
     "FISHER",
     "GROUPS_LAYERS",
+    "NAME",
     "NON_FINITE",
     "NO_GRADIENT",
     "cg_adjoint_",
@@ -68,6 +69,7 @@ __all__ = [
     "write_out",
 ]
 
+NAME = "triton_ops"
 GROUPS_LAYERS = True
 
 

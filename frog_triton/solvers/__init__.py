@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from . import cg, gram
-from .base import Batch, Solution
+from .base import Batch, Solution, prepared
 
-__all__ = ["FORMULATIONS", "Batch", "Solution"]
+__all__ = ["FORMULATIONS", "Batch", "Solution", "prepared"]
 
 FORMULATIONS: dict[str, Callable[..., Solution]] = {
     "primal": cg.solve,

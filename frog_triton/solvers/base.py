@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from ..ops.backend import Backend
 from ..ops.types import Rows, SampleMap
 
 
@@ -37,6 +39,18 @@ class Batch:
     def row_length(self) -> int:
         """D of the paper, the bias included."""
         return self.xs[0].dim + self.xs[0].bias
+
+
+def prepared(backend: Backend, batch: Batch) -> Batch:
+    """The same systems, samples as the backend reads them.
+
+    Args:
+        backend: that is to solve them.
+        batch: samples as captured.
+    """
+    dtype = torch.promote_types(batch.ms[0].weight.dtype, torch.float32)
+    xs, ys = backend.prepare(batch.xs, batch.ys, dtype)
+    return replace(batch, xs=xs, ys=ys)
 
 
 class Solution(Protocol):
