@@ -19,7 +19,7 @@ from .autotune.tuning import Tuning
 from .capture import SAMPLINGS, SampleCapture
 from .coverage import tell
 from .diagnostics import Diagnostics, memory_usage
-from .distributed import check_placements, find_ranks
+from .distributed import check_placements, find_world
 from .evaluation import FusedInference
 from .fallback import FALLBACKS, check_updated_by
 from .gradients import GradientWatch
@@ -58,24 +58,12 @@ from .state import (
     row_state,
     step_counter,
 )
-from .step import (
-    Gathered,
-    LayerStep,
-    Samples,
-    directions,
-    is_mixture,
-    layer_step,
-    no_samples,
-    step_along,
-    step_layers,
-    tuned,
-    untouched,
-)
+from .step import LayerStep, is_mixture, layer_step, untouched
 from .unhooked import REASON, Known, Unhooked
+from .update import step_layers, tuned
 
 if TYPE_CHECKING:
     from .distributed.division import Group
-    from .distributed.ranks import Ranks
 
 
 Due = Sequence[tuple[dict[str, Any], Sequence[nn.Parameter]]]
@@ -319,15 +307,9 @@ class FROG(Optimizer):
         self._observe: Callable[..., None] | None = None
         groups = self._split(user_groups(model, params), defaults)
         self._sample_size = size
-        self._ranks = find_ranks(self._plan, process_group)
-        if self._ranks is not None:
-            if capturable:
-                raise ValueError(
-                    "capturable=True goes with one rank only: several agree on how "
-                    "many samples each brings, on the host; leave capturable out"
-                )
-            size, seed = self._ranks.share(size, seed)
-            self._tuning.group = self._ranks.division.group
+        self._world = find_world(self._plan, process_group, capturable)
+        self._tuning.group = self._world.group
+        size, seed = self._world.share(size, seed)
         self.capture = SampleCapture(
             size, sampling, seed, backend, may_wait=not capturable
         )
@@ -428,7 +410,7 @@ class FROG(Optimizer):
 
     def _tell(self) -> None:
         """Say once how much is preconditioned; warn below half."""
-        if self._ranks is not None and self._ranks.division.rank:
+        if not self._world.leads:
             return
         coverage = self.routes().coverage
         told = str(coverage)
@@ -489,8 +471,7 @@ class FROG(Optimizer):
         for half in self._split([group], self.defaults):
             super().add_param_group(half)
         own_tensors(self.param_groups)
-        if self._ranks is not None:
-            self._ranks.verified = False
+        self._world.changed()
         new = {n: x for n, x in self._plan.layers.items() if known.get(n) is not x}
         for name in new.keys() & known.keys():  # a module put in another's place
             if self.capture.watches(name):
@@ -542,17 +523,17 @@ class FROG(Optimizer):
         check_groups(self.param_groups)
         names, stepped = self._plan.names, self._stepped
         problem = problem_with_grads(self.param_groups, names, stepped)
-        if self._ranks is not None and not self._ranks.verified:
-            self._verify(self._ranks, problem)
+        self._world.verify(self._settings, self.param_groups, problem)
         if problem is not None:
             raise RuntimeError(problem)
-        found_inf = self._found_inf()
-        layers = self._plan.layers.values()
+        found_inf, scaled = self._found_inf()
+        layers = list(self._plan.layers.values())
         known = self._unhooked.look(layers, self.capture, not self.capturable)
         decided, outputs = self._outputs.look(known.sampled)
         known = known._replace(decided=decided, outputs=outputs)
-        if self._ranks is not None:
-            found_inf, known = self._agree(self._ranks, found_inf, known)
+        known, found_inf = self._world.agree(layers, self.capture, known, found_inf)
+        if found_inf is not None and not scaled:
+            self._gradients.count_skipped(found_inf)
         if found_inf is not None and self._may_read(found_inf):
             if found_inf:
                 self._outputs.forget()
@@ -582,26 +563,25 @@ class FROG(Optimizer):
                     for param in params:
                         self._make_state(param, group)
                     move_state(self.state, group, params)
-                if self._ranks is not None:
-                    self._ranks.send_samples(self._layers_due(due))
+                self._world.send_samples(self._layers_due(due))
                 gathered = [(entry[0], self._gather([entry])) for entry in due]
             except BaseException:
                 undo()
                 raise
-            for (group, params), (_, steps) in zip(due, gathered, strict=True):
-                if group["updated_by"] == "frog":
-                    here, layers = self._here(gathered), self._plan.layers.values()
-                    with tuned(self._tuning, layers, self.backend, here):
+            layers, pieces = self._plan.layers.values(), self._world.pieces
+            with tuned(self._tuning, layers, self.backend, pieces, gathered):
+                for (group, params), (_, steps) in zip(due, gathered, strict=True):
+                    if group["updated_by"] == "frog":
                         self._step_rows(steps, group, found_inf)
-                else:
-                    states = [self.state[p] for p in params]
-                    fallback = FALLBACKS[group["updated_by"]]
-                    fallback.step(params, states, group, found_inf)
+                    else:
+                        states = [self.state[p] for p in params]
+                        fallback = FALLBACKS[group["updated_by"]]
+                        fallback.step(params, states, group, found_inf)
 
-    def _found_inf(self) -> Tensor | None:
+    def _found_inf(self) -> tuple[Tensor | None, bool]:
         """Not 0 where a gradient is not finite, so that the step is to be skipped.
 
-        A GradScaler that leaves its work to us has looked already.
+        A GradScaler that leaves its work to us has looked already: the second value.
         """
         named = {
             self._plan.names[p]: local(p.grad)
@@ -612,27 +592,13 @@ class FROG(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if isinstance(found_inf, Tensor):
             unscale_(named.values(), getattr(self, "grad_scale", None))
-            return found_inf
+            return found_inf, True
         largest = self._gradients.look(named)
         if largest is None:
-            return None
+            return None, False
         if not self.capturable:
             self._gradients.warn_of_growth(largest)
-        found_inf = (~torch.isfinite(largest)).float()
-        if self._ranks is None:
-            self._gradients.count_skipped(found_inf)
-        return found_inf
-
-    def _agree(
-        self, ranks: Ranks, found_inf: Tensor | None, known: Known
-    ) -> tuple[Tensor, Known]:
-        """The same of all ranks, on the host; they also say what samples they bring."""
-        layers = list(self._plan.layers.values())
-        known = known._replace(bad=found_inf is not None and bool(found_inf))
-        known = ranks.agree(layers, self.capture, known)
-        skipped = torch.tensor(float(known.bad))
-        self._gradients.count_skipped(skipped)
-        return skipped, known
+        return (~torch.isfinite(largest)).float(), False
 
     def _step_rows(
         self,
@@ -644,18 +610,8 @@ class FROG(Optimizer):
         counts = [self._anomalies[step.layer.name] for step in steps]
         alone = [self._left_alone(step) for step in steps if is_mixture(step.layer)]
         with skipping(grads, counts, found_inf), leaving(alone):
-            ranks = self._ranks
-            here = ranks.own(steps, group) if ranks else steps
-            how = (group, self.formulation, self._anomalies, self._observe)
-            if ranks and group["orthogonalize"]:
-                found, solved = directions(here, *how)
-                for step, whole, rows in ranks.share_directions(steps, found):
-                    step_along(step, whole, rows, group)
-            else:
-                solved = step_layers(here, *how)
-                if ranks:
-                    ranks.share_rows(steps)
-            self._solved |= solved
+            how = (self.formulation, self._anomalies, self._observe)
+            self._solved |= step_layers(self._world, steps, group, *how)
         for step in steps:
             step.write_back()
             counter = self.state[step.layer.weight]["step"]
@@ -666,15 +622,7 @@ class FROG(Optimizer):
     def _left_alone(self, step: LayerStep) -> Left:
         """Of a mixture's layer: the rows of experts that met no token."""
         counts, rows = self._anomalies[step.layer.name], untouched(step)
-        here = slice(None) if self._ranks is None else self._ranks.counted(step.layer)
-        return Left(step.grads, rows, counts, here)
-
-    def _here(self, gathered: Gathered) -> Gathered:
-        """What this rank solves of it."""
-        ranks = self._ranks
-        if ranks is None:
-            return gathered
-        return [(group, ranks.pieces(steps)) for group, steps in gathered]
+        return Left(step.grads, rows, counts, self._world.counted(step.layer))
 
     def _no_waiting(self) -> AbstractContextManager[Any]:
         return without_host_copies() if self.capturable else nullcontext()
@@ -685,7 +633,7 @@ class FROG(Optimizer):
         for layer in layers:
             self._counts_of(layer)
         return [
-            layer_step(layer, self.state, self._samples, self.backend)
+            layer_step(layer, self.state, self._world, self.capture, self.backend)
             for layer in layers
         ]
 
@@ -699,38 +647,17 @@ class FROG(Optimizer):
         }
         return list(layers.values())
 
-    def _verify(self, ranks: Ranks, problem: str | None) -> None:
-        """Raise, on all ranks alike, where they are not set up alike."""
+    def _settings(self) -> dict[str, Any]:
+        """What all ranks must have alike."""
         layers = self._plan.layers.values()
-        settings = {
+        return {
             "layers": {layer.name: tuple(layer.weight.shape) for layer in layers},
             "sample_size": self._sample_size,
             "sampling": self.capture.sampling,
             "formulation": self.formulation,
             "momentum_dtype": self._momentum_dtype,
             **entries(self.param_groups),
-            "what is wrong with gradients": problem,
         }
-        params = [p for group in self.param_groups for p in group["params"]]
-        ranks.verify(settings, () if problem else params)
-        ranks.verified = problem is None
-
-    def _samples(self, layer: Layer, bias: bool) -> Samples:
-        """The layer's samples, or a sample of zeros if there are none."""
-        momenta = (self.state[p].get("momentum_buffer") for p in layer.params)
-        dtype = next(m.dtype for m in momenta if m is not None)
-        if self._ranks is None:
-            found = self.capture.samples(layer, bias)
-        else:
-            found = self._ranks.samples(layer, bias, dtype)
-        if found is not None:
-            return found
-        return no_samples(layer, bias, dtype, self._rows_here(layer))
-
-    def _rows_here(self, layer: Layer) -> int:
-        """How many rows of a layer this rank solves."""
-        rows = layer.geometry.rows
-        return rows if self._ranks is None else self._ranks.rows_here(layer)
 
     def _review(self, known: Known) -> Callable[[], None]:
         """Give layers without samples to the fallback, and take back who has some.
@@ -766,7 +693,7 @@ class FROG(Optimizer):
         self._told_of |= bare
         served = known.decided or bare  # is not what it was
         now = str(self.routes().coverage) if (text or bare) and served else ""
-        if (text or now) and (self._ranks is None or not self._ranks.division.rank):
+        if (text or now) and self._world.leads:
             tell(". ".join(filter(None, [text, now])))
         if known.decided:
             self._watch_what_is_served()
@@ -898,8 +825,7 @@ class FROG(Optimizer):
             Route(name, tuple(p.shape), updated_by.get(p, "-"), self._reason(p))
             for p, name in self._plan.names.items()
         )
-        if self._ranks is not None:
-            table.note = self._ranks.summary()
+        table.note = self._world.summary()
         return table
 
     def _reason(self, param: nn.Parameter) -> str:
@@ -916,8 +842,8 @@ class FROG(Optimizer):
                     notes.append("the last; its first step will show")
             else:
                 notes.append(self._solved.get(layer.name, ""))
-        if self._ranks is not None and not self._unhooked.holds(layer) and layer:
-            notes.append(self._ranks.describe(layer))
+        if layer is not None and not self._unhooked.holds(layer):
+            notes.append(self._world.describe(layer))
         if not param.requires_grad:
             notes.append("frozen")
         return "; ".join(filter(None, [reason, *notes]))
@@ -979,7 +905,7 @@ class FROG(Optimizer):
         counts = self._anomalies.get(layer.name)
         if counts is None:
             refuse_to_make_in_graph(layer.name)
-            shape = (2, self._rows_here(layer))
+            shape = (2, self._world.rows_here(layer))
             counts = torch.zeros(shape, dtype=torch.int32, device=device)
         self._anomalies[layer.name] = counts.to(device)
 

@@ -51,6 +51,7 @@ RANKS = {
     "unhooked": 10,
     "cost": 9,
     "capture": 8,
+    "update": 8,
     "attention": 7,
     "replays": 7,
     "step": 7,
