@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from . import ops
 from .autotune.tuning import Tuning
-from .capture import SAMPLINGS, SampleCapture
+from .capture import SampleCapture
 from .coverage import tell
 from .diagnostics import Diagnostics, memory_usage
 from .distributed import check_placements, find_world
@@ -24,13 +24,11 @@ from .evaluation import FusedInference
 from .fallback import FALLBACKS, check_updated_by
 from .gradients import GradientWatch
 from .groups import (
-    check_group,
     check_groups,
     entries,
     fallback_lr,
     own_tensors,
     part_of,
-    scalar,
     user_group,
     user_groups,
 )
@@ -44,13 +42,12 @@ from .layers import ROWS_FIRST
 from .loading import Loading
 from .ops.launch import capturable as without_host_copies
 from .ops.types import local
-from .preconditioner import check_solver_options
+from .options import Options, check, check_group, check_model, scalar
 from .routing import OUTPUT_LAYER, Exclusion, Layer, Plan, Route, RoutingTable, route
 from .sampling import Counter
 from .scaling import Left, leaving, skipping, steps_taken, unscale_
 from .seeking import Outputs
 from .state import (
-    MOMENTUM_DTYPES,
     ROW_KEYS,
     STATE_VERSION,
     STEP_KEYS,
@@ -68,9 +65,6 @@ if TYPE_CHECKING:
 
 Due = Sequence[tuple[dict[str, Any], Sequence[nn.Parameter]]]
 """Groups, each with the parameters that it updates in a step."""
-
-ADAMW_LR = 3e-3
-"""Of parameters that AdamW updates beside FROG, unless `fallback_lr` says otherwise."""
 
 
 class FROG(Optimizer):
@@ -240,39 +234,23 @@ class FROG(Optimizer):
         autotune: str = "cached",
         autotune_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                "FROG takes the model itself, not its parameters: FROG(model); got "
-                f"{type(model).__name__}"
-            )
-        if sampling not in SAMPLINGS:
-            raise ValueError(
-                f"sampling must be one of {tuple(SAMPLINGS)}, got {sampling!r}"
-            )
-        size = SAMPLINGS[sampling] if sample_size is None else sample_size
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"sample_size must be a positive integer, got {size!r}")
-        if fallback not in FALLBACKS:
-            raise ValueError(
-                f"fallback must be one of {tuple(FALLBACKS)}, got {fallback!r}"
-            )
-        if fallback_lr is None:
-            fallback_lr = lr if fallback == "sgd" else ADAMW_LR
-        lr, fallback_lr = scalar(lr), scalar(fallback_lr)
-        if momentum_dtype is not None and momentum_dtype not in MOMENTUM_DTYPES:
-            raise ValueError(
-                f"momentum_dtype must be one of {MOMENTUM_DTYPES} or None, got "
-                f"{momentum_dtype!r}"
-            )
-        if isinstance(exclude, str | type):
-            exclude = (exclude,)
-        if output_layers is not None and not exclude_output_layer:
-            raise ValueError(
-                "output_layers names layers for the fallback, which "
-                "exclude_output_layer=False keeps: leave one of them out"
-            )
-        if isinstance(output_layers, str | type):
-            output_layers = (output_layers,)
+        check_model(model)
+        check(damping=damping, cg_iters=cg_iters)
+        options = Options(
+            sampling,
+            sample_size,
+            fallback,
+            fallback_lr,
+            momentum_dtype,
+            formulation,
+            backend,
+            exclude,
+            exclude_output_layer,
+            output_layers,
+            process_group,
+            capturable,
+        )
+        self._fallback_lr = scalar(options.own_fallback_lr(lr))
         defaults = {
             "lr": scalar(lr),
             "momentum": scalar(momentum),
@@ -283,19 +261,13 @@ class FROG(Optimizer):
             "cg_iters": cg_iters,
             "capturable": capturable,
         }
-        check_solver_options(damping, cg_iters, formulation, backend)
         self._tuning = Tuning(autotune, autotune_dir)
         self.capturable = capturable
         self._step_supports_amp_scaling = capturable  # asked for by GradScaler
         self.formulation = formulation
         self.backend = backend
         self._model = model
-        self._exclude = tuple(exclude)
-        self._exclude_output_layer = exclude_output_layer
-        self._output_layers = None if output_layers is None else tuple(output_layers)
-        self._fallback = fallback
-        self._fallback_lr = fallback_lr
-        self._momentum_dtype = momentum_dtype
+        self._options = options
         self._plan = Plan()
         self._layer_of: dict[nn.Parameter, Layer] = {}
         self._anomalies: dict[str, Tensor] = {}
@@ -303,13 +275,11 @@ class FROG(Optimizer):
         self._solved: dict[str, str] = {}
         self._unhooked = Unhooked(fallback)
         self._stepped = False
-        self._process_group = process_group
         self._observe: Callable[..., None] | None = None
         groups = self._split(user_groups(model, params), defaults)
-        self._sample_size = size
         self._world = find_world(self._plan, process_group, capturable)
         self._tuning.group = self._world.group
-        size, seed = self._world.share(size, seed)
+        size, seed = self._world.share(options.size, seed)
         self.capture = SampleCapture(
             size, sampling, seed, backend, may_wait=not capturable
         )
@@ -338,9 +308,9 @@ class FROG(Optimizer):
         for i, given in enumerate(groups):
             group = {k: v for k, v in given.items() if k != "fallback_lr"}
             check_group({**defaults, **group})
-            beside = {**FALLBACKS[self._fallback].defaults, **group}
+            beside = {**FALLBACKS[self._options.fallback].defaults, **group}
             beside["lr"] = fallback_lr(given, defaults["lr"], self._fallback_lr)
-            beside["updated_by"] = self._fallback
+            beside["updated_by"] = self._options.fallback
             try:
                 check_group({**defaults, **beside})
             except ValueError as error:
@@ -359,25 +329,25 @@ class FROG(Optimizer):
         plan = route(
             self._model,
             group_of,
-            self._exclude,
-            self._exclude_output_layer,
-            self._output_layers,
+            self._options.exclude,
+            self._options.exclude_output_layer,
+            self._options.output_layers,
         )
         for layer in plan.layers.values():
             try:
-                dtype = self._momentum_dtype or layer.weight.dtype
+                dtype = self._options.momentum_dtype or layer.weight.dtype
                 ops.resolve(self.backend, layer.weight.device, dtype)
             except ValueError as error:
                 raise ValueError(f"{layer.name}: {error}") from None
         layers = [*self._plan.layers.values(), *plan.layers.values()]
         try:
-            check_placements(layers, names, self._process_group)
+            check_placements(layers, names, self._options.process_group)
         except ValueError:
             if plan.guess is None:
                 raise
             plan.keep_guess()  # whatever the first step shows
             layers = [*self._plan.layers.values(), *plan.layers.values()]
-            check_placements(layers, names, self._process_group)
+            check_placements(layers, names, self._options.process_group)
         self._adopt(plan, group_of)
         preconditioned = plan.preconditioned()
         split = []
@@ -427,7 +397,7 @@ class FROG(Optimizer):
     def _make_state(self, param: nn.Parameter, group: dict[str, Any]) -> None:
         """Make what is missing of a parameter's state: all of it at first."""
         if group["updated_by"] == "frog":
-            layer, dtype = self._layer_of[param], self._momentum_dtype
+            layer, dtype = self._layer_of[param], self._options.momentum_dtype
             weight = layer.weight
             axes = layer.axes if param is weight else ROWS_FIRST
             make = partial(row_state, dtype=dtype, axes=axes)
@@ -652,10 +622,10 @@ class FROG(Optimizer):
         layers = self._plan.layers.values()
         return {
             "layers": {layer.name: tuple(layer.weight.shape) for layer in layers},
-            "sample_size": self._sample_size,
+            "sample_size": self._options.size,
             "sampling": self.capture.sampling,
             "formulation": self.formulation,
-            "momentum_dtype": self._momentum_dtype,
+            "momentum_dtype": self._options.momentum_dtype,
             **entries(self.param_groups),
         }
 
@@ -750,7 +720,7 @@ class FROG(Optimizer):
         let_go = loaded.get("let_go")
         if let_go is None:  # not by `state_dict`, or by that of version 1
             let_go = dict.fromkeys(self._let_go_by_state(), REASON)
-        self._unhooked = Unhooked(self._fallback)
+        self._unhooked = Unhooked(self._options.fallback)
         decided = set(loaded.get("decided", self._plan.layers))
         self._outputs.decided = decided
         if "decided" not in loaded:  # by a version that had nothing pending

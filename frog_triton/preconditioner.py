@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from types import ModuleType
 
@@ -13,26 +12,9 @@ from . import ops
 from .formulation import choose_formulation
 from .layers import Seen, adapter_for
 from .layers.rows import named
-from .ops.types import Rows, is_number
+from .ops.types import Rows
+from .options import check
 from .solvers import FORMULATIONS, Batch, Solution
-
-FORMULATION_CHOICES = ("auto", *FORMULATIONS)
-
-
-def check_solver_options(
-    damping: float | Tensor, cg_iters: int, formulation: str, backend: str
-) -> None:
-    """Raise ValueError for an option that no solve can use."""
-    if not is_number(damping) or not 0 < damping < math.inf:
-        raise ValueError(f"damping must be positive and finite, got {damping!r}")
-    if isinstance(cg_iters, bool) or not isinstance(cg_iters, int) or cg_iters < 1:
-        raise ValueError(f"cg_iters must be a positive integer, got {cg_iters!r}")
-    if formulation not in FORMULATION_CHOICES:
-        raise ValueError(
-            f"formulation must be one of {FORMULATION_CHOICES}, got {formulation!r}"
-        )
-    if backend not in ops.BACKENDS:
-        raise ValueError(f"backend must be one of {ops.BACKENDS}, got {backend!r}")
 
 
 def solve(
@@ -105,7 +87,8 @@ def precondition(
         TypeError: no adapter serves the module.
         ValueError: an option, or a shape, that does not fit.
     """
-    check_solver_options(damping, cg_iters, formulation, backend)
+    check(damping=damping, cg_iters=cg_iters)
+    check(formulation=formulation, backend=backend)
     adapter = adapter_for(module)
     kind = type(module).__name__
     if adapter is None:
