@@ -29,8 +29,8 @@ from ..kernels.gpu import GPUS, name_here
 from ..kernels.launch import Launch, recording
 from ..launches import Bucket, LayerShape
 from ..layers import ConvMap
+from ..linalg.rows import Rows
 from ..ops import triton_ops
-from ..ops.types import Rows
 from ..preconditioner import solve
 from ..solvers import Batch
 from .bench_step import add_tuning

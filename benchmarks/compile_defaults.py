@@ -23,8 +23,8 @@ from ..autotune.offline import compiled, inexact, resources
 from ..kernels.launch import Launch, capturable, recording
 from ..launches import Bucket, LayerShape, step_launches, step_problem
 from ..layers.conv import ConvSpec
+from ..linalg.rows import Window
 from ..ops import triton_ops
-from ..ops.types import Window
 from ..solvers import FORMULATIONS
 
 DTYPES = {

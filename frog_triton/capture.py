@@ -28,6 +28,7 @@ from .pool import Call, Pool, current_pass, joined
 from .products import ProductWatch
 from .replays import ReplayWatch
 from .routing import Layer, Use
+from .sampling import SAMPLINGS as SAMPLINGS
 from .sampling import Counter, counter_key, draw, draw_groups, take
 from .taps import IN_EVAL_MODE, Tap
 
@@ -35,9 +36,6 @@ _WATCHES: dict[type, type[ProductWatch]] = {AttentionAdapter: AttentionWatch}
 """By the type of a module's adapter, where it wants one of its own."""
 
 Watching = hooks.Installed | RemovableHandle | ProductWatch
-
-SAMPLINGS = {"examples": 32, "positions": 256}
-"""Ways to sample, each with its default size."""
 
 
 class SampleCapture:

@@ -17,7 +17,7 @@ from .kernels.gpu import GPUS
 from .kernels.work import Work
 from .launches import Bucket, LayerShape, together
 from .layers import ConvMap, LinearMap, Seen, adapter_for
-from .ops.types import Rows
+from .linalg.rows import Rows
 from .orthogonal import orthogonalize as directions
 from .routing import Exclusion, route
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .linalg.rows import Rows
+from .linalg.scales import row_scales, scaled
 from .ops import torch_ops
-from .ops.scales import row_scales, scaled
-from .ops.types import Rows
 from .solvers import Solution
 from .step import LayerStep
 

@@ -13,8 +13,8 @@ from .kernels.gpu import GPU, GPUS, detect
 from .kernels.table import Table, active, kernel_key, tuned_formulation, using
 from .kernels.work import Work, work
 from .launches import Bucket, shape_of, step_launches
+from .linalg.precision import tf32_convolutions
 from .ops.backend import Backend
-from .ops.precision import tf32_convolutions
 from .solvers import FORMULATIONS, Batch
 
 
@@ -114,8 +114,8 @@ def predict(
         bucket: the layers.
         gpu: whose rates.
         table: says into how many launches and splits a product falls.
-        allow_tf32: what `ops.precision.tf32_convolutions` says now: it sets the price
-            of images in float32.
+        allow_tf32: what `tf32_convolutions` says now: it sets the price of images in
+            float32.
     """
     times = {}
     for formulation in FORMULATIONS:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .ops.types import is_number
-from .preconditioner import check_solver_options
+from .options import check_group, scalar
 
 
 def user_groups(model: nn.Module, params: Iterable[Any] | None) -> list[dict[str, Any]]:
@@ -63,13 +61,6 @@ def user_group(group: Any) -> dict[str, Any]:
     named = {"param_names": [pair[0] for pair in pairs]} if pairs else {}
     options = {key: scalar(value) for key, value in group.items() if key != "params"}
     return {**options, "params": tensors, **named}
-
-
-def scalar(value: Any) -> Any:
-    """A tensor of one number without dimensions, in the same memory; else the value."""
-    if isinstance(value, Tensor) and value.ndim and value.numel() == 1:
-        return value.view(())
-    return value
 
 
 def part_of(group: dict[str, Any], params: Collection[Tensor]) -> dict[str, Any]:
@@ -135,56 +126,6 @@ def check_groups(groups: Iterable[dict[str, Any]]) -> None:
             check_group(group, places=False)
         except ValueError as error:
             raise ValueError(f"param_groups[{i}]: {error}") from None
-
-
-def check_group(group: dict[str, Any], places: bool = True) -> None:
-    """Raise ValueError for a group entry that no step can use.
-
-    Args:
-        group: its entries.
-        places: whether tensors of a capturable group must lie with its parameters;
-            if so, all tensors are read.
-    """
-    if group["capturable"] and places:
-        _check_places(group)
-
-    def known(value: Any) -> bool:
-        waits = isinstance(value, Tensor) and (group["capturable"] or not value.is_cpu)
-        return places or not waits
-
-    def within(value: Any, low: float, high: float) -> bool:
-        return not known(value) or bool(low <= value < high)
-
-    for name in ("lr", "momentum", "weight_decay"):
-        if not is_number(group[name]):
-            raise ValueError(f"{name} must be one number, got {group[name]!r}")
-        if not within(group[name], 0, math.inf):
-            raise ValueError(
-                f"{name} must not be negative or infinite, got {group[name]}"
-            )
-    if "betas" in group:
-        betas = group["betas"]
-        pair = isinstance(betas, tuple | list) and len(betas) == 2
-        if not pair or not all(is_number(b) and within(b, 0, 1) for b in betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
-    if not (is_number(group.get("eps", 0.0)) and group.get("eps", 0.0) >= 0):
-        raise ValueError(f"eps must not be negative, got {group['eps']!r}")
-    damping = group["damping"]
-    if is_number(damping) and not known(damping):
-        damping = 1.0
-    check_solver_options(damping, group["cg_iters"], "auto", "auto")
-
-
-def _check_places(group: dict[str, Any]) -> None:
-    """A tensor entry of a capturable group lies where its parameters do."""
-    devices = {param.device for param in group["params"]}
-    for name, value in group.items():
-        if isinstance(value, Tensor) and {value.device} != devices:
-            where = ", ".join(sorted(map(str, devices)))
-            raise ValueError(
-                f"{name} is a tensor on {value.device}, but its parameters are on "
-                f"{where}; with capturable=True move it there"
-            )
 
 
 def entries(groups: Iterable[dict[str, Any]]) -> dict[str, Any]:

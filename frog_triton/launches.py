@@ -12,8 +12,8 @@ from torch import Tensor
 from .kernels.launch import Launch, capturable, recording
 from .layers import ConvMap, LinearMap, MatrixMap
 from .layers.conv import ConvSpec
+from .linalg.rows import Rows
 from .ops.backend import Backend
-from .ops.types import Rows
 from .orthogonal import orthogonal_update_
 from .solvers import FORMULATIONS, Batch, prepared
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .fallback import check_updated_by
-from .groups import check_group, chosen, own_tensors
-from .ops.types import is_number
+from .groups import chosen, own_tensors
+from .linalg.rows import is_number
+from .options import check_group
 from .state import BEFORE, STATE_VERSION, move_state
 
 

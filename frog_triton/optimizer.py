@@ -16,21 +16,19 @@ from torch.optim import Optimizer
 
 from . import ops
 from .autotune.tuning import Tuning
-from .capture import SAMPLINGS, SampleCapture
+from .capture import SampleCapture
 from .coverage import tell
 from .diagnostics import Diagnostics, memory_usage
-from .distributed import check_placements, find_ranks
+from .distributed import check_placements, find_world
 from .evaluation import FusedInference
 from .fallback import FALLBACKS, check_updated_by
 from .gradients import GradientWatch
 from .groups import (
-    check_group,
     check_groups,
     entries,
     fallback_lr,
     own_tensors,
     part_of,
-    scalar,
     user_group,
     user_groups,
 )
@@ -42,15 +40,14 @@ from .guards import (
 )
 from .kernels.launch import capturable as without_host_copies
 from .layers import ROWS_FIRST
+from .linalg.rows import local
 from .loading import Loading
-from .ops.types import local
-from .preconditioner import check_solver_options
+from .options import Options, check, check_group, check_model, scalar
 from .routing import OUTPUT_LAYER, Exclusion, Layer, Plan, Route, RoutingTable, route
 from .sampling import Counter
 from .scaling import Left, leaving, skipping, steps_taken, unscale_
 from .seeking import Outputs
 from .state import (
-    MOMENTUM_DTYPES,
     ROW_KEYS,
     STATE_VERSION,
     STEP_KEYS,
@@ -58,31 +55,16 @@ from .state import (
     row_state,
     step_counter,
 )
-from .step import (
-    Gathered,
-    LayerStep,
-    Samples,
-    directions,
-    is_mixture,
-    layer_step,
-    no_samples,
-    step_along,
-    step_layers,
-    tuned,
-    untouched,
-)
+from .step import LayerStep, is_mixture, layer_step, untouched
 from .unhooked import REASON, Known, Unhooked
+from .update import step_layers, tuned
 
 if TYPE_CHECKING:
     from .distributed.division import Group
-    from .distributed.ranks import Ranks
 
 
 Due = Sequence[tuple[dict[str, Any], Sequence[nn.Parameter]]]
 """Groups, each with the parameters that it updates in a step."""
-
-ADAMW_LR = 3e-3
-"""Of parameters that AdamW updates beside FROG, unless `fallback_lr` says otherwise."""
 
 
 class FROG(Optimizer):
@@ -252,39 +234,23 @@ class FROG(Optimizer):
         autotune: str = "cached",
         autotune_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                "FROG takes the model itself, not its parameters: FROG(model); got "
-                f"{type(model).__name__}"
-            )
-        if sampling not in SAMPLINGS:
-            raise ValueError(
-                f"sampling must be one of {tuple(SAMPLINGS)}, got {sampling!r}"
-            )
-        size = SAMPLINGS[sampling] if sample_size is None else sample_size
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"sample_size must be a positive integer, got {size!r}")
-        if fallback not in FALLBACKS:
-            raise ValueError(
-                f"fallback must be one of {tuple(FALLBACKS)}, got {fallback!r}"
-            )
-        if fallback_lr is None:
-            fallback_lr = lr if fallback == "sgd" else ADAMW_LR
-        lr, fallback_lr = scalar(lr), scalar(fallback_lr)
-        if momentum_dtype is not None and momentum_dtype not in MOMENTUM_DTYPES:
-            raise ValueError(
-                f"momentum_dtype must be one of {MOMENTUM_DTYPES} or None, got "
-                f"{momentum_dtype!r}"
-            )
-        if isinstance(exclude, str | type):
-            exclude = (exclude,)
-        if output_layers is not None and not exclude_output_layer:
-            raise ValueError(
-                "output_layers names layers for the fallback, which "
-                "exclude_output_layer=False keeps: leave one of them out"
-            )
-        if isinstance(output_layers, str | type):
-            output_layers = (output_layers,)
+        check_model(model)
+        check(damping=damping, cg_iters=cg_iters)
+        options = Options(
+            sampling,
+            sample_size,
+            fallback,
+            fallback_lr,
+            momentum_dtype,
+            formulation,
+            backend,
+            exclude,
+            exclude_output_layer,
+            output_layers,
+            process_group,
+            capturable,
+        )
+        self._fallback_lr = scalar(options.own_fallback_lr(lr))
         defaults = {
             "lr": scalar(lr),
             "momentum": scalar(momentum),
@@ -295,19 +261,13 @@ class FROG(Optimizer):
             "cg_iters": cg_iters,
             "capturable": capturable,
         }
-        check_solver_options(damping, cg_iters, formulation, backend)
         self._tuning = Tuning(autotune, autotune_dir)
         self.capturable = capturable
         self._step_supports_amp_scaling = capturable  # asked for by GradScaler
         self.formulation = formulation
         self.backend = backend
         self._model = model
-        self._exclude = tuple(exclude)
-        self._exclude_output_layer = exclude_output_layer
-        self._output_layers = None if output_layers is None else tuple(output_layers)
-        self._fallback = fallback
-        self._fallback_lr = fallback_lr
-        self._momentum_dtype = momentum_dtype
+        self._options = options
         self._plan = Plan()
         self._layer_of: dict[nn.Parameter, Layer] = {}
         self._anomalies: dict[str, Tensor] = {}
@@ -315,19 +275,11 @@ class FROG(Optimizer):
         self._solved: dict[str, str] = {}
         self._unhooked = Unhooked(fallback)
         self._stepped = False
-        self._process_group = process_group
         self._observe: Callable[..., None] | None = None
         groups = self._split(user_groups(model, params), defaults)
-        self._sample_size = size
-        self._ranks = find_ranks(self._plan, process_group)
-        if self._ranks is not None:
-            if capturable:
-                raise ValueError(
-                    "capturable=True goes with one rank only: several agree on how "
-                    "many samples each brings, on the host; leave capturable out"
-                )
-            size, seed = self._ranks.share(size, seed)
-            self._tuning.group = self._ranks.division.group
+        self._world = find_world(self._plan, process_group, capturable)
+        self._tuning.group = self._world.group
+        size, seed = self._world.share(options.size, seed)
         self.capture = SampleCapture(
             size, sampling, seed, backend, may_wait=not capturable
         )
@@ -356,9 +308,9 @@ class FROG(Optimizer):
         for i, given in enumerate(groups):
             group = {k: v for k, v in given.items() if k != "fallback_lr"}
             check_group({**defaults, **group})
-            beside = {**FALLBACKS[self._fallback].defaults, **group}
+            beside = {**FALLBACKS[self._options.fallback].defaults, **group}
             beside["lr"] = fallback_lr(given, defaults["lr"], self._fallback_lr)
-            beside["updated_by"] = self._fallback
+            beside["updated_by"] = self._options.fallback
             try:
                 check_group({**defaults, **beside})
             except ValueError as error:
@@ -377,25 +329,25 @@ class FROG(Optimizer):
         plan = route(
             self._model,
             group_of,
-            self._exclude,
-            self._exclude_output_layer,
-            self._output_layers,
+            self._options.exclude,
+            self._options.exclude_output_layer,
+            self._options.output_layers,
         )
         for layer in plan.layers.values():
             try:
-                dtype = self._momentum_dtype or layer.weight.dtype
+                dtype = self._options.momentum_dtype or layer.weight.dtype
                 ops.resolve(self.backend, layer.weight.device, dtype)
             except ValueError as error:
                 raise ValueError(f"{layer.name}: {error}") from None
         layers = [*self._plan.layers.values(), *plan.layers.values()]
         try:
-            check_placements(layers, names, self._process_group)
+            check_placements(layers, names, self._options.process_group)
         except ValueError:
             if plan.guess is None:
                 raise
             plan.keep_guess()  # whatever the first step shows
             layers = [*self._plan.layers.values(), *plan.layers.values()]
-            check_placements(layers, names, self._process_group)
+            check_placements(layers, names, self._options.process_group)
         self._adopt(plan, group_of)
         preconditioned = plan.preconditioned()
         split = []
@@ -428,7 +380,7 @@ class FROG(Optimizer):
 
     def _tell(self) -> None:
         """Say once how much is preconditioned; warn below half."""
-        if self._ranks is not None and self._ranks.division.rank:
+        if not self._world.leads:
             return
         coverage = self.routes().coverage
         told = str(coverage)
@@ -445,7 +397,7 @@ class FROG(Optimizer):
     def _make_state(self, param: nn.Parameter, group: dict[str, Any]) -> None:
         """Make what is missing of a parameter's state: all of it at first."""
         if group["updated_by"] == "frog":
-            layer, dtype = self._layer_of[param], self._momentum_dtype
+            layer, dtype = self._layer_of[param], self._options.momentum_dtype
             weight = layer.weight
             axes = layer.axes if param is weight else ROWS_FIRST
             make = partial(row_state, dtype=dtype, axes=axes)
@@ -489,8 +441,7 @@ class FROG(Optimizer):
         for half in self._split([group], self.defaults):
             super().add_param_group(half)
         own_tensors(self.param_groups)
-        if self._ranks is not None:
-            self._ranks.verified = False
+        self._world.changed()
         new = {n: x for n, x in self._plan.layers.items() if known.get(n) is not x}
         for name in new.keys() & known.keys():  # a module put in another's place
             if self.capture.watches(name):
@@ -542,17 +493,17 @@ class FROG(Optimizer):
         check_groups(self.param_groups)
         names, stepped = self._plan.names, self._stepped
         problem = problem_with_grads(self.param_groups, names, stepped)
-        if self._ranks is not None and not self._ranks.verified:
-            self._verify(self._ranks, problem)
+        self._world.verify(self._settings, self.param_groups, problem)
         if problem is not None:
             raise RuntimeError(problem)
-        found_inf = self._found_inf()
-        layers = self._plan.layers.values()
+        found_inf, scaled = self._found_inf()
+        layers = list(self._plan.layers.values())
         known = self._unhooked.look(layers, self.capture, not self.capturable)
         decided, outputs = self._outputs.look(known.sampled)
         known = known._replace(decided=decided, outputs=outputs)
-        if self._ranks is not None:
-            found_inf, known = self._agree(self._ranks, found_inf, known)
+        known, found_inf = self._world.agree(layers, self.capture, known, found_inf)
+        if found_inf is not None and not scaled:
+            self._gradients.count_skipped(found_inf)
         if found_inf is not None and self._may_read(found_inf):
             if found_inf:
                 self._outputs.forget()
@@ -582,26 +533,25 @@ class FROG(Optimizer):
                     for param in params:
                         self._make_state(param, group)
                     move_state(self.state, group, params)
-                if self._ranks is not None:
-                    self._ranks.send_samples(self._layers_due(due))
+                self._world.send_samples(self._layers_due(due))
                 gathered = [(entry[0], self._gather([entry])) for entry in due]
             except BaseException:
                 undo()
                 raise
-            for (group, params), (_, steps) in zip(due, gathered, strict=True):
-                if group["updated_by"] == "frog":
-                    here, layers = self._here(gathered), self._plan.layers.values()
-                    with tuned(self._tuning, layers, self.backend, here):
+            layers, pieces = self._plan.layers.values(), self._world.pieces
+            with tuned(self._tuning, layers, self.backend, pieces, gathered):
+                for (group, params), (_, steps) in zip(due, gathered, strict=True):
+                    if group["updated_by"] == "frog":
                         self._step_rows(steps, group, found_inf)
-                else:
-                    states = [self.state[p] for p in params]
-                    fallback = FALLBACKS[group["updated_by"]]
-                    fallback.step(params, states, group, found_inf)
+                    else:
+                        states = [self.state[p] for p in params]
+                        fallback = FALLBACKS[group["updated_by"]]
+                        fallback.step(params, states, group, found_inf)
 
-    def _found_inf(self) -> Tensor | None:
+    def _found_inf(self) -> tuple[Tensor | None, bool]:
         """Not 0 where a gradient is not finite, so that the step is to be skipped.
 
-        A GradScaler that leaves its work to us has looked already.
+        A GradScaler that leaves its work to us has looked already: the second value.
         """
         named = {
             self._plan.names[p]: local(p.grad)
@@ -612,27 +562,13 @@ class FROG(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if isinstance(found_inf, Tensor):
             unscale_(named.values(), getattr(self, "grad_scale", None))
-            return found_inf
+            return found_inf, True
         largest = self._gradients.look(named)
         if largest is None:
-            return None
+            return None, False
         if not self.capturable:
             self._gradients.warn_of_growth(largest)
-        found_inf = (~torch.isfinite(largest)).float()
-        if self._ranks is None:
-            self._gradients.count_skipped(found_inf)
-        return found_inf
-
-    def _agree(
-        self, ranks: Ranks, found_inf: Tensor | None, known: Known
-    ) -> tuple[Tensor, Known]:
-        """The same of all ranks, on the host; they also say what samples they bring."""
-        layers = list(self._plan.layers.values())
-        known = known._replace(bad=found_inf is not None and bool(found_inf))
-        known = ranks.agree(layers, self.capture, known)
-        skipped = torch.tensor(float(known.bad))
-        self._gradients.count_skipped(skipped)
-        return skipped, known
+        return (~torch.isfinite(largest)).float(), False
 
     def _step_rows(
         self,
@@ -644,18 +580,8 @@ class FROG(Optimizer):
         counts = [self._anomalies[step.layer.name] for step in steps]
         alone = [self._left_alone(step) for step in steps if is_mixture(step.layer)]
         with skipping(grads, counts, found_inf), leaving(alone):
-            ranks = self._ranks
-            here = ranks.own(steps, group) if ranks else steps
-            how = (group, self.formulation, self._anomalies, self._observe)
-            if ranks and group["orthogonalize"]:
-                found, solved = directions(here, *how)
-                for step, whole, rows in ranks.share_directions(steps, found):
-                    step_along(step, whole, rows, group)
-            else:
-                solved = step_layers(here, *how)
-                if ranks:
-                    ranks.share_rows(steps)
-            self._solved |= solved
+            how = (self.formulation, self._anomalies, self._observe)
+            self._solved |= step_layers(self._world, steps, group, *how)
         for step in steps:
             step.write_back()
             counter = self.state[step.layer.weight]["step"]
@@ -666,15 +592,7 @@ class FROG(Optimizer):
     def _left_alone(self, step: LayerStep) -> Left:
         """Of a mixture's layer: the rows of experts that met no token."""
         counts, rows = self._anomalies[step.layer.name], untouched(step)
-        here = slice(None) if self._ranks is None else self._ranks.counted(step.layer)
-        return Left(step.grads, rows, counts, here)
-
-    def _here(self, gathered: Gathered) -> Gathered:
-        """What this rank solves of it."""
-        ranks = self._ranks
-        if ranks is None:
-            return gathered
-        return [(group, ranks.pieces(steps)) for group, steps in gathered]
+        return Left(step.grads, rows, counts, self._world.counted(step.layer))
 
     def _no_waiting(self) -> AbstractContextManager[Any]:
         return without_host_copies() if self.capturable else nullcontext()
@@ -685,7 +603,7 @@ class FROG(Optimizer):
         for layer in layers:
             self._counts_of(layer)
         return [
-            layer_step(layer, self.state, self._samples, self.backend)
+            layer_step(layer, self.state, self._world, self.capture, self.backend)
             for layer in layers
         ]
 
@@ -699,38 +617,17 @@ class FROG(Optimizer):
         }
         return list(layers.values())
 
-    def _verify(self, ranks: Ranks, problem: str | None) -> None:
-        """Raise, on all ranks alike, where they are not set up alike."""
+    def _settings(self) -> dict[str, Any]:
+        """What all ranks must have alike."""
         layers = self._plan.layers.values()
-        settings = {
+        return {
             "layers": {layer.name: tuple(layer.weight.shape) for layer in layers},
-            "sample_size": self._sample_size,
+            "sample_size": self._options.size,
             "sampling": self.capture.sampling,
             "formulation": self.formulation,
-            "momentum_dtype": self._momentum_dtype,
+            "momentum_dtype": self._options.momentum_dtype,
             **entries(self.param_groups),
-            "what is wrong with gradients": problem,
         }
-        params = [p for group in self.param_groups for p in group["params"]]
-        ranks.verify(settings, () if problem else params)
-        ranks.verified = problem is None
-
-    def _samples(self, layer: Layer, bias: bool) -> Samples:
-        """The layer's samples, or a sample of zeros if there are none."""
-        momenta = (self.state[p].get("momentum_buffer") for p in layer.params)
-        dtype = next(m.dtype for m in momenta if m is not None)
-        if self._ranks is None:
-            found = self.capture.samples(layer, bias)
-        else:
-            found = self._ranks.samples(layer, bias, dtype)
-        if found is not None:
-            return found
-        return no_samples(layer, bias, dtype, self._rows_here(layer))
-
-    def _rows_here(self, layer: Layer) -> int:
-        """How many rows of a layer this rank solves."""
-        rows = layer.geometry.rows
-        return rows if self._ranks is None else self._ranks.rows_here(layer)
 
     def _review(self, known: Known) -> Callable[[], None]:
         """Give layers without samples to the fallback, and take back who has some.
@@ -766,7 +663,7 @@ class FROG(Optimizer):
         self._told_of |= bare
         served = known.decided or bare  # is not what it was
         now = str(self.routes().coverage) if (text or bare) and served else ""
-        if (text or now) and (self._ranks is None or not self._ranks.division.rank):
+        if (text or now) and self._world.leads:
             tell(". ".join(filter(None, [text, now])))
         if known.decided:
             self._watch_what_is_served()
@@ -823,7 +720,7 @@ class FROG(Optimizer):
         let_go = loaded.get("let_go")
         if let_go is None:  # not by `state_dict`, or by that of version 1
             let_go = dict.fromkeys(self._let_go_by_state(), REASON)
-        self._unhooked = Unhooked(self._fallback)
+        self._unhooked = Unhooked(self._options.fallback)
         decided = set(loaded.get("decided", self._plan.layers))
         self._outputs.decided = decided
         if "decided" not in loaded:  # by a version that had nothing pending
@@ -898,8 +795,7 @@ class FROG(Optimizer):
             Route(name, tuple(p.shape), updated_by.get(p, "-"), self._reason(p))
             for p, name in self._plan.names.items()
         )
-        if self._ranks is not None:
-            table.note = self._ranks.summary()
+        table.note = self._world.summary()
         return table
 
     def _reason(self, param: nn.Parameter) -> str:
@@ -916,8 +812,8 @@ class FROG(Optimizer):
                     notes.append("the last; its first step will show")
             else:
                 notes.append(self._solved.get(layer.name, ""))
-        if self._ranks is not None and not self._unhooked.holds(layer) and layer:
-            notes.append(self._ranks.describe(layer))
+        if layer is not None and not self._unhooked.holds(layer):
+            notes.append(self._world.describe(layer))
         if not param.requires_grad:
             notes.append("frozen")
         return "; ".join(filter(None, [reason, *notes]))
@@ -979,7 +875,7 @@ class FROG(Optimizer):
         counts = self._anomalies.get(layer.name)
         if counts is None:
             refuse_to_make_in_graph(layer.name)
-            shape = (2, self._rows_here(layer))
+            shape = (2, self._world.rows_here(layer))
             counts = torch.zeros(shape, dtype=torch.int32, device=device)
         self._anomalies[layer.name] = counts.to(device)
 

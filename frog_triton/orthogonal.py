@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .ops.types import Rows
+from .linalg.rows import Rows
+from .ops.backend import Backend
 from .solvers import Solution
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -55,7 +55,7 @@ def orthogonalize(rows: Rows, finite: Tensor, groups: int = 1) -> Rows:
 
 
 def orthogonal_update_(
-    backend: ModuleType,
+    backend: Backend,
     solution: Solution,
     groups: int,
     params: Sequence[Rows],

@@ -20,7 +20,7 @@ from torch._dynamo import compiled_autograd
 from torch.utils.hooks import RemovableHandle
 
 from .layers import Geometry, LayerAdapter, LinearMap, MatrixMap, pool_samples
-from .ops.types import local
+from .linalg.rows import local
 from .sampling import Counter, draw
 
 MOST_PASSES = 16

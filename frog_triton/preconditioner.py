@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
-from types import ModuleType
-
 import torch
 from torch import Tensor, nn
 
@@ -13,30 +9,14 @@ from . import ops
 from .formulation import choose_formulation
 from .layers import Seen, adapter_for
 from .layers.rows import named
-from .ops.types import Rows, is_number
-from .solvers import FORMULATIONS, Batch, Solution
-
-FORMULATION_CHOICES = ("auto", *FORMULATIONS)
-
-
-def check_solver_options(
-    damping: float | Tensor, cg_iters: int, formulation: str, backend: str
-) -> None:
-    """Raise ValueError for an option that no solve can use."""
-    if not is_number(damping) or not 0 < damping < math.inf:
-        raise ValueError(f"damping must be positive and finite, got {damping!r}")
-    if isinstance(cg_iters, bool) or not isinstance(cg_iters, int) or cg_iters < 1:
-        raise ValueError(f"cg_iters must be a positive integer, got {cg_iters!r}")
-    if formulation not in FORMULATION_CHOICES:
-        raise ValueError(
-            f"formulation must be one of {FORMULATION_CHOICES}, got {formulation!r}"
-        )
-    if backend not in ops.BACKENDS:
-        raise ValueError(f"backend must be one of {ops.BACKENDS}, got {backend!r}")
+from .linalg.rows import Rows
+from .ops.backend import Backend
+from .options import check
+from .solvers import FORMULATIONS, Batch, Solution, prepared
 
 
 def solve(
-    backend: ModuleType,
+    backend: Backend,
     batch: Batch,
     *,
     damping: float | Tensor,
@@ -52,10 +32,7 @@ def solve(
         cg_iters: k.
         formulation: ``"primal"``, ``"gram"`` or ``"auto"``.
     """
-    rows = batch.ms[0].weight
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    xs, ys = backend.prepare(batch.xs, batch.ys, dtype)
-    batch = replace(batch, xs=xs, ys=ys)
+    batch = prepared(backend, batch)
     if formulation == "auto":
         formulation = choose_formulation(backend, batch, cg_iters)
     return FORMULATIONS[formulation](backend, batch, damping, cg_iters)
@@ -105,7 +82,8 @@ def precondition(
         TypeError: no adapter serves the module.
         ValueError: an option, or a shape, that does not fit.
     """
-    check_solver_options(damping, cg_iters, formulation, backend)
+    check(damping=damping, cg_iters=cg_iters)
+    check(formulation=formulation, backend=backend)
     adapter = adapter_for(module)
     kind = type(module).__name__
     if adapter is None:

@@ -14,6 +14,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
+SAMPLINGS = {"examples": 32, "positions": 256}
+"""Ways to sample, each with its default size."""
+
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment and multipliers
 _MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))

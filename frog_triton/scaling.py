@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ops.types import Rows
+from .linalg.rows import Rows
 
 
 def unscale_(grads: Iterable[Tensor], grad_scale: Tensor | None) -> None:

@@ -14,7 +14,6 @@ STATE_VERSION = 2
 BEFORE: dict[str, Any] = {"orthogonalize": False}
 """Options that are younger than some saved states, as those were written without."""
 
-MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 ROW_KEYS = frozenset({"momentum_buffer"})
 """What the state of a preconditioned parameter holds."""
 

@@ -1,25 +1,24 @@
-"""One step of Algorithm 1 for the layers of a parameter group."""
+"""What a layer brings to a step: rows of its parameters, and samples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .autotune.tuning import Tuning
-from .launches import MOST_PROBLEMS, Bucket, portions, shape_of
+from .launches import MOST_PROBLEMS
 from .layers import LinearMap, MatrixMap, RowAxes
-from .ops.types import Rows, local, stack_rows, written_out
-from .orthogonal import orthogonal_update_, orthogonalize
-from .preconditioner import solve
+from .linalg.rows import Rows, local, written_out
+from .ops.backend import Backend
 from .routing import Layer
-from .solvers import Batch, Solution
+
+if TYPE_CHECKING:
+    from .capture import SampleCapture
+    from .distributed import World
 
 Samples = tuple[LinearMap, Tensor]
 
@@ -43,7 +42,7 @@ class LayerStep:
     """
 
     layer: Layer
-    backend: ModuleType
+    backend: Backend
     x: LinearMap
     y: Tensor
     momentum: Rows
@@ -93,7 +92,8 @@ class LayerStep:
 def layer_step(
     layer: Layer,
     state: Mapping[Any, dict[str, Any]],
-    samples: Callable[[Layer, bool], Samples],
+    world: World,
+    capture: SampleCapture,
     backend: str,
 ) -> LayerStep:
     """Gather a layer's rows, those that lie on this rank, and samples.
@@ -101,7 +101,8 @@ def layer_step(
     Args:
         layer: at least one of its parameters has a gradient.
         state: the optimizer's.
-        samples: gives a layer's samples, with or without its bias.
+        world: knows the samples of all ranks.
+        capture: holds those of this one.
         backend: one of `ops.BACKENDS`.
 
     Raises:
@@ -119,7 +120,9 @@ def layer_step(
         momentum_bias = flat(local(state[bias]["momentum_buffer"]))
         params_bias = flat(local(bias))
         bias_grad = flat(_without_overlap(local(bias.grad)), kept=False)
-    x, y = samples(layer, bias_grad is not None)
+    momenta = (state[p].get("momentum_buffer") for p in layer.params)
+    dtype = next(m.dtype for m in momenta if m is not None)
+    x, y = world.samples(layer, bias_grad is not None, dtype, capture)
     if weight.grad is not None:
         buffer = local(state[weight]["momentum_buffer"])
         rows = axes.matrix(buffer)
@@ -178,217 +181,6 @@ def _param_rows(
     return _at_home(view, view.flatten(0, len(axes.rows) - 1), homes)
 
 
-class Direction(NamedTuple):
-    """Some rows of a layer's direction, not orthogonalized.
-
-    Attributes:
-        rows: ``(R, D)``.
-        finite: rows that may move ``(R,)``.
-    """
-
-    rows: Rows
-    finite: Tensor
-
-
-def step_layers(
-    steps: Iterable[LayerStep],
-    group: dict[str, Any],
-    formulation: str,
-    counts: Mapping[str, Tensor],
-    observe: Callable[..., None] | None = None,
-) -> dict[str, str]:
-    """Momentum, solve and update of all layers, those of one geometry together.
-
-    Args:
-        steps: from `layer_step`.
-        group: hyperparameters.
-        formulation: ``"primal"``, ``"gram"`` or ``"auto"``.
-        counts: of each layer by name, int32 ``(2, R)``: how often a row has met
-            samples that are not finite, and how often it stayed because its momentum
-            would not have been; updated in place.
-        observe: called with layers, solution and group between solve and update.
-
-    Returns:
-        How each layer was solved, in words.
-    """
-    solved: dict[str, str] = {}
-    for bucket, solution in _solutions(steps, group, formulation, solved, observe):
-        counters = [_counter(counts[step.layer.name], step.counted) for step in bucket]
-        dense, params = [c for _, c in counters], [step.params for step in bucket]
-        lr, weight_decay = group["lr"], group["weight_decay"]
-        if group["orthogonalize"]:
-            backend, groups = bucket[0].backend, bucket[0].layer.geometry.groups
-            orthogonal_update_(
-                backend, solution, groups, params, dense, lr, weight_decay
-            )
-        else:
-            solution.update_(params, dense, lr, weight_decay)
-        for part, counter in counters:
-            if part is not counter:
-                part += counter
-    return solved
-
-
-def directions(
-    steps: Iterable[LayerStep],
-    group: dict[str, Any],
-    formulation: str,
-    counts: Mapping[str, Tensor],
-    observe: Callable[..., None] | None = None,
-) -> tuple[dict[str, list[Direction]], dict[str, str]]:
-    """Momentum and solve as in `step_layers`, but no update.
-
-    Returns:
-        The directions of each layer by name, in the order of its rows; and how each
-        layer was solved, in words.
-    """
-    solved: dict[str, str] = {}
-    found: dict[str, dict[int, Direction]] = {}
-    for bucket, solution in _solutions(steps, group, formulation, solved, observe):
-        rows = solution.rows()
-        for i, step in enumerate(bucket):
-            name, finite = step.layer.name, solution.finite[i]
-            part, counter = _counter(counts[name], step.counted)
-            step.backend.count_([counter], solution.status[i : i + 1], finite[None])
-            if part is not counter:
-                part += counter
-            first = 0 if step.counted is None else step.counted.start
-            found.setdefault(name, {})[first] = Direction(rows.layer(i), finite)
-    # Pieces of a layer that share a geometry are solved together, out of order.
-    ordered = {name: [d[first] for first in sorted(d)] for name, d in found.items()}
-    return ordered, solved
-
-
-def step_along(
-    step: LayerStep, whole: Direction, rows: slice, group: dict[str, Any]
-) -> None:
-    """Orthogonalize a layer's whole direction and step along some rows of it.
-
-    Args:
-        step: of these rows.
-        whole: all of the layer's rows.
-        rows: which of them.
-        group: hyperparameters.
-    """
-    finite, groups = whole.finite[None], step.layer.geometry.groups
-    z = orthogonalize(stack_rows([whole.rows]), finite, groups)
-    step.backend.step_along_(
-        [step.params],
-        stack_rows([narrow(z.layer(0), rows)]),
-        finite[:, rows],
-        group["lr"],
-        group["weight_decay"],
-    )
-
-
-def _solutions(
-    steps: Iterable[LayerStep],
-    group: dict[str, Any],
-    formulation: str,
-    solved: dict[str, str],
-    observe: Callable[..., None] | None,
-) -> Iterator[tuple[list[LayerStep], Solution]]:
-    """Layers of one geometry with their solution; notes how in `solved`."""
-    for bucket in _buckets(steps):
-        grads = [step.grads for step in bucket if step.grads is not None]
-        finite = [step.finite for step in bucket if step.finite is not None]
-        batch = Batch(
-            [step.x for step in bucket],
-            [step.y for step in bucket],
-            [step.momentum for step in bucket],
-            grads or None,
-            group["momentum"],
-            group["nesterov"],
-            torch.stack(finite) if finite else None,
-        )
-        solution = solve(
-            bucket[0].backend,
-            batch,
-            damping=group["damping"],
-            cg_iters=group["cg_iters"],
-            formulation=formulation,
-        )
-        if observe is not None:
-            observe(bucket, solution, group)
-        for step in bucket:
-            count = step.x.samples * step.x.positions
-            solved[step.layer.name] = f"{solution.formulation}, N = {count}"
-        yield bucket, solution
-
-
-def advance_momentum(
-    steps: Iterable[LayerStep], group: dict[str, Any]
-) -> list[LayerStep]:
-    """``M <- beta M + G`` of all rows, before a solve of some of them.
-
-    Args:
-        steps: from `layer_step`.
-        group: hyperparameters.
-
-    Returns:
-        The steps, without gradients; their momentum is what to precondition.
-    """
-    advanced = []
-    for bucket in _buckets(steps):
-        ms, _, finite = bucket[0].backend.momentum_(
-            [step.momentum for step in bucket],
-            [step.grads for step in bucket],
-            group["momentum"],
-            group["nesterov"],
-        )
-        advanced += [
-            replace(step, momentum=m, grads=None, finite=rows)
-            for step, m, rows in zip(bucket, ms, finite, strict=True)
-        ]
-    return advanced
-
-
-Gathered = Sequence[tuple[dict[str, Any], Sequence["LayerStep"]]]
-"""Parameter groups, each with what its layers bring to the step."""
-
-
-def tuned(
-    tuning: Tuning, layers: Iterable[Layer], backend: str, gathered: Gathered
-) -> AbstractContextManager[None]:
-    """A context in which launches use the tuning's table; see `Tuning.applied`.
-
-    Args:
-        tuning: the optimizer's.
-        layers: all that are preconditioned, so that every rank decides alike.
-        backend: one of `ops.BACKENDS`.
-        gathered: what this rank solves.
-    """
-    weight = next((layer.weight for layer in layers), None)
-    if weight is None:
-        return nullcontext()
-    chosen = ops.resolve(backend, weight.device, torch.float32)
-    if weight.is_cuda and not chosen.GROUPS_LAYERS:
-        return nullcontext()  # torch has nothing to tune, nor need Triton be there
-    return tuning.applied(
-        weight.device,
-        lambda: [b for group, steps in gathered for b in buckets_of(steps, group)],
-    )
-
-
-def buckets_of(steps: Iterable[LayerStep], group: dict[str, Any]) -> list[Bucket]:
-    """Layers that share launches, as the tuner wants to know them.
-
-    Args:
-        steps: from `layer_step`.
-        group: hyperparameters.
-    """
-    found = []
-    for bucket in _buckets(step for step in steps if step.backend.GROUPS_LAYERS):
-        first = bucket[0]
-        shape = shape_of(Batch([first.x], [first.y], [first.momentum]))
-        param, momentum = first.params.weight.dtype, first.momentum.weight.dtype
-        dtypes = (first.x.dtype, param, momentum)
-        named = replace(shape, name=first.layer.name)
-        iters, nesterov = group["cg_iters"], group["nesterov"]
-        found.append(Bucket(named, len(bucket), iters, nesterov, dtypes))
-    return found
-
-
 def no_samples(
     layer: Layer, bias: bool, dtype: torch.dtype, rows: int | None = None
 ) -> Samples:
@@ -416,26 +208,6 @@ def _without_overlap(grad: Tensor) -> Tensor:
     return grad.contiguous() if overlaps else grad
 
 
-def _buckets(steps: Iterable[LayerStep]) -> list[list[LayerStep]]:
-    """Those that can share launches together, as many as a launch can hold."""
-    buckets: dict[Hashable, list[LayerStep]] = {}
-    for step in steps:
-        buckets.setdefault(step.key, []).append(step)
-    return [
-        some
-        for bucket in buckets.values()
-        for some in portions(bucket, bucket[0].x.groups)
-    ]
-
-
 def narrow(rows: Rows, index: slice) -> Rows:
     """Some of a layer's rows."""
     return Rows(rows.weight[index], None if rows.bias is None else rows.bias[index])
-
-
-def _counter(counts: Tensor, rows: slice | None) -> tuple[Tensor, Tensor]:
-    """The rows' counters, and a dense tensor to count in."""
-    part = counts if rows is None else counts[:, rows]
-    if part.shape == counts.shape:
-        return counts, counts
-    return part, torch.zeros_like(part, memory_format=torch.contiguous_format)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .capture import SampleCapture
-from .ops.types import local
+from .linalg.rows import local
 from .routing import OUTPUT_LAYER, Layer
 
 REASON = "its weight is used without calling the module"

@@ -14,7 +14,7 @@ PARTS: tl.constexpr = tl.constexpr(64)
 """Parts of a group's samples whose largest entries are found side by side."""
 
 REACH: tl.constexpr = tl.constexpr(40)
-"""See `frog_triton.ops.scales`, which has it for torch."""
+"""See `frog_triton.linalg.scales`, which has it for torch."""
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.types import Window
+from ..linalg.rows import Window
 from .config import Config, power_of_two
 from .kernel import Args, Kernel, Parts, Values, blocks
 from .work import Sizes

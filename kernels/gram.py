@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.types import SampleMap
+from ..linalg.rows import SampleMap
 from .common import layer_pointer, load_scale
 from .config import SplitConfig, power_of_two
 from .kernel import STAGES, TILES, WARPS, Args, Kernel, Parts, Values, blocks, ceil_div

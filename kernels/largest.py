@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.types import SampleMap
+from ..linalg.rows import SampleMap
 from .common import PARTS, layer_pointer
 from .config import Config
 from .kernel import Args, Kernel, Parts, Values

@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.types import Rows, SampleMap
+from ..linalg.rows import Rows, SampleMap
 from .interpreter import bear_new_numpy, interpreted
 
 DTYPES = {

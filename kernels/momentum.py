@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.types import Rows, SampleMap
+from ..linalg.rows import Rows, SampleMap
 from .common import (
     is_finite,
     layer_pointer,

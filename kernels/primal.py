@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.types import Rows
+from ..linalg.rows import Rows
 from .common import load_scalar, ordered_sum
 from .config import Config
 from .samples import Samples

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.types import SampleMap
+from ..linalg.rows import SampleMap
 from .common import (
     grouped_program,
     layer_pointer,

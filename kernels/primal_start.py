@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.types import Rows, SampleMap
+from ..linalg.rows import Rows, SampleMap
 from .kernel import blocks
 from .primal import PrimalState
 from .primal_adjoint import PRIMAL_ADJOINT, adjoint_config, adjoint_pieces

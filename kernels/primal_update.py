@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.types import Rows
+from ..linalg.rows import Rows
 from .common import count_anomalies, layer_pointer, load_scalar
 from .config import Config
 from .kernel import WARPS, Kernel, covering

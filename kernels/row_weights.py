@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.types import SampleMap
+from ..linalg.rows import SampleMap
 from .common import (
     layer_pointer,
     load_scale,

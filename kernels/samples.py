@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.precision import tf32_convolutions
-from ..ops.types import SampleMap
+from ..linalg.precision import tf32_convolutions
+from ..linalg.rows import SampleMap
 from .interpreter import interpreted
 from .largest import largest_of
 from .launchers import PRECISION

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.types import Rows, SampleMap
+from ..linalg.rows import Rows, SampleMap
 from .common import (
     count_anomalies,
     grouped_program,

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 
 from frog_triton import FROG, layers, taps
 from frog_triton import routing as routes
-from frog_triton.ops.types import written_out
+from frog_triton.linalg.rows import written_out
 from frog_triton.taps import UNPROVEN
 from frog_triton.unhooked import PATIENCE
 

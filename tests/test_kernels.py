@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from frog_triton import FROG
 from frog_triton.kernels.launch import recording
 from frog_triton.layers import MatrixMap
+from frog_triton.linalg.rows import Rows, Window
 from frog_triton.ops import torch_ops, triton_ops
-from frog_triton.ops.types import Rows, Window
 from frog_triton.solvers import FORMULATIONS, Batch
 
 pytestmark = pytest.mark.usefixtures("poisoned")

@@ -14,7 +14,7 @@ from kinds_calls import CALLS, EVERYTHING, frog
 from kinds_inside import EXPERTS, RECURRENT
 from kinds_run import Run, backward
 
-from frog_triton.ops.types import written_out
+from frog_triton.linalg.rows import written_out
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INSIDE = {**ATTENTION, **BLOCKS, **EXPERTS, **RECURRENT}

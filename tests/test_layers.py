@@ -17,8 +17,8 @@ from frog_triton.layers import (
     pool_samples,
     register,
 )
+from frog_triton.linalg.rows import Rows
 from frog_triton.ops import torch_ops
-from frog_triton.ops.types import Rows
 
 
 def linear_map(module, x):

@@ -102,7 +102,7 @@ from frog_triton.autotune.offline import compiled, inexact, resources
 from frog_triton.launches import Bucket, LayerShape, step_problem
 from frog_triton.ops import triton_ops
 from frog_triton.kernels.launch import capturable, recording
-from frog_triton.ops.types import Rows, Window
+from frog_triton.linalg.rows import Rows, Window
 
 def meta(size, dtype):
     return torch.empty(size, dtype=dtype, device="meta")

@@ -10,10 +10,11 @@ from cases import PAPER
 from torch import nn
 
 from frog_triton import FROG
+from frog_triton.distributed.directions import collect
+from frog_triton.linalg.rows import Rows
 from frog_triton.ops import torch_ops, triton_ops
-from frog_triton.ops.types import Rows
 from frog_triton.orthogonal import newton_schulz, orthogonalize
-from frog_triton.step import directions
+from frog_triton.update import solutions
 
 
 def randn(*shape, dtype=torch.float64, device="cpu"):
@@ -149,8 +150,8 @@ def test_pieces_of_a_layer_come_in_the_order_of_its_rows(monkeypatch):
         for a, b in cuts
     ]
     monkeypatch.setattr(torch_ops, "GROUPS_LAYERS", True)
-    parts, _ = directions(pieces, opt.param_groups[0], "primal", opt._anomalies)
-    found = torch.cat([d.rows.weight for d in parts["0"]])
+    solved = solutions(pieces, group, "primal", opt._anomalies, None, {})
+    found = torch.cat([d.rows.weight for d in collect(solved)["0"]])
     expected, _ = oracles.precondition(net[0], *seen, 1e-2, 4)
     expected = expected.reshape(15, -1)[5:10]
     assert oracles.relative_error(found, expected) < 1e-10  # measured 7e-13

@@ -43,62 +43,91 @@ def test_version():
     assert frog_triton.__version__ == "0.1.0"
 
 
-RANKS = {
-    "cli": 14,
-    "optimizer": 13,
-    "distributed": 12,
-    "loading": 10,
-    "unhooked": 10,
-    "cost": 9,
-    "capture": 8,
-    "attention": 7,
-    "replays": 7,
-    "step": 7,
-    "evaluation": 6,
-    "preconditioner": 6,
-    "products": 6,
-    "seeking": 6,
-    "formulation": 6,
-    "functional": 6,
-    "hooks": 6,
-    "launches": 5,
-    "taps": 5,
-    "pool": 4,
-    "routing": 4,
-    "solvers": 4,
-    "layers": 3,
-    "table": 2,
-    "coverage": 1,
-    "ops": 2,
-    "outputs": 1,
-    "kernels": 1,
-}
+FLOORS = (
+    {"__version__", "coverage", "guards", "linalg", "outputs", "sampling", "traced"},
+    {"kernels", "scaling", "table"},
+    {"eager", "gradients", "ops"},
+    {"layers", "solvers"},
+    {"orthogonal", "pool", "routing", "state"},
+    {"fallback", "launches", "taps"},
+    {"formulation", "functional", "hooks", "options", "step"},
+    {"autotune", "diagnostics", "evaluation", "groups", "preconditioner", "products"}
+    | {"seeking"},
+    {"attention", "loading", "replays", "update"},
+    {"capture"},
+    {"cost", "unhooked"},
+    {"cli", "distributed"},
+    {"optimizer"},
+)
+"""What there is, from the ground up: a module knows only those on floors below."""
+
+FREE = {"__init__", "__main__", "benchmarks", "presets"}
+"""The door, and what anyone may look at."""
+
+
+def imports(path):
+    """Modules of the package that a file imports at run time: level and name."""
+    tree = ast.parse(path.read_text())
+    for_types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        # Names for type checkers alone are of who is called back.
+        if isinstance(node, ast.ImportFrom) and node.level and node not in for_types:
+            names = [node.module] if node.module else [a.name for a in node.names]
+            for name in names:
+                yield node.level, name.split(".")[0]
+
+
+def files():
+    """Files of the package, and their places in it."""
+    for path in (ROOT / "frog_triton").rglob("*.py"):
+        yield path, path.relative_to(ROOT / "frog_triton").parts
+    for path in (ROOT / "kernels").rglob("*.py"):
+        yield path, ("kernels", *path.relative_to(ROOT / "kernels").parts)
 
 
 def test_arrows_point_down():
-    for path in (ROOT / "frog_triton").rglob("*.py"):
-        relative = path.relative_to(ROOT / "frog_triton")
-        own = relative.parts[0].removesuffix(".py")
-        if own not in RANKS:
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    assert sum(map(len, FLOORS)) == len(floor)
+    met = {"__version__"}
+    for path, parts in files():
+        own = parts[0].removesuffix(".py")
+        met.add(own)
+        if own in FREE:
             continue
-        tree = ast.parse(path.read_text())
-        for_types = {
-            inner
-            for node in ast.walk(tree)
-            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-            for inner in ast.walk(node)
-        }
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.ImportFrom) or node.level == 0:
-                continue
-            if node in for_types:  # names alone, of who is called back
-                continue
-            if node.level < len(relative.parts):
-                continue  # a sibling
-            names = [node.module] if node.module else [a.name for a in node.names]
-            for name in names:
-                target = name.split(".")[0]
-                assert RANKS.get(target, 0) < RANKS[own], f"{path} imports {name}"
+        assert own in floor, f"{path} has no floor"
+        for level, target in imports(path):
+            if level == len(parts) and target not in FREE:
+                below = floor[target] < floor[own] or target == own
+                assert below, f"{path} imports {target}"
+    assert met - FREE == set(floor)
+
+
+def test_files_of_a_room_do_not_import_each_other_in_a_circle():
+    """Imports within functions, which hide one, count as well."""
+    siblings = {}
+    for path, parts in files():
+        if len(parts) > 1 and parts[0] != "benchmarks":
+            mine = siblings.setdefault(parts, set())
+            for level, target in imports(path):
+                if level == 1:
+                    mine.add((*parts[:-1], f"{target}.py"))
+    done = set()
+
+    def visit(node, above):
+        assert node not in above, f"a circle: {' -> '.join(map(str, above))}"
+        if node in done or node not in siblings:
+            return
+        for target in siblings[node]:
+            visit(target, (*above, node))
+        done.add(node)
+
+    for node in siblings:
+        visit(node, ())
 
 
 def test_jitted_functions_know_only_triton():

@@ -28,7 +28,7 @@ from frog_triton import FROG
 from frog_triton.layers import ConvMap
 from frog_triton.layers.conv import ConvSpec
 from frog_triton.kernels import samples as room
-from frog_triton.ops.precision import exact_convolutions, tf32_convolutions
+from frog_triton.linalg.precision import exact_convolutions, tf32_convolutions
 
 def check(switch, rounded):
     exec(switch)

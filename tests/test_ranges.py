@@ -12,9 +12,9 @@ from frog_triton import FROG, ops
 from frog_triton.kernels import common
 from frog_triton.layers import ConvMap, MatrixMap
 from frog_triton.layers.conv import ConvSpec
+from frog_triton.linalg.rows import Rows
+from frog_triton.linalg.scales import REACH, power_of_two
 from frog_triton.ops import torch_ops, triton_ops
-from frog_triton.ops.scales import REACH, power_of_two
-from frog_triton.ops.types import Rows
 from frog_triton.preconditioner import solve
 from frog_triton.solvers import Batch
 

@@ -30,8 +30,8 @@ from frog_triton.layers.conv import ConvAdapter, SameConvAdapter
 from frog_triton.layers.linear import LinearAdapter
 from frog_triton.layers.recognise import recognise
 from frog_triton.layers.rows import ROWS_SECOND, Weight
+from frog_triton.linalg.rows import Rows
 from frog_triton.ops import torch_ops
-from frog_triton.ops.types import Rows
 
 SEEDS = range(20)
 

@@ -17,8 +17,8 @@ from frog_triton.kernels.launch import recording
 from frog_triton.layers.base import MatrixMap, pool_samples
 from frog_triton.layers.bilinear import BilinearAdapter
 from frog_triton.layers.transposed import TransposedConvAdapter
+from frog_triton.linalg.rows import Rows
 from frog_triton.ops import torch_ops, triton_ops
-from frog_triton.ops.types import Rows
 from frog_triton.preconditioner import solve
 from frog_triton.solvers import Batch
 

@@ -11,6 +11,9 @@ from ..kernels.config import Config, power_of_two
 from ..kernels.gpu import shared_limit
 from ..kernels.kernel import Kernel
 
+TOP = 6
+"""Candidates that are looked at closely for each key."""
+
 LARGEST_ACCUMULATOR = 128
 """Entries a thread: with as many registers again for operands, more would spill."""
 

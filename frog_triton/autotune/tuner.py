@@ -34,7 +34,7 @@ from .shortlist import (
     may_be_gram,
     shortlist,
 )
-from .tuning import TOP
+from .space import TOP
 
 NEAR = 2.0
 """Formulations whose predictions are within this factor are timed."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from ..kernels.table import Table, using
 from .share import broadcast
+from .space import TOP
 
 if TYPE_CHECKING:
     from ..launches import Bucket
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from .tuner import Tuner
 
 MODES = ("cached", "now", "off")
-TOP = 6
-"""Candidates that are looked at closely for each key."""
-
 BUDGET_SECONDS = 240.0
 """For tuning at the first step; well below the time after which ranks that wait for
 rank 0 give up."""

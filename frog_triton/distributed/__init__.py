@@ -9,7 +9,8 @@ three kinds of collectives, each over all layers at once: what each rank brings
 layers, directions go to all ranks instead of updated rows; each rank orthogonalizes
 them all and updates the rows that it holds.
 
-Sharded tensors take half a second to import, so the modules of this package are
+A world of one rank has the same methods, so that a step need not ask. Sharded tensors
+take half a second to import, so all modules of this package but `world` and `alone` are
 imported where a process group exists, and only there.
 """
 
@@ -22,12 +23,13 @@ import torch.distributed as dist
 from torch import nn
 
 from ..routing import Layer, Plan
+from .alone import Alone
+from .world import World
 
 if TYPE_CHECKING:
     from .division import Group
-    from .ranks import Ranks
 
-__all__ = ["check_placements", "find_ranks"]
+__all__ = ["World", "check_placements", "find_world"]
 
 
 def check_placements(
@@ -40,20 +42,31 @@ def check_placements(
         division.check_placements(layers, names, process_group)
 
 
-def find_ranks(plan: Plan, process_group: Group) -> Ranks | None:
-    """The ranks that train the plan's layers; None if this process is alone.
+def find_world(plan: Plan, process_group: Group, capturable: bool) -> World:
+    """The ranks that train the plan's layers.
 
     Args:
         plan: all that is preconditioned.
         process_group: the user's; see `FROG`.
+        capturable: whether nothing may wait for the device.
+
+    Raises:
+        ValueError: several ranks are to be capturable.
     """
     if not _is_initialized():
-        return None
+        return Alone()
     from .division import find_division
     from .ranks import Ranks
 
     division = find_division(plan.layers.values(), plan.names, process_group)
-    return None if division is None else Ranks(division)
+    if division is None:
+        return Alone()
+    if capturable:
+        raise ValueError(
+            "capturable=True goes with one rank only: several agree on how "
+            "many samples each brings, on the host; leave capturable out"
+        )
+    return Ranks(division)
 
 
 def _is_initialized() -> bool:

@@ -3,14 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops.types import Rows
-from ..step import Direction, LayerStep
+from ..linalg.rows import Rows, stack_rows
+from ..step import LayerStep, narrow
+from ..update import Solved
 from . import collectives
 from .division import Division
+
+
+class Direction(NamedTuple):
+    """Some rows of a layer's direction, not orthogonalized.
+
+    Attributes:
+        rows: ``(R, D)``.
+        finite: rows that may move ``(R,)``.
+    """
+
+    rows: Rows
+    finite: Tensor
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A layer's whole direction; see `frog_triton.update.Directions`.
+
+    Attributes:
+        step: of the rows that this rank holds.
+        direction: of all rows.
+        held: which of them this rank holds.
+    """
+
+    step: LayerStep
+    direction: Direction
+    held: slice
+
+    @property
+    def groups(self) -> int:
+        """Of the layer."""
+        return self.step.layer.geometry.groups
+
+    @property
+    def finite(self) -> Tensor:
+        """Rows that may move ``(1, R)``."""
+        return self.direction.finite[None]
+
+    def rows(self) -> Rows:
+        """The direction ``(1, R, D)``."""
+        return stack_rows([self.direction.rows])
+
+    def step_along_(
+        self, rows: Rows, lr: float | Tensor, weight_decay: float | Tensor
+    ) -> None:
+        """Update the rows held here; each rank has counted those that it solved."""
+        self.step.backend.step_along_(
+            [self.step.params],
+            stack_rows([narrow(rows.layer(0), self.held)]),
+            self.finite[:, self.held],
+            lr,
+            weight_decay,
+        )
+
+
+def collect(solved: Iterable[Solved]) -> dict[str, list[Direction]]:
+    """Directions of each layer by name, in the order of its rows; counts anomalies.
+
+    Args:
+        solved: pieces of layers. Those of a layer that share a geometry are solved
+            together, out of order.
+    """
+    found: dict[str, dict[int, Direction]] = {}
+    for steps, solution, counts in solved:
+        rows, finite = solution.rows(), solution.finite
+        steps[0].backend.count_(counts, solution.status, finite)
+        for i, step in enumerate(steps):
+            first = 0 if step.counted is None else step.counted.start
+            pieces = found.setdefault(step.layer.name, {})
+            pieces[first] = Direction(rows.layer(i), finite[i])
+    return {name: [d[first] for first in sorted(d)] for name, d in found.items()}
 
 
 def share(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from ..ops.types import local
+from ..linalg.rows import local
 from ..routing import Layer
 from .collectives import collective_device
 

@@ -3,48 +3,51 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..capture import SampleCapture
-from ..ops.types import local
+from ..linalg.rows import local
 from ..routing import Layer
 from ..sampling import counter_key
-from ..step import Direction, LayerStep, Samples, advance_momentum
+from ..step import LayerStep, Samples, no_samples
 from ..unhooked import Known
+from ..update import Solved, advance_momentum
 from . import collectives, directions
 from .division import Division
 from .samples import SampleExchange
 
 
 class Ranks:
-    """A step's communication.
+    """Several ranks: a step's communication. See `World` for all methods.
 
     Args:
         division: of the rows.
-
-    Attributes:
-        verified: whether `verify` has passed.
     """
 
     def __init__(self, division: Division) -> None:
         self.division = division
         self._exchange = SampleExchange(division)
-        self.verified = False
+        self._verified = False
         self._row_bytes: dict[str, int] = {}
         self._gathers = 0
 
-    def share(self, sample_size: int, seed: int) -> tuple[int, int]:
-        """How many samples this rank draws, and its seed: ranks draw different ones.
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """Of all ranks."""
+        return self.division.group
 
-        Args:
-            sample_size: of all ranks together.
-            seed: of all ranks.
-        """
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first rank."""
+        return self.division.rank == 0
+
+    def share(self, sample_size: int, seed: int) -> tuple[int, int]:
+        """This rank's part of the samples, from a seed of its own."""
         size, rank = self.division.size, self.division.rank
         share = sample_size // size + (rank < sample_size % size)
         return share, counter_key(seed, rank)
@@ -59,20 +62,25 @@ class Ranks:
         first = self.division.held(layer, self.division.rank).start
         return slice(mine.start - first, mine.stop - first)
 
-    def verify(self, settings: dict[str, Any], params: Iterable[nn.Parameter]) -> None:
-        """Check that all ranks are set up alike.
+    def changed(self) -> None:
+        """All is to be compared again."""
+        self._verified = False
 
-        Args:
-            settings: of the optimizer, by name.
-            params: whose gradients must be the same on all ranks that hold them.
-
-        Raises:
-            RuntimeError: ranks differ, the same on all of them.
-        """
-        names = {name: repr(value) for name, value in settings.items()}
+    def verify(
+        self,
+        settings: Callable[[], dict[str, Any]],
+        groups: Iterable[Mapping[str, Any]],
+        problem: str | None,
+    ) -> None:
+        """Compare names and values of settings, and a sum over gradients."""
+        if self._verified:
+            return
+        told = {**settings(), "what is wrong with gradients": problem}
+        names = {name: repr(value) for name, value in told.items()}
         theirs: list[Any] = [None] * self.division.size
         total = 0  # of the bits of gradients that should be the same on all ranks
-        if self.division.shards == 1:
+        if self.division.shards == 1 and problem is None:
+            params = [p for group in groups for p in group["params"]]
             grads = [local(p.grad) for p in params if p.grad is not None]
             total = sum(int(_checksum(grad)) for grad in grads)
         dist.all_gather_object(theirs, (names, total), group=self.division.group)
@@ -90,33 +98,34 @@ class Ranks:
                 "the model in DistributedDataParallel, or pass process_group=False to "
                 "FROG to train on each rank alone"
             )
-        self.verified = True
+        self._verified = problem is None
 
     def agree(
-        self, layers: Sequence[Layer], capture: SampleCapture, known: Known
-    ) -> Known:
-        """See `SampleExchange.agree`."""
+        self,
+        layers: Sequence[Layer],
+        capture: SampleCapture,
+        known: Known,
+        found_inf: Tensor | None,
+    ) -> tuple[Known, Tensor]:
+        """See `SampleExchange.agree`; the host waits for what is not finite."""
         self._row_bytes, self._gathers = {}, 0
-        return self._exchange.agree(layers, capture, known)
+        known = known._replace(bad=found_inf is not None and bool(found_inf))
+        known = self._exchange.agree(layers, capture, known)
+        return known, torch.tensor(float(known.bad))
 
     def send_samples(self, layers: Sequence[Layer]) -> None:
         """See `SampleExchange.send`."""
         self._exchange.send(layers)
 
-    def samples(self, layer: Layer, bias: bool, dtype: torch.dtype) -> Samples | None:
+    def samples(
+        self, layer: Layer, bias: bool, dtype: torch.dtype, capture: SampleCapture
+    ) -> Samples:
         """See `SampleExchange.samples`."""
-        return self._exchange.samples(layer, bias, dtype)
+        found = self._exchange.samples(layer, bias, dtype)
+        return found or no_samples(layer, bias, dtype, self.rows_here(layer))
 
     def own(self, steps: Sequence[LayerStep], group: dict[str, Any]) -> list[LayerStep]:
-        """The part of the steps that falls to this rank.
-
-        Momentum that other ranks hold as well is updated here, whole: equal gradients
-        keep it equal on all of them, and any rank's state is complete.
-
-        Args:
-            steps: of all rows that this rank holds, Y of those that it solves.
-            group: hyperparameters.
-        """
+        """This rank's pieces, after the momentum of all rows that it holds."""
         if self.division.replicas > 1:
             steps = advance_momentum(steps, group)
         return self.pieces(steps)
@@ -142,11 +151,7 @@ class Ranks:
         return pieces
 
     def share_rows(self, steps: Sequence[LayerStep]) -> None:
-        """Send updated rows to the ranks that hold them, too.
-
-        Args:
-            steps: of all rows that this rank holds.
-        """
+        """One collective over the replicas for each `BUCKET_BYTES` of rows."""
         bucket: list[tuple[Layer, Tensor]] = []
         size = 0
         for step in steps:
@@ -195,24 +200,17 @@ class Ranks:
             before = self._row_bytes.get(layer.name, 0)
             self._row_bytes[layer.name] = before + sent.nbytes * len(others)
 
-    def share_directions(
-        self, steps: Sequence[LayerStep], found: Mapping[str, Sequence[Direction]]
-    ) -> Iterator[tuple[LayerStep, Direction, slice]]:
-        """Send the rows of directions that each rank has solved to all ranks.
-
-        Args:
-            steps: of all rows that this rank holds.
-            found: directions of the rows that it solves, by layer.
-
-        Returns:
-            Each step with its layer's whole direction, and the rows held here.
-        """
+    def whole(
+        self, steps: Sequence[LayerStep], solved: Iterable[Solved]
+    ) -> Iterator[directions.Whole]:
+        """Layer by layer, as each rank sends what it has solved to all ranks."""
+        found = directions.collect(solved)
         for shared in directions.share(self.division, steps, found):
             self._gathers += 1
-            for step, whole, sent in shared:
+            for step, direction, sent in shared:
                 self._row_bytes[step.layer.name] = sent
                 held = self.division.held(step.layer, self.division.rank)
-                yield step, whole, slice(held.start, held.stop)
+                yield directions.Whole(step, direction, slice(held.start, held.stop))
 
     def describe(self, layer: Layer) -> str:
         """What this rank does for a layer, with the bytes it last sent."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..capture import SampleCapture
 from ..layers import ConvAdapter, LinearMap, MatrixMap
-from ..ops.types import local, written_out
+from ..linalg.rows import local, written_out
 from ..pool import joined
 from ..routing import Layer
 from ..step import Samples, no_samples

@@ -24,8 +24,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ..linalg.rows import Rows, Window, written_out
 from ..ops.backend import Backend
-from ..ops.types import Rows, Window, written_out
 from .computed import row_wise
 from .rows import Weight
 
@@ -65,7 +65,7 @@ class LinearMap(ABC):
             rows out repeats nothing.
         x: the samples as captured, channels (of a matrix: columns) in dimension 1.
         scale: what the samples of each group, the homogeneous coordinate included, are
-            to be multiplied by, ``(groups,)``; None for one. See `ops.scales`.
+            to be multiplied by, ``(groups,)``; None for one. See `linalg.scales`.
         largest: their largest entries, ``(groups, parts)``, for kernels that find the
             scale themselves; None where they are not known.
         window: of a convolution in one or two dimensions over whole examples; None

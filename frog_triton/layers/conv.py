@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..linalg.precision import exact_convolutions
+from ..linalg.rows import Rows, Window, unravel
 from ..ops.backend import Backend
-from ..ops.precision import exact_convolutions
-from ..ops.types import Rows, Window, unravel
 from .base import Geometry, LayerAdapter, LinearMap, MatrixMap
 from .rows import Weight, named
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..linalg.rows import unravel
 from ..ops.backend import Backend
-from ..ops.types import unravel
 from .base import Geometry, LayerAdapter, MatrixMap
 from .computed import row_wise
 from .rows import Weight, named

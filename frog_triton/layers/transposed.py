@@ -15,10 +15,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..linalg.precision import exact_convolutions
+from ..linalg.rows import Rows, Window
 from ..ops import torch_ops
 from ..ops.backend import Backend
-from ..ops.precision import exact_convolutions
-from ..ops.types import Rows, Window
 from .base import Geometry, LinearMap, MatrixMap
 from .computed import row_wise
 from .conv import ConvAdapter, ConvSpec

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .types import Rows, SampleMap, Window
+from ..linalg.rows import Rows, SampleMap, Window
 
 Number = float | Tensor
 

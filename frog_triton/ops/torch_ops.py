@@ -16,9 +16,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..linalg.rows import Rows, SampleMap, Window, stack_rows, unravel, written_out
+from ..linalg.scales import row_scales, scaled
 from .backend import Backend
-from .scales import row_scales, scaled
-from .types import Rows, SampleMap, Window, stack_rows, unravel, written_out
 
 NAME = "torch_ops"
 GROUPS_LAYERS = False  # one layer at a time: stacking would only copy

@@ -29,9 +29,10 @@ from ..kernels.primal_update import cg_rows, cg_update_
 from ..kernels.row_weights import row_weights
 from ..kernels.samples import matrix_view, serves
 from ..kernels.update import direction_update_, gram_rows, gram_update_
+from ..linalg.rows import SampleMap, Window, written_out
+from ..linalg.scales import scaled
 from . import torch_ops
 from .backend import Backend
-from .scales import scaled
 from .torch_ops import (  # the last two serve pieces of layers
     FISHER,
     NO_GRADIENT,
@@ -39,7 +40,6 @@ from .torch_ops import (  # the last two serve pieces of layers
     count_,
     step_along_,
 )
-from .types import SampleMap, Window, written_out
 
 __all__ = [
     "FISHER",

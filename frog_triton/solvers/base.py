@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..linalg.rows import Rows, SampleMap
 from ..ops.backend import Backend
-from ..ops.types import Rows, SampleMap
 
 
 @dataclass(frozen=True)

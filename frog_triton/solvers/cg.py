@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..linalg.rows import Rows
 from ..ops.backend import Backend
-from ..ops.types import Rows
 from .base import Batch
 
 

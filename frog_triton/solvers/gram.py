@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..linalg.rows import Rows, SampleMap
 from ..ops.backend import Backend
-from ..ops.types import Rows, SampleMap
 from .base import Batch
 
 

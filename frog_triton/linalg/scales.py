@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .types import Rows, SampleMap
+from .rows import Rows, SampleMap
 
 REACH = 40
 """Samples are left as they are from 2^-40 to 2^40, which squares, and sums of any

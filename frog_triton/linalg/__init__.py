@@ -1,0 +1,1 @@
+"""What everything computes on: rows, samples behind a linear map, exact scales."""

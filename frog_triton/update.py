@@ -1,0 +1,277 @@
+"""Momentum, solve and update of the layers of a parameter group: Algorithm 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .autotune.tuning import Tuning
+from .launches import Bucket, shape_of, together
+from .linalg.rows import Rows
+from .orthogonal import orthogonalize
+from .preconditioner import solve
+from .routing import Layer
+from .solvers import Batch, Solution
+from .step import LayerStep
+
+if TYPE_CHECKING:
+    from .distributed import World
+
+
+class Directions(Protocol):
+    """Directions of layers of one geometry with all their rows."""
+
+    @property
+    def groups(self) -> int:
+        """Of the layers."""
+
+    @property
+    def finite(self) -> Tensor:
+        """Rows that may move ``(L, R)``."""
+
+    def rows(self) -> Rows:
+        """The directions written out, ``(L, R, D)``."""
+
+    def step_along_(
+        self, rows: Rows, lr: float | Tensor, weight_decay: float | Tensor
+    ) -> None:
+        """Equation (5) along other directions, in place.
+
+        Args:
+            rows: one for each of these, ``(L, R, D)``.
+            lr: eta.
+            weight_decay: rho.
+        """
+
+
+class Solved(NamedTuple):
+    """Layers of one geometry, solved together.
+
+    Attributes:
+        steps: theirs.
+        solution: of all.
+        counts: of each layer, int32 ``(2, R)``, dense: how often a row has met samples
+            that are not finite, and how often it stayed because its momentum would not
+            have been.
+    """
+
+    steps: Sequence[LayerStep]
+    solution: Solution
+    counts: Sequence[Tensor]
+
+    @property
+    def groups(self) -> int:
+        """See `Directions`."""
+        return self.steps[0].layer.geometry.groups
+
+    @property
+    def finite(self) -> Tensor:
+        """See `Directions`."""
+        return self.solution.finite
+
+    def rows(self) -> Rows:
+        """See `Directions`."""
+        return self.solution.rows()
+
+    def step_along_(
+        self, rows: Rows, lr: float | Tensor, weight_decay: float | Tensor
+    ) -> None:
+        """See `Directions`; counts anomalies, too."""
+        params, solution = [step.params for step in self.steps], self.solution
+        self.steps[0].backend.direction_update_(
+            params,
+            rows,
+            solution.status,
+            solution.finite,
+            self.counts,
+            lr,
+            weight_decay,
+        )
+
+    def update_(self, lr: float | Tensor, weight_decay: float | Tensor) -> None:
+        """Equation (5) along the directions as they are; counts anomalies, too."""
+        params = [step.params for step in self.steps]
+        self.solution.update_(params, self.counts, lr, weight_decay)
+
+
+def step_layers(
+    world: World,
+    steps: Sequence[LayerStep],
+    group: dict[str, Any],
+    formulation: str,
+    counts: Mapping[str, Tensor],
+    observe: Callable[..., None] | None = None,
+) -> dict[str, str]:
+    """Momentum, solve and update of all layers, those of one geometry together.
+
+    Args:
+        world: the ranks that train together.
+        steps: from `layer_step`, of all rows that this rank holds.
+        group: hyperparameters.
+        formulation: ``"primal"``, ``"gram"`` or ``"auto"``.
+        counts: of each layer by name, as in `Solved`; updated in place.
+        observe: called with layers, solution and group between solve and update.
+
+    Returns:
+        How each layer was solved, in words.
+    """
+    how: dict[str, str] = {}
+    here, lr, weight_decay = world.own(steps, group), group["lr"], group["weight_decay"]
+    solved = solutions(here, group, formulation, counts, observe, how)
+    if group["orthogonalize"]:
+        for whole in world.whole(steps, solved):
+            z = orthogonalize(whole.rows(), whole.finite, whole.groups)
+            whole.step_along_(z, lr, weight_decay)
+    else:
+        for some in solved:
+            some.update_(lr, weight_decay)
+        world.share_rows(steps)
+    return how
+
+
+def solutions(
+    steps: Iterable[LayerStep],
+    group: dict[str, Any],
+    formulation: str,
+    counts: Mapping[str, Tensor],
+    observe: Callable[..., None] | None,
+    how: dict[str, str],
+) -> Iterator[Solved]:
+    """Solve layers, those of one geometry together; see `step_layers`.
+
+    Args:
+        steps: of the rows that are solved here.
+        group: hyperparameters.
+        formulation: of the solver.
+        counts: what is counted in `Solved.counts` until the next item arrives here.
+        observe: called after each solve.
+        how: is told how each layer was solved.
+    """
+    for bucket in _buckets(steps):
+        grads = [step.grads for step in bucket if step.grads is not None]
+        finite = [step.finite for step in bucket if step.finite is not None]
+        batch = Batch(
+            [step.x for step in bucket],
+            [step.y for step in bucket],
+            [step.momentum for step in bucket],
+            grads or None,
+            group["momentum"],
+            group["nesterov"],
+            torch.stack(finite) if finite else None,
+        )
+        solution = solve(
+            bucket[0].backend,
+            batch,
+            damping=group["damping"],
+            cg_iters=group["cg_iters"],
+            formulation=formulation,
+        )
+        if observe is not None:
+            observe(bucket, solution, group)
+        for step in bucket:
+            count = step.x.samples * step.x.positions
+            how[step.layer.name] = f"{solution.formulation}, N = {count}"
+        counters = [_counter(counts[step.layer.name], step.counted) for step in bucket]
+        yield Solved(bucket, solution, [counter for _, counter in counters])
+        for part, counter in counters:
+            if part is not counter:
+                part += counter
+
+
+def advance_momentum(
+    steps: Iterable[LayerStep], group: dict[str, Any]
+) -> list[LayerStep]:
+    """``M <- beta M + G`` of all rows, before a solve of some of them.
+
+    Args:
+        steps: from `layer_step`.
+        group: hyperparameters.
+
+    Returns:
+        The steps, without gradients; their momentum is what to precondition.
+    """
+    advanced = []
+    for bucket in _buckets(steps):
+        ms, _, finite = bucket[0].backend.momentum_(
+            [step.momentum for step in bucket],
+            [step.grads for step in bucket],
+            group["momentum"],
+            group["nesterov"],
+        )
+        advanced += [
+            replace(step, momentum=m, grads=None, finite=rows)
+            for step, m, rows in zip(bucket, ms, finite, strict=True)
+        ]
+    return advanced
+
+
+Gathered = Sequence[tuple[dict[str, Any], Sequence[LayerStep]]]
+"""Parameter groups, each with what its layers bring to the step."""
+
+
+def tuned(
+    tuning: Tuning,
+    layers: Iterable[Layer],
+    backend: str,
+    pieces: Callable[[Sequence[LayerStep]], Sequence[LayerStep]],
+    gathered: Gathered,
+) -> AbstractContextManager[None]:
+    """A context in which launches use the tuning's table; see `Tuning.applied`.
+
+    Args:
+        tuning: the optimizer's.
+        layers: all that are preconditioned, so that every rank decides alike.
+        backend: one of `ops.BACKENDS`.
+        pieces: finds what this rank solves.
+        gathered: what it holds.
+    """
+    weight = next((layer.weight for layer in layers), None)
+    if weight is None:
+        return nullcontext()
+    chosen = ops.resolve(backend, weight.device, torch.float32)
+    if weight.is_cuda and not chosen.GROUPS_LAYERS:
+        return nullcontext()  # torch has nothing to tune, nor need Triton be there
+    return tuning.applied(
+        weight.device,
+        lambda: [
+            b for group, steps in gathered for b in buckets_of(pieces(steps), group)
+        ],
+    )
+
+
+def buckets_of(steps: Iterable[LayerStep], group: dict[str, Any]) -> list[Bucket]:
+    """Layers that share launches, as the tuner wants to know them.
+
+    Args:
+        steps: from `layer_step`.
+        group: hyperparameters.
+    """
+    found = []
+    for bucket in _buckets(step for step in steps if step.backend.GROUPS_LAYERS):
+        first = bucket[0]
+        shape = shape_of(Batch([first.x], [first.y], [first.momentum]))
+        param, momentum = first.params.weight.dtype, first.momentum.weight.dtype
+        dtypes = (first.x.dtype, param, momentum)
+        named = replace(shape, name=first.layer.name)
+        iters, nesterov = group["cg_iters"], group["nesterov"]
+        found.append(Bucket(named, len(bucket), iters, nesterov, dtypes))
+    return found
+
+
+def _buckets(steps: Iterable[LayerStep]) -> list[list[LayerStep]]:
+    """Those that can share launches together, as many as a launch can hold."""
+    return together(steps, lambda step: step.key, lambda step: step.x.groups)
+
+
+def _counter(counts: Tensor, rows: slice | None) -> tuple[Tensor, Tensor]:
+    """The rows' counters, and a dense tensor to count in."""
+    part = counts if rows is None else counts[:, rows]
+    if part.shape == counts.shape:
+        return counts, counts
+    return part, torch.zeros_like(part, memory_format=torch.contiguous_format)
