@@ -200,7 +200,7 @@ def advance_momentum(
     for bucket in _buckets(steps):
         ms, _, finite = bucket[0].backend.momentum_(
             [step.momentum for step in bucket],
-            [step.grads for step in bucket],
+            [step.grads for step in bucket if step.grads is not None],
             group["momentum"],
             group["nesterov"],
         )

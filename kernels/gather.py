@@ -11,6 +11,7 @@ from torch import Tensor
 from ..linalg.rows import Window
 from .config import Config, power_of_two
 from .kernel import Args, Kernel, Parts, Values, blocks
+from .samples import load_window, windowed
 from .work import Sizes
 
 
@@ -21,52 +22,22 @@ def _gather_kernel(
     out_ptr,
     N,
     ROW,
-    HEIGHT,
-    WIDTH,
-    OUT_HEIGHT,
-    OUT_WIDTH,
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    UPSAMPLE_H: tl.constexpr,
-    UPSAMPLE_W: tl.constexpr,
+    place,
+    STENCIL: tl.constexpr,
     INDEXED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """One piece of one row: channel, then kernel row, then kernel column.
 
-    Positions are flat indices over (example, output row, output column); what the
-    padding adds is zero, and so is what UPSAMPLE puts between input positions. Without
+    Positions are flat indices over (example, output row, output column). Without
     INDEXED, every position is wanted.
     """
     position = tl.program_id(0).to(tl.int64)
     if INDEXED:
         position = tl.load(index_ptr + position)
-    out_w = position % OUT_WIDTH
-    out_h = (position // OUT_WIDTH) % OUT_HEIGHT
-    example = position // (OUT_WIDTH * OUT_HEIGHT)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
-    tap = d % (KERNEL_H * KERNEL_W)
-    channel = d // (KERNEL_H * KERNEL_W)
-    h = out_h * STRIDE_H - PAD_H + (tap // KERNEL_W) * DILATION_H
-    w = out_w * STRIDE_W - PAD_W + (tap % KERNEL_W) * DILATION_W
-    # Only whole quotients stay, so it is the same however division rounds.
-    if UPSAMPLE_H > 1:
-        h = tl.where(h % UPSAMPLE_H == 0, h // UPSAMPLE_H, -1)
-    if UPSAMPLE_W > 1:
-        w = tl.where(w % UPSAMPLE_W == 0, w // UPSAMPLE_W, -1)
-    inside = (h >= 0) & (h < HEIGHT) & (w >= 0) & (w < WIDTH)
-    at = example * stride_xn + channel * stride_xc + h * stride_xh + w * stride_xw
-    x = tl.load(x_ptr + at, mask=inside & (d < ROW), other=0.0)
+    tap, channel = d % STENCIL.TAPS, d // STENCIL.TAPS
+    x = load_window(x_ptr, position, channel, tap, d < ROW, place, STENCIL)
     out_at = tl.program_id(0).to(tl.int64) * ROW + d
     tl.store(out_ptr + out_at, x, mask=d < ROW)
 
@@ -106,19 +77,10 @@ def gather(
     x: Tensor, index: Tensor | None, output_shape: Sequence[int], window: Window
 ) -> Tensor:
     """Patch rows at drawn positions, or at all of them."""
-    spatial = x.ndim - 2
     count = x.shape[0] * math.prod(output_shape) if index is None else index.numel()
-    ones, zeros = (1,) * (2 - spatial), (0,) * (2 - spatial)
-    kernel_h, kernel_w = (*ones, *window.kernel)
-    stride_h, stride_w = (*ones, *window.stride)
-    dilation_h, dilation_w = (*ones, *window.dilation)
-    pad_h, pad_w = (*zeros, *window.pads)
-    upsample_h, upsample_w = (*ones, *(window.upsample or (1,) * spatial))
-    height, width = (*ones, *x.shape[2:])
-    out_height, out_width = (*ones, *output_shape)
-    stride_xh, stride_xw = (*zeros, *x.stride()[2:])
-    row = x.shape[1] * kernel_h * kernel_w
+    row = x.shape[1] * math.prod(window.kernel)
     out = x.new_empty(count, row)
+    place, stencil = windowed(x, window, output_shape, row)
     config = GATHER.tuned(gather_config(row), {"n": count, "d": row}, (x.dtype,))
     GATHER.launch(
         config,
@@ -127,24 +89,8 @@ def gather(
         out_ptr=out,
         N=count,
         ROW=row,
-        HEIGHT=height,
-        WIDTH=width,
-        OUT_HEIGHT=out_height,
-        OUT_WIDTH=out_width,
-        stride_xn=x.stride(0),
-        stride_xc=x.stride(1),
-        stride_xh=stride_xh,
-        stride_xw=stride_xw,
-        KERNEL_H=kernel_h,
-        KERNEL_W=kernel_w,
-        STRIDE_H=stride_h,
-        STRIDE_W=stride_w,
-        PAD_H=pad_h,
-        PAD_W=pad_w,
-        DILATION_H=dilation_h,
-        DILATION_W=dilation_w,
-        UPSAMPLE_H=upsample_h,
-        UPSAMPLE_W=upsample_w,
+        place=place,
+        STENCIL=stencil._replace(CHANNELS=1),  # the same kernel for any
         INDEXED=index is not None,
     )
     return out

@@ -52,7 +52,9 @@ class PrimalState:
         scales: of their rows ``(L, R)``.
         status: of the rows ``(L, R)``.
         iteration: how many forward products have been made.
-        vectors: p of even and of odd iterations, r and z, each ``(L, R, D)``.
+        directions: p of even and of odd iterations ``(L, R, D)``.
+        r: residuals.
+        z: iterates.
         t: ``Lambda * (X p)`` ``(L, N, R)``, in the type of its next product.
         pap: partial sums of ``p^T Lambda p`` ``(blocks, L, R)``.
         rho_partial: partial sums of ``|r|^2`` ``(blocks, L, R)``.
@@ -71,7 +73,9 @@ class PrimalState:
     scales: Tensor
     status: Tensor
     iteration: int
-    vectors: list[Rows]
+    directions: tuple[Rows, Rows]
+    r: Rows
+    z: Rows
     t: Tensor
     pap: Tensor
     rho_partial: Tensor
@@ -81,8 +85,3 @@ class PrimalState:
     zm: Tensor
     ap: Rows | None = None
     damping: float | Tensor = 0.0
-
-
-def bias_of(rows: Rows) -> Tensor:
-    """The bias; the weight stands in where there is none, and is not read."""
-    return rows.weight if rows.bias is None else rows.bias

@@ -21,7 +21,7 @@ from .config import SplitConfig
 from .config import power_of_two as next_power_of_two
 from .kernel import PRODUCT, TILES, Args, Kernel, Parts, Values, blocks, pieces
 from .launchers import DTYPES, biases
-from .primal import PrimalState, bias_of, step_length
+from .primal import PrimalState, step_length
 from .samples import (
     as_factor,
     load_window,
@@ -43,12 +43,9 @@ def _advance(
     m_table_ptr,
     m_bias_table_ptr,
     m_scale_ptr,
-    p_ptr,
-    p_bias_ptr,
-    r_ptr,
-    r_bias_ptr,
-    z_ptr,
-    z_bias_ptr,
+    p_rows,
+    r_rows,
+    z_rows,
     rho_partial_ptr,
     layer,
     layer_rows,
@@ -62,8 +59,7 @@ def _advance(
     total,
     ALIGN: tl.constexpr,
     M_DTYPE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
+    STENCIL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FIRST: tl.constexpr,
 ):
@@ -71,37 +67,37 @@ def _advance(
     mask = row_ok[:, None] & (d < D)[None, :]
     stored = (layer * GROUPS * R + layer_rows)[:, None] * D + d[None, :]
     writes = row_ok & (block_d == 0)
-    p = tl.load(p_ptr + stored, mask=mask, other=0.0)
+    p = tl.load(p_rows.weight + stored, mask=mask, other=0.0)
     z = alpha[:, None] * p
     if FIRST:
         m_scale = tl.load(m_scale_ptr + at, mask=row_ok, other=0.0)
         m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
-        local = layer_rows[:, None] * D + native_column(d, CHANNELS, TAPS)[None, :]
+        local = layer_rows[:, None] * D + native_column(d, STENCIL)[None, :]
         r = tl.load(m_ptr + local, mask=mask, other=0.0).to(tl.float32)
         r *= m_scale[:, None]
     else:
-        r = tl.load(r_ptr + stored, mask=mask, other=0.0)
-        z += tl.load(z_ptr + stored, mask=mask, other=0.0)
+        r = tl.load(r_rows.weight + stored, mask=mask, other=0.0)
+        z += tl.load(z_rows.weight + stored, mask=mask, other=0.0)
     r -= alpha[:, None] * (ap + damping * p)
     # Several threads may hold the same entry: all must have read it first.
     tl.debug_barrier()
-    tl.store(z_ptr + stored, z, mask=mask)
-    tl.store(r_ptr + stored, r, mask=mask)
+    tl.store(z_rows.weight + stored, z, mask=mask)
+    tl.store(r_rows.weight + stored, r, mask=mask)
     rho = tl.sum(tl.where(mask, r * r, 0.0), axis=1)
     if HAS_BIAS:
-        p = tl.load(p_bias_ptr + at, mask=writes, other=0.0)
+        p = tl.load(p_rows.bias + at, mask=writes, other=0.0)
         z = alpha * p
         if FIRST:
             m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
             r = tl.load(m_bias_ptr + layer_rows, mask=writes, other=0.0).to(tl.float32)
             r *= m_scale
         else:
-            r = tl.load(r_bias_ptr + at, mask=writes, other=0.0)
-            z += tl.load(z_bias_ptr + at, mask=writes, other=0.0)
+            r = tl.load(r_rows.bias + at, mask=writes, other=0.0)
+            z += tl.load(z_rows.bias + at, mask=writes, other=0.0)
         r -= alpha * (ap_bias + damping * p)
         tl.debug_barrier()
-        tl.store(z_bias_ptr + at, z, mask=writes)
-        tl.store(r_bias_ptr + at, r, mask=writes)
+        tl.store(z_rows.bias + at, z, mask=writes)
+        tl.store(r_rows.bias + at, r, mask=writes)
         rho += tl.where(writes, r * r, 0.0)
     tl.store(rho_partial_ptr + block_d.to(tl.int64) * total + at, rho, mask=row_ok)
 
@@ -115,14 +111,10 @@ def _primal_adjoint_kernel(
     m_scale_ptr,
     scalars_ptr,
     t_ptr,
-    p_ptr,
-    p_bias_ptr,
-    r_ptr,
-    r_bias_ptr,
-    z_ptr,
-    z_bias_ptr,
-    ap_partial_ptr,
-    ap_bias_partial_ptr,
+    p_rows,
+    r_rows,
+    z_rows,
+    ap_rows,
     rho_partial_ptr,
     pap_partial_ptr,
     pp_ptr,
@@ -141,27 +133,11 @@ def _primal_adjoint_kernel(
     SPLITS,
     group_channels,
     multiplier,
-    HEIGHT,
-    WIDTH,
-    OUT_HEIGHT,
-    OUT_WIDTH,
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
+    place,
     ALIGN: tl.constexpr,
     M_DTYPE: tl.constexpr,
     X_DTYPE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    POINTWISE: tl.constexpr,
+    STENCIL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DEPTHWISE: tl.constexpr,
     FIRST: tl.constexpr,
@@ -197,7 +173,7 @@ def _primal_adjoint_kernel(
     ap_bias = tl.zeros((BLOCK_R,), tl.float32)
     if MULTIPLY:
         x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN)
-        x_ptr += group * group_channels * stride_xc
+        x_ptr += group * group_channels * place.stride_c
         t_ptr += layer * N * GROUPS * R
         if DEPTHWISE:
             channel = rows // multiplier
@@ -218,22 +194,8 @@ def _primal_adjoint_kernel(
                     channel[None, :],
                     block_d,
                     t_mask,
-                    HEIGHT,
-                    WIDTH,
-                    OUT_HEIGHT,
-                    OUT_WIDTH,
-                    stride_xn,
-                    stride_xc,
-                    stride_xh,
-                    stride_xw,
-                    KERNEL_W,
-                    STRIDE_H,
-                    STRIDE_W,
-                    PAD_H,
-                    PAD_W,
-                    DILATION_H,
-                    DILATION_W,
-                    POINTWISE,
+                    place,
+                    STENCIL,
                 )
                 x = x.to(tl.float32) * x_scale[None, :]
                 ap += sum_of_products(t, x, axis=0)[:, None]
@@ -245,30 +207,16 @@ def _primal_adjoint_kernel(
                 t = tl.load(t_ptr + t_at, mask=t_mask, other=0.0)
                 x_mask = (n < end)[:, None] & (d < D)[None, :]
                 channel, tap = d, d
-                if not POINTWISE:
-                    channel, tap = d % CHANNELS, d // CHANNELS
+                if not STENCIL.POINTWISE:
+                    channel, tap = d % STENCIL.CHANNELS, d // STENCIL.CHANNELS
                 x = load_window(
                     x_ptr,
                     n[:, None],
                     channel[None, :],
                     tap[None, :],
                     x_mask,
-                    HEIGHT,
-                    WIDTH,
-                    OUT_HEIGHT,
-                    OUT_WIDTH,
-                    stride_xn,
-                    stride_xc,
-                    stride_xh,
-                    stride_xw,
-                    KERNEL_W,
-                    STRIDE_H,
-                    STRIDE_W,
-                    PAD_H,
-                    PAD_W,
-                    DILATION_H,
-                    DILATION_W,
-                    POINTWISE,
+                    place,
+                    STENCIL,
                 )
                 ap = product(t, as_factor(x, x_scale, PRECISION), ap, PRECISION)
                 if HAS_BIAS:
@@ -278,9 +226,9 @@ def _primal_adjoint_kernel(
             ap *= outstanding(x_scale, PRECISION)
     if ADVANCE:
         if not MULTIPLY:
-            ap = ordered_sum(ap_partial_ptr, SPLITS, entries, stored, mask)
+            ap = ordered_sum(ap_rows.weight, SPLITS, entries, stored, mask)
             if HAS_BIAS:
-                ap_bias = ordered_sum(ap_bias_partial_ptr, SPLITS, total, at, writes)
+                ap_bias = ordered_sum(ap_rows.bias, SPLITS, total, at, writes)
         alpha, rho, active = step_length(
             scalars_ptr,
             pap_partial_ptr,
@@ -307,12 +255,9 @@ def _primal_adjoint_kernel(
             m_table_ptr,
             m_bias_table_ptr,
             m_scale_ptr,
-            p_ptr,
-            p_bias_ptr,
-            r_ptr,
-            r_bias_ptr,
-            z_ptr,
-            z_bias_ptr,
+            p_rows,
+            r_rows,
+            z_rows,
             rho_partial_ptr,
             layer,
             layer_rows,
@@ -326,15 +271,14 @@ def _primal_adjoint_kernel(
             total,
             ALIGN,
             M_DTYPE,
-            CHANNELS,
-            TAPS,
+            STENCIL,
             HAS_BIAS,
             FIRST,
         )
     else:
-        tl.store(ap_partial_ptr + split * entries + stored, ap, mask=mask)
+        tl.store(ap_rows.weight + split * entries + stored, ap, mask=mask)
         if HAS_BIAS:
-            tl.store(ap_bias_partial_ptr + split * total + at, ap_bias, mask=writes)
+            tl.store(ap_rows.bias + split * total + at, ap_bias, mask=writes)
 
 
 @dataclass(frozen=True)
@@ -433,7 +377,7 @@ def cg_adjoint_(
     """See `torch_ops.cg_adjoint_`; one launch, two where the samples are split."""
     s, m = state.samples, state.ms[0]
     k = state.iteration - 1
-    p, (r, z) = state.vectors[k % 2], state.vectors[2:]
+    p, r, z = state.directions[k % 2], state.r, state.z
     ms = [m.weight for m in state.ms]
     tables = Tables([s.tensors, s.largest, ms, biases(state.ms)], [0.0, damping])
     partial = z if state.ap is None else state.ap
@@ -448,14 +392,10 @@ def cg_adjoint_(
         m_scale_ptr=state.scales,
         scalars_ptr=tables.scalars,
         t_ptr=state.t,
-        p_ptr=p.weight,
-        p_bias_ptr=bias_of(p),
-        r_ptr=r.weight,
-        r_bias_ptr=bias_of(r),
-        z_ptr=z.weight,
-        z_bias_ptr=bias_of(z),
-        ap_partial_ptr=partial.weight,
-        ap_bias_partial_ptr=bias_of(partial),
+        p_rows=p,
+        r_rows=r,
+        z_rows=z,
+        ap_rows=partial,
         rho_partial_ptr=state.rho_partial,
         pap_partial_ptr=state.pap,
         pp_ptr=state.pp,
@@ -469,7 +409,8 @@ def cg_adjoint_(
         pap_blocks=state.pap.shape[0],
         group_channels=s.group_channels,
         multiplier=max(1, s.depthwise),
-        **s.window,
+        place=s.place,
+        STENCIL=s.stencil,
         ALIGN=tables.align,
         M_DTYPE=DTYPES[m.weight.dtype],
         X_DTYPE=DTYPES[s.tensors[0].dtype],

@@ -20,7 +20,8 @@ from .config import Config
 from .config import power_of_two as next_power_of_two
 from .kernel import PRODUCT, Kernel, Values, blocks, covering
 from .launchers import DTYPES, biases
-from .primal import FLOOR, PrimalState, bias_of
+from .outputs import OutputPlace, load_outputs
+from .primal import FLOOR, PrimalState
 from .row_weights import RowWeights
 from .samples import (
     as_factor,
@@ -45,12 +46,9 @@ def _primal_forward_kernel(
     y_scale_ptr,
     factor_ptr,
     t_ptr,
-    r_ptr,
-    r_bias_ptr,
-    old_p_ptr,
-    old_p_bias_ptr,
-    p_ptr,
-    p_bias_ptr,
+    r_rows,
+    old_p_rows,
+    p_rows,
     rho_partial_ptr,
     pap_partial_ptr,
     pp_ptr,
@@ -63,37 +61,18 @@ def _primal_forward_kernel(
     R,
     D,
     GROUPS,
-    P,
     total,
     rho_blocks,
     group_channels,
     multiplier,
-    stride_yn,
-    stride_yr,
-    stride_yp,
-    HEIGHT,
-    WIDTH,
-    OUT_HEIGHT,
-    OUT_WIDTH,
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
+    y_place,
+    place,
     ALIGN: tl.constexpr,
     M_DTYPE: tl.constexpr,
     X_DTYPE: tl.constexpr,
     Y_DTYPE: tl.constexpr,
     T_DTYPE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    POINTWISE: tl.constexpr,
+    STENCIL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DEPTHWISE: tl.constexpr,
     FIRST: tl.constexpr,
@@ -120,7 +99,7 @@ def _primal_forward_kernel(
     at = problem * R + rows
     writes = row_ok & (block_n == 0)
     x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN)
-    x_ptr += group * group_channels * stride_xc
+    x_ptr += group * group_channels * place.stride_c
     m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
 
     beta = tl.zeros((BLOCK_R,), tl.float32)
@@ -143,15 +122,16 @@ def _primal_forward_kernel(
     if DEPTHWISE:
         channel = (rows // multiplier)[None, :]
         x_scale = load_scales(x_largest_table_ptr, layer, rows // multiplier, row_ok)
-        for tap in range(TAPS):
+        for tap in range(STENCIL.TAPS):
             if FIRST:
                 p = tl.load(m_ptr + layer_rows * D + tap, mask=row_ok, other=0.0)
                 p = p.to(tl.float32) * m_scale
             else:
-                p = tl.load(r_ptr + stored_rows + tap, mask=row_ok, other=0.0)
-                old_p = tl.load(old_p_ptr + stored_rows + tap, mask=row_ok, other=0.0)
+                p = tl.load(r_rows.weight + stored_rows + tap, mask=row_ok, other=0.0)
+                old_p_ptr = old_p_rows.weight + stored_rows + tap
+                old_p = tl.load(old_p_ptr, mask=row_ok, other=0.0)
                 p += beta * old_p
-            tl.store(p_ptr + stored_rows + tap, p, mask=writes)
+            tl.store(p_rows.weight + stored_rows + tap, p, mask=writes)
             pp += p * p
             mask = (n < N)[:, None] & row_ok[None, :]
             x = load_window(
@@ -160,22 +140,8 @@ def _primal_forward_kernel(
                 channel,
                 tap,
                 mask,
-                HEIGHT,
-                WIDTH,
-                OUT_HEIGHT,
-                OUT_WIDTH,
-                stride_xn,
-                stride_xc,
-                stride_xh,
-                stride_xw,
-                KERNEL_W,
-                STRIDE_H,
-                STRIDE_W,
-                PAD_H,
-                PAD_W,
-                DILATION_H,
-                DILATION_W,
-                POINTWISE,
+                place,
+                STENCIL,
             )
             xp += (x.to(tl.float32) * x_scale[None, :]) * p[None, :]
     else:
@@ -185,42 +151,27 @@ def _primal_forward_kernel(
             mask = row_ok[:, None] & (d < D)[None, :]
             stored = stored_rows[:, None] + d[None, :]
             if FIRST:
-                local = (
-                    layer_rows[:, None] * D + native_column(d, CHANNELS, TAPS)[None, :]
-                )
+                local = layer_rows[:, None] * D + native_column(d, STENCIL)[None, :]
                 p = tl.load(m_ptr + local, mask=mask, other=0.0).to(tl.float32)
                 p *= m_scale[:, None]
             else:
-                p = tl.load(r_ptr + stored, mask=mask, other=0.0)
-                p += beta[:, None] * tl.load(old_p_ptr + stored, mask=mask, other=0.0)
-            tl.store(p_ptr + stored, p, mask=mask & (block_n == 0))
+                p = tl.load(r_rows.weight + stored, mask=mask, other=0.0)
+                old_p = tl.load(old_p_rows.weight + stored, mask=mask, other=0.0)
+                p += beta[:, None] * old_p
+            tl.store(p_rows.weight + stored, p, mask=mask & (block_n == 0))
             pp += sum_of_products(p, p, axis=1)
             mask = (n < N)[:, None] & (d < D)[None, :]
             channel, tap = d, d
-            if not POINTWISE:
-                channel, tap = d % CHANNELS, d // CHANNELS
+            if not STENCIL.POINTWISE:
+                channel, tap = d % STENCIL.CHANNELS, d // STENCIL.CHANNELS
             x = load_window(
                 x_ptr,
                 n[:, None],
                 channel[None, :],
                 tap[None, :],
                 mask,
-                HEIGHT,
-                WIDTH,
-                OUT_HEIGHT,
-                OUT_WIDTH,
-                stride_xn,
-                stride_xc,
-                stride_xh,
-                stride_xw,
-                KERNEL_W,
-                STRIDE_H,
-                STRIDE_W,
-                PAD_H,
-                PAD_W,
-                DILATION_H,
-                DILATION_W,
-                POINTWISE,
+                place,
+                STENCIL,
             )
             x = as_factor(x, x_scale, PRECISION)
             p *= outstanding(x_scale, PRECISION)
@@ -231,9 +182,9 @@ def _primal_forward_kernel(
             p = tl.load(m_bias_ptr + layer_rows, mask=row_ok, other=0.0).to(tl.float32)
             p *= m_scale
         else:
-            p = tl.load(r_bias_ptr + at, mask=row_ok, other=0.0)
-            p += beta * tl.load(old_p_bias_ptr + at, mask=row_ok, other=0.0)
-        tl.store(p_bias_ptr + at, p, mask=writes)
+            p = tl.load(r_rows.bias + at, mask=row_ok, other=0.0)
+            p += beta * tl.load(old_p_rows.bias + at, mask=row_ok, other=0.0)
+        tl.store(p_rows.bias + at, p, mask=writes)
         pp += p * p
         xp += (p * x_scale)[None, :]
 
@@ -243,9 +194,8 @@ def _primal_forward_kernel(
         tl.store(active_ptr + at, (pp > 0).to(tl.int8), mask=writes)
     mask = (n < N)[:, None] & row_ok[None, :]
     y_ptr = layer_pointer(y_table_ptr, layer, Y_DTYPE, ALIGN)
-    y_at = (n // P * stride_yn + n % P * stride_yp)[:, None]
-    y = tl.load(y_ptr + y_at + (layer_rows * stride_yr)[None, :], mask=mask, other=0.0)
-    y = y.to(tl.float32) * tl.load(y_scale_ptr + at, mask=row_ok, other=0.0)[None, :]
+    y_scale = tl.load(y_scale_ptr + at, mask=row_ok, other=0.0)
+    y = load_outputs(y_ptr, n, layer_rows, mask, y_place) * y_scale[None, :]
     factor = tl.load(factor_ptr + at, mask=row_ok, other=0.0)[None, :]
     t = tl.where(factor > 0, y * y * factor, 0.0) * xp
     if not LAST:
@@ -329,7 +279,7 @@ def cg_forward_(
     s, m = state.samples, state.ms[0]
     k = state.iteration
     before = max(k - 1, 0)
-    p, old_p, (r, _) = state.vectors[k % 2], state.vectors[1 - k % 2], state.vectors[2:]
+    p, old_p = state.directions[k % 2], state.directions[1 - k % 2]
     ms = [m.weight for m in state.ms]
     tables = Tables([s.tensors, s.largest, weights.ys, ms, biases(state.ms)])
     PRIMAL_FORWARD.launch(
@@ -344,12 +294,9 @@ def cg_forward_(
         y_scale_ptr=weights.scale,
         factor_ptr=weights.factor,
         t_ptr=state.t,
-        r_ptr=r.weight,
-        r_bias_ptr=bias_of(r),
-        old_p_ptr=old_p.weight,
-        old_p_bias_ptr=bias_of(old_p),
-        p_ptr=p.weight,
-        p_bias_ptr=bias_of(p),
+        r_rows=state.r,
+        old_p_rows=old_p,
+        p_rows=p,
         rho_partial_ptr=state.rho_partial,
         pap_partial_ptr=state.pap,
         pp_ptr=state.pp,
@@ -359,12 +306,13 @@ def cg_forward_(
         old_active_ptr=state.active[2 * before + 1],
         active_ptr=state.active[2 * k],
         **s.sizes,
-        **weights.strides,
+        y_place=OutputPlace.of(weights.ys[0]),
         total=state.pp.numel(),
         rho_blocks=state.rho_partial.shape[0],
         group_channels=s.group_channels,
         multiplier=max(1, s.depthwise),
-        **s.window,
+        place=s.place,
+        STENCIL=s.stencil,
         ALIGN=tables.align,
         M_DTYPE=DTYPES[m.weight.dtype],
         X_DTYPE=DTYPES[s.tensors[0].dtype],

@@ -13,8 +13,8 @@ from .common import count_anomalies, layer_pointer, load_scalar
 from .config import Config
 from .kernel import WARPS, Kernel, covering
 from .launchers import DTYPES, biases, empty_rows, flat, row_strides, write_back
-from .primal import PrimalState, bias_of, step_length
-from .samples import native_column
+from .primal import PrimalState, step_length
+from .samples import Stencil, native_column
 from .tables import Tables
 from .work import Sizes
 
@@ -28,10 +28,8 @@ def _primal_update_kernel(
     m_scale_ptr,
     counts_table_ptr,
     scalars_ptr,
-    p_ptr,
-    p_bias_ptr,
-    z_ptr,
-    z_bias_ptr,
+    p_rows,
+    z_rows,
     pap_partial_ptr,
     pp_ptr,
     first_rho_ptr,
@@ -50,8 +48,7 @@ def _primal_update_kernel(
     ALIGN: tl.constexpr,
     THETA_DTYPE: tl.constexpr,
     M_DTYPE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
+    STENCIL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DENSE: tl.constexpr,
     FIRST: tl.constexpr,
@@ -69,7 +66,7 @@ def _primal_update_kernel(
     layer_rows = group * R + rows.to(tl.int64)
     at = problem * R + rows
     d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    column = native_column(d, CHANNELS, TAPS)[None, :]
+    column = native_column(d, STENCIL)[None, :]
     local = layer_rows[:, None] * D + column
     stored = (layer * GROUPS * R + layer_rows)[:, None] * D + d[None, :]
 
@@ -110,9 +107,9 @@ def _primal_update_kernel(
         lr = load_scalar(scalars_ptr, 2)
         decay = 1.0 - lr * load_scalar(scalars_ptr, 3)
     mask = row_ok[:, None] & (d < D)[None, :]
-    z = alpha[:, None] * tl.load(p_ptr + stored, mask=mask, other=0.0)
+    z = alpha[:, None] * tl.load(p_rows.weight + stored, mask=mask, other=0.0)
     if not FIRST:
-        z += tl.load(z_ptr + stored, mask=mask, other=0.0)
+        z += tl.load(z_rows.weight + stored, mask=mask, other=0.0)
     m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
     m = tl.load(m_ptr + local, mask=mask & plain[:, None], other=0.0)
     m_scale = tl.load(m_scale_ptr + at, mask=row_ok, other=0.0)
@@ -129,9 +126,9 @@ def _primal_update_kernel(
     tl.store(theta_ptr + local, z.to(THETA_DTYPE), mask=mask)
     if HAS_BIAS:
         first = row_ok & (block_d == 0)
-        z = alpha * tl.load(p_bias_ptr + at, mask=first, other=0.0)
+        z = alpha * tl.load(p_rows.bias + at, mask=first, other=0.0)
         if not FIRST:
-            z += tl.load(z_bias_ptr + at, mask=first, other=0.0)
+            z += tl.load(z_rows.bias + at, mask=first, other=0.0)
         m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
         m = tl.load(m_bias_ptr + layer_rows, mask=first & plain, other=0.0)
         z = tl.where(plain, m.to(tl.float32) * m_scale, z) * scale
@@ -206,7 +203,7 @@ def _finish(
     s, m = state.samples, state.ms[0]
     dim = m.weight.shape[1]
     k = state.iteration - 1
-    p, z = state.vectors[k % 2], state.vectors[3]
+    p, z = state.directions[k % 2], state.z
     config = PRIMAL_UPDATE.tuned(
         FinishConfig(),
         {"r": s.problem_rows, "d": dim, "p": len(thetas) * s.groups},
@@ -232,10 +229,8 @@ def _finish(
         m_scale_ptr=state.scales,
         counts_table_ptr=tables[4],
         scalars_ptr=tables.scalars,
-        p_ptr=p.weight,
-        p_bias_ptr=bias_of(p),
-        z_ptr=z.weight,
-        z_bias_ptr=bias_of(z),
+        p_rows=p,
+        z_rows=z,
         pap_partial_ptr=state.pap,
         pp_ptr=state.pp,
         first_rho_ptr=state.rho[0],
@@ -253,7 +248,7 @@ def _finish(
         ALIGN=tables.align,
         THETA_DTYPE=DTYPES[thetas[0].weight.dtype],
         M_DTYPE=DTYPES[m.weight.dtype],
-        **s.taps,
+        STENCIL=Stencil(s.stencil.TAPS, s.stencil.CHANNELS),
         HAS_BIAS=m.bias is not None,
         FIRST=k == 0,
         STEP=step,

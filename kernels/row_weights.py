@@ -23,6 +23,7 @@ from .config import Config, SplitConfig
 from .config import power_of_two as next_power_of_two
 from .kernel import TILES, WARPS, Args, Kernel, Parts, Values, blocks, covering, pieces
 from .launchers import DTYPES
+from .outputs import OutputPlace, load_outputs
 from .samples import load_window, samples
 from .splits import SumConfig
 from .tables import Tables
@@ -38,26 +39,10 @@ def _row_norms_kernel(
     D,
     GROUPS,
     group_channels,
-    HEIGHT,
-    WIDTH,
-    OUT_HEIGHT,
-    OUT_WIDTH,
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
+    place,
     ALIGN: tl.constexpr,
     X_DTYPE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    POINTWISE: tl.constexpr,
+    STENCIL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -67,37 +52,23 @@ def _row_norms_kernel(
     layer, group = problem // GROUPS, problem % GROUPS
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN)
-    x_ptr += group * group_channels * stride_xc
+    x_ptr += group * group_channels * place.stride_c
     scale = load_scale(x_largest_table_ptr, layer, group)
     squares = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         mask = (n < N)[:, None] & (d < D)[None, :]
         channel, tap = d, d
-        if not POINTWISE:
-            channel, tap = d % CHANNELS, d // CHANNELS
+        if not STENCIL.POINTWISE:
+            channel, tap = d % STENCIL.CHANNELS, d // STENCIL.CHANNELS
         x = load_window(
             x_ptr,
             n[:, None],
             channel[None, :],
             tap[None, :],
             mask,
-            HEIGHT,
-            WIDTH,
-            OUT_HEIGHT,
-            OUT_WIDTH,
-            stride_xn,
-            stride_xc,
-            stride_xh,
-            stride_xw,
-            KERNEL_W,
-            STRIDE_H,
-            STRIDE_W,
-            PAD_H,
-            PAD_W,
-            DILATION_H,
-            DILATION_W,
-            POINTWISE,
+            place,
+            STENCIL,
         )
         x = x.to(tl.float32) * scale
         squares = tl.fma(x, x, squares)
@@ -118,34 +89,15 @@ def _row_scale_kernel(
     N,
     R,
     GROUPS,
-    P,
     total,
     split_length,
     multiplier,
-    stride_yn,
-    stride_yr,
-    stride_yp,
-    HEIGHT,
-    WIDTH,
-    OUT_HEIGHT,
-    OUT_WIDTH,
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
+    y_place,
+    place,
     ALIGN: tl.constexpr,
     X_DTYPE: tl.constexpr,
     Y_DTYPE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    POINTWISE: tl.constexpr,
+    STENCIL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DEPTHWISE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -175,36 +127,18 @@ def _row_scale_kernel(
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N).to(tl.int64)
         mask = (n < end)[:, None] & row_ok[None, :]
-        y_at = (n // P * stride_yn + n % P * stride_yp)[:, None]
-        y = tl.load(
-            y_ptr + y_at + (layer_rows * stride_yr)[None, :], mask=mask, other=0.0
-        )
-        y = y.to(tl.float32)
+        y = load_outputs(y_ptr, n, layer_rows, mask, y_place)
         if DEPTHWISE:
             norms = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-            for tap in range(TAPS):
+            for tap in range(STENCIL.TAPS):
                 x = load_window(
                     x_ptr,
                     n[:, None],
                     channel[None, :],
                     tap,
                     mask,
-                    HEIGHT,
-                    WIDTH,
-                    OUT_HEIGHT,
-                    OUT_WIDTH,
-                    stride_xn,
-                    stride_xc,
-                    stride_xh,
-                    stride_xw,
-                    KERNEL_W,
-                    STRIDE_H,
-                    STRIDE_W,
-                    PAD_H,
-                    PAD_W,
-                    DILATION_H,
-                    DILATION_W,
-                    POINTWISE,
+                    place,
+                    STENCIL,
                 )
                 x = x.to(tl.float32) * x_scale[None, :]
                 norms += x * x
@@ -354,17 +288,6 @@ class RowWeights:
     scale: Tensor
     factor: Tensor
 
-    @property
-    def strides(self) -> dict[str, int]:
-        """Arguments that address Y."""
-        n, r, p = self.ys[0].stride()
-        return {
-            "P": self.ys[0].shape[2],
-            "stride_yn": n,
-            "stride_yr": r,
-            "stride_yp": p,
-        }
-
 
 def row_weights(
     xs: Sequence[SampleMap], ys: Sequence[Tensor], row_length: int
@@ -399,7 +322,8 @@ def row_weights(
             D=s.map.dim,
             GROUPS=s.groups,
             group_channels=s.group_channels,
-            **s.window,
+            place=s.place,
+            STENCIL=s.stencil,
             ALIGN=tables.align,
             X_DTYPE=DTYPES[s.tensors[0].dtype],
             HAS_BIAS=s.map.bias,
@@ -429,8 +353,9 @@ def row_weights(
         GROUPS=s.groups,
         total=layers * rows,
         multiplier=max(1, s.depthwise),
-        **weights.strides,
-        **s.window,
+        y_place=OutputPlace.of(y),
+        place=s.place,
+        STENCIL=s.stencil,
         ALIGN=tables.align,
         X_DTYPE=DTYPES[s.tensors[0].dtype],
         Y_DTYPE=DTYPES[y.dtype],

@@ -7,7 +7,7 @@ first; `native_column` says where. A matrix is the case of one tap.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,69 +15,88 @@ import triton.language as tl
 from torch import Tensor
 
 from ..linalg.precision import tf32_convolutions
-from ..linalg.rows import SampleMap
+from ..linalg.rows import SampleMap, Window
 from .interpreter import interpreted
 from .largest import largest_of
 from .launchers import PRECISION
 
-# Names of the arguments that say where activations lie, and how the window moves.
-_PLACE = (
-    *("HEIGHT", "WIDTH", "OUT_HEIGHT", "OUT_WIDTH"),
-    *("stride_xn", "stride_xc", "stride_xh", "stride_xw"),
-)
-_WINDOW = (
-    *("KERNEL_W", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W"),
-    *("DILATION_H", "DILATION_W", "POINTWISE"),
-)
+
+class Place(NamedTuple):
+    """Where activations lie: sizes of images and of outputs, strides in entries.
+
+    A matrix is one position an example.
+    """
+
+    HEIGHT: int
+    WIDTH: int
+    OUT_HEIGHT: int
+    OUT_WIDTH: int
+    stride_n: int
+    stride_c: int
+    stride_h: int
+    stride_w: int
+
+
+class Stencil(NamedTuple):
+    """How a window moves over an image; a constant of the kernels that read by it.
+
+    Attributes:
+        TAPS: of the window.
+        CHANNELS: of a group; one for all matrices, which so share compiled kernels.
+        KERNEL_W: taps in a row of the window.
+        STRIDE_H: from one output to the next; likewise the others.
+        UPSAMPLE_H: from one input to the next, with zeros between them.
+        POINTWISE: whether sample n is simply row n.
+    """
+
+    TAPS: int = 1
+    CHANNELS: int = 1
+    KERNEL_W: int = 1
+    STRIDE_H: int = 1
+    STRIDE_W: int = 1
+    PAD_H: int = 0
+    PAD_W: int = 0
+    DILATION_H: int = 1
+    DILATION_W: int = 1
+    UPSAMPLE_H: int = 1
+    UPSAMPLE_W: int = 1
+    POINTWISE: bool = False
 
 
 @triton.jit
-def native_column(d, CHANNELS: tl.constexpr, TAPS: tl.constexpr):
+def native_column(d, STENCIL: tl.constexpr):
     """Where torch keeps the weight of column d."""
     column = d
-    if TAPS > 1:
-        column = (d % CHANNELS) * TAPS + d // CHANNELS
+    if STENCIL.TAPS > 1:
+        column = (d % STENCIL.CHANNELS) * STENCIL.TAPS + d // STENCIL.CHANNELS
     return column
 
 
 @triton.jit
-def load_window(
-    x_ptr,
-    n,
-    channel,
-    tap,
-    mask,
-    HEIGHT,
-    WIDTH,
-    OUT_HEIGHT,
-    OUT_WIDTH,
-    stride_xn,
-    stride_xc,
-    stride_xh,
-    stride_xw,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    POINTWISE: tl.constexpr,
-):
-    """Entries at positions n; what the padding adds is zero.
+def load_window(x_ptr, n, channel, tap, mask, place, STENCIL: tl.constexpr):
+    """Entries at positions n; what padding adds, or stands between inputs, is zero.
 
     The arguments n, channel and tap broadcast against each other.
     """
-    if POINTWISE:
-        at = n * stride_xn + channel * stride_xc
+    if STENCIL.POINTWISE:
+        at = n * place.stride_n + channel * place.stride_c
     else:
-        out_w = n % OUT_WIDTH
-        out_h = (n // OUT_WIDTH) % OUT_HEIGHT
-        example = n // (OUT_WIDTH * OUT_HEIGHT)
-        h = out_h * STRIDE_H - PAD_H + (tap // KERNEL_W) * DILATION_H
-        w = out_w * STRIDE_W - PAD_W + (tap % KERNEL_W) * DILATION_W
-        mask = mask & (h >= 0) & (h < HEIGHT) & (w >= 0) & (w < WIDTH)
-        at = example * stride_xn + channel * stride_xc + h * stride_xh + w * stride_xw
+        out_w = n % place.OUT_WIDTH
+        out_h = (n // place.OUT_WIDTH) % place.OUT_HEIGHT
+        example = n // (place.OUT_WIDTH * place.OUT_HEIGHT)
+        tap_h, tap_w = tap // STENCIL.KERNEL_W, tap % STENCIL.KERNEL_W
+        h = out_h * STENCIL.STRIDE_H - STENCIL.PAD_H + tap_h * STENCIL.DILATION_H
+        w = out_w * STENCIL.STRIDE_W - STENCIL.PAD_W + tap_w * STENCIL.DILATION_W
+        # Only whole quotients stay, so it is the same however division rounds.
+        if STENCIL.UPSAMPLE_H > 1:
+            whole = h % STENCIL.UPSAMPLE_H == 0
+            h = tl.where(whole, h // STENCIL.UPSAMPLE_H, -1)
+        if STENCIL.UPSAMPLE_W > 1:
+            whole = w % STENCIL.UPSAMPLE_W == 0
+            w = tl.where(whole, w // STENCIL.UPSAMPLE_W, -1)
+        mask = mask & (h >= 0) & (h < place.HEIGHT) & (w >= 0) & (w < place.WIDTH)
+        at = example * place.stride_n + channel * place.stride_c
+        at += h * place.stride_h + w * place.stride_w
     return tl.load(x_ptr + at, mask=mask, other=0.0)
 
 
@@ -134,7 +153,8 @@ class Samples:
         depthwise: rows a channel where each row sees one channel of an image, else 0.
         n: positions, of all examples.
         rows: R.
-        window: arguments that describe the window.
+        place: where the activations lie.
+        stencil: how a window moves over them.
     """
 
     map: SampleMap
@@ -143,7 +163,8 @@ class Samples:
     depthwise: int
     n: int
     rows: int
-    window: dict[str, Any]
+    place: Place
+    stencil: Stencil
 
     @property
     def groups(self) -> int:
@@ -158,14 +179,14 @@ class Samples:
     @property
     def group_channels(self) -> int:
         """Channels (of a matrix: columns) of a group."""
-        return 0 if self.depthwise else self.map.dim // int(self.window["TAPS"])
+        return 0 if self.depthwise else self.map.dim // self.stencil.TAPS
 
     @property
     def kind(self) -> str:
         """How samples are addressed, in a word."""
         if self.depthwise:
             return "depthwise"
-        return "matrix" if self.window["POINTWISE"] else "window"
+        return "matrix" if self.stencil.POINTWISE else "window"
 
     @property
     def key(self) -> dict[str, int]:
@@ -183,11 +204,6 @@ class Samples:
             "D": self.map.dim,
             "GROUPS": self.groups,
         }
-
-    @property
-    def taps(self) -> dict[str, int]:
-        """The column order."""
-        return {key: self.window[key] for key in ("CHANNELS", "TAPS")}
 
 
 def serves(x: SampleMap) -> bool:
@@ -224,27 +240,42 @@ def samples(xs: Sequence[SampleMap], rows: int) -> Samples:
             tensors = [t.contiguous() for t in tensors]
         spec = None
     first = tensors[0]
+    depthwise = 0
     if spec is None:
-        channels, taps, depthwise = x.dim, 1, 0
-        place = (1, 1, 1, 1, *first.stride(), 0, 0)
-        window = (1, 1, 1, 0, 0, 1, 1, True)
+        place = Place(1, 1, 1, 1, first.stride(0), first.stride(1), 0, 0)
+        stencil = Stencil(POINTWISE=True)
     else:
-        height, width = _two(first.shape[2:], 1)
-        kernel_h, kernel_w = _two(spec.kernel, 1)
-        stride, pads = _two(spec.stride, 1), _two(spec.pads, 0)
-        dilation = _two(spec.dilation, 1)
-        out_height, out_width = _two(x.output_shape, 1)
-        taps = kernel_h * kernel_w
-        channels = x.dim // taps
-        depthwise = rows // x.groups if channels == 1 and x.groups > 1 else 0
-        strides = (first.stride(0), first.stride(1), *_two(first.stride()[2:], 0))
-        place = (height, width, out_height, out_width, *strides)
-        window = (kernel_w, *stride, *pads, *dilation, False)
-    described = dict(zip(_PLACE, place, strict=True))
-    described |= dict(zip(_WINDOW, window, strict=True))
-    # One value for all matrices, so that they share a compiled kernel.
-    described |= {"CHANNELS": 1 if spec is None else channels, "TAPS": taps}
-    return Samples(x, tensors, largest_of(xs), depthwise, n, rows, described)
+        place, stencil = windowed(first, spec, x.output_shape, x.dim)
+        if stencil.CHANNELS == 1 and x.groups > 1:
+            depthwise = rows // x.groups
+    return Samples(x, tensors, largest_of(xs), depthwise, n, rows, place, stencil)
+
+
+def windowed(
+    x: Tensor, window: Window, output_shape: Sequence[int], dim: int
+) -> tuple[Place, Stencil]:
+    """A window over signals or images.
+
+    Args:
+        x: ``(examples, channels, *spatial)``.
+        window: with zeros as padding.
+        output_shape: sizes of its output.
+        dim: weights in a row.
+    """
+    spatial = (_two(x.shape[2:], 1), _two(output_shape, 1))
+    strides = (x.stride(0), x.stride(1), *_two(x.stride()[2:], 0))
+    kernel_h, kernel_w = _two(window.kernel, 1)
+    taps = kernel_h * kernel_w
+    stencil = Stencil(
+        taps,
+        dim // taps,
+        kernel_w,
+        *_two(window.stride, 1),
+        *_two(window.pads, 0),
+        *_two(window.dilation, 1),
+        *_two(window.upsample, 1),
+    )
+    return Place(*spatial[0], *spatial[1], *strides), stencil
 
 
 def _two(values: Sequence[int], filler: int) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from .config import Config
 from .config import power_of_two as next_power_of_two
 from .kernel import TILES, WARPS, Kernel, covering
 from .launchers import DTYPES
+from .outputs import OutputPlace, load_outputs
 from .tables import Tables
 from .work import Sizes
 
@@ -33,10 +34,7 @@ def _fisher_weights_kernel(
     R,
     GROUPS,
     row_length,
-    P,
-    stride_yn,
-    stride_yr,
-    stride_yp,
+    y_place,
     stride_norms_n,
     stride_norms_group,
     ALIGN: tl.constexpr,
@@ -56,7 +54,7 @@ def _fisher_weights_kernel(
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
     y_ptr = layer_pointer(y_table_ptr, layer, Y_DTYPE, ALIGN)
-    y_ptr += group * R * stride_yr
+    y_ptr += group * R * y_place.stride_r
     norms_ptr = layer_pointer(norms_table_ptr, layer, tl.float32, 4)
     norms_ptr += group * stride_norms_group
     weights_ptr += problem_base(problem, GROUPS, N, R)
@@ -65,21 +63,17 @@ def _fisher_weights_kernel(
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N).to(tl.int64)
         mask = (n < N)[:, None] & row_ok[None, :]
-        y_at = (n // P * stride_yn + n % P * stride_yp)[:, None]
-        y_at += rows[None, :].to(tl.int64) * stride_yr
-        y = tl.load(y_ptr + y_at, mask=mask, other=0.0)
-        largest = tl.maximum(largest, tl.max(tl.abs(y.to(tl.float32)), axis=0))
+        y = load_outputs(y_ptr, n, rows, mask, y_place)
+        largest = tl.maximum(largest, tl.max(tl.abs(y), axis=0))
     scale = power_of_two(largest)
 
     trace = tl.zeros((BLOCK_R,), tl.float32)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N).to(tl.int64)
         mask = (n < N)[:, None] & row_ok[None, :]
-        y_at = (n // P * stride_yn + n % P * stride_yp)[:, None]
-        y_at += rows[None, :].to(tl.int64) * stride_yr
-        y = tl.load(y_ptr + y_at, mask=mask, other=0.0)
+        y = load_outputs(y_ptr, n, rows, mask, y_place)
         norms = tl.load(norms_ptr + n * stride_norms_n, mask=n < N, other=0.0)
-        scaled = y.to(tl.float32) * scale[None, :]
+        scaled = y * scale[None, :]
         norms = tl.broadcast_to(norms[:, None], (BLOCK_N, BLOCK_R))
         trace += sum_of_products(scaled * scaled, norms, axis=0)
 
@@ -91,10 +85,8 @@ def _fisher_weights_kernel(
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N).to(tl.int64)
         mask = (n < N)[:, None] & row_ok[None, :]
-        y_at = (n // P * stride_yn + n % P * stride_yp)[:, None]
-        y_at += rows[None, :].to(tl.int64) * stride_yr
-        y = tl.load(y_ptr + y_at, mask=mask, other=0.0)
-        scaled = y.to(tl.float32) * scale[None, :]
+        y = load_outputs(y_ptr, n, rows, mask, y_place)
+        scaled = y * scale[None, :]
         weights = tl.where(
             (status == 0)[None, :], scaled * scaled * factor[None, :], 0.0
         )
@@ -159,10 +151,7 @@ def fisher_weights(
         R=rows // groups,
         GROUPS=groups,
         row_length=row_length,
-        P=y.shape[2],
-        stride_yn=ys[0].stride(0),
-        stride_yr=ys[0].stride(1),
-        stride_yp=ys[0].stride(2),
+        y_place=OutputPlace.of(ys[0]),
         stride_norms_n=norms[0].stride(0),
         stride_norms_group=norms[0].stride(1),
         ALIGN=tables.align,

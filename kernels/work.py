@@ -76,16 +76,17 @@ class Sizes:
 
     def _activations(self) -> int:
         """Entries of the activations: of a matrix, or of images behind windows."""
-        args = self.args
-        if args.get("POINTWISE", True):
+        args, place = self.args, self.args.get("place")
+        if place is None or args["STENCIL"].POINTWISE:
             return self.n * int(args.get("D", 0)) * self.problems
-        examples = self.n // (args["OUT_HEIGHT"] * args["OUT_WIDTH"])
+        stencil = args["STENCIL"]
+        examples = self.n // (place.OUT_HEIGHT * place.OUT_WIDTH)
         channels = args.get("group_channels", 0) * self.g
         if args.get("DEPTHWISE"):
             channels = args["R"] // args["multiplier"]
         # A stride beyond the kernel skips positions.
-        read = args["OUT_HEIGHT"] * args["OUT_WIDTH"] * args["TAPS"]
-        read = min(read, args["HEIGHT"] * args["WIDTH"])
+        read = place.OUT_HEIGHT * place.OUT_WIDTH * stencil.TAPS
+        read = min(read, place.HEIGHT * place.WIDTH)
         return int(examples * read * channels * self.layers)
 
     def size(self, name: str) -> int:
