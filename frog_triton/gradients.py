@@ -8,7 +8,6 @@ steps ago earns a warning. Nothing here waits for a GPU.
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .scaling import moved_to
+from .warning import warn
 
 RECENT = 10
 """Steps that "a few steps ago" may mean."""
@@ -110,12 +110,11 @@ class GradientWatch:
             before = max(self._recent, default=math.inf)
             if size > GROWTH * before > 0 and size > self._peak:
                 self._warned = True
-                warnings.warn(
+                warn(
                     f"the largest gradient is {size:.2g}, {size / before:.2g} times "
                     "what it was a few steps ago and the largest of this training: it "
                     "may be running away; lower lr or fallback_lr, or clip gradients "
-                    "(torch.nn.utils.clip_grad_norm_)",
-                    stacklevel=6,
+                    "(torch.nn.utils.clip_grad_norm_)"
                 )
             self._recent.append(size)
             self._peak = max(self._peak, size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -58,6 +57,7 @@ from .state import (
 from .step import LayerStep, is_mixture, layer_step, untouched
 from .unhooked import REASON, Known, Unhooked
 from .update import step_layers, tuned
+from .warning import warn
 
 if TYPE_CHECKING:
     from .distributed.division import Group
@@ -388,9 +388,9 @@ class FROG(Optimizer):
             told += "; which is the output layer the first step will show"
         if not self._plan.layers:
             text = "FROG preconditions no parameter of this model"
-            warnings.warn(f"{text}; describe() says why", stacklevel=3)
+            warn(f"{text}; describe() says why")
         elif coverage.low and not self._plan.bare:
-            warnings.warn(f"{told}; describe() says why", stacklevel=3)
+            warn(f"{told}; describe() says why")
         else:
             tell(told)
 

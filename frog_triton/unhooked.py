@@ -9,7 +9,6 @@ them, until samples come (again).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from .capture import SampleCapture
 from .ops.types import local
 from .routing import OUTPUT_LAYER, Layer
+from .warning import warn
 
 REASON = "its weight is used without calling the module"
 
@@ -217,7 +217,7 @@ class Unhooked:
             text = message.format(
                 layers=", ".join(named), reason=reason, fallback=self._fallback
             )
-            warnings.warn(text, stacklevel=8)
+            warn(text)
 
 
 _IDENTITY = (
