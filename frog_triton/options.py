@@ -203,6 +203,12 @@ class Options:
         if self.output_layers is not None:
             self.output_layers = _listed(self.output_layers)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What ranks that train together must have alike."""
+        names = ("sampling", "formulation", "momentum_dtype")
+        return {"sample_size": self.size} | {n: getattr(self, n) for n in names}
+
     def own_fallback_lr(self, lr: float | Tensor) -> float | Tensor:
         """`fallback_lr`, or its default.
 

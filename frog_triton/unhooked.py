@@ -63,9 +63,13 @@ class Unhooked:
     """
 
     def __init__(self, fallback: str) -> None:
+        self._fallback = fallback
+        self.restart()
+
+    def restart(self) -> None:
+        """Know nothing, as in the beginning."""
         self.reasons: dict[str, str] = {}
         self.misses: dict[str, int] = {}
-        self._fallback = fallback
         self._told: set[tuple[str, str]] = set()
 
     def holds(self, layer: Layer | None) -> bool:

@@ -44,8 +44,12 @@ def test_version():
 
 
 RANKS = {
-    "cli": 14,
-    "optimizer": 13,
+    "cli": 17,
+    "optimizer": 16,
+    "gathering": 15,
+    "inspection": 15,
+    "assignment": 14,
+    "partition": 13,
     "distributed": 12,
     "loading": 10,
     "unhooked": 10,
@@ -61,6 +65,7 @@ RANKS = {
     "products": 6,
     "seeking": 6,
     "options": 5,
+    "anomalies": 5,
     "formulation": 5,
     "functional": 5,
     "hooks": 5,
