@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from .scaling import moved_to, multiply_, steps_taken
-from .state import step_counter
+from .state import complete, step_counter
 
 
 class Fallback(ABC):
@@ -36,6 +37,10 @@ class Fallback(ABC):
     def init_state(self, param: nn.Parameter) -> dict[str, Tensor]:
         """Fresh state of one parameter, all of it on the parameter's device."""
 
+    def complete(self, state: dict[str, Any], param: nn.Parameter, name: str) -> None:
+        """Make what is missing of a parameter's state; see `state.complete`."""
+        complete(state, self.keys, partial(self.init_state, param), name)
+
     @abstractmethod
     def update(
         self,
@@ -49,7 +54,7 @@ class Fallback(ABC):
 
     def step(
         self,
-        params: list[nn.Parameter],
+        params: Sequence[nn.Parameter],
         states: Sequence[dict[str, Tensor]],
         group: dict[str, Any],
         found_inf: Tensor | None = None,

@@ -8,20 +8,39 @@ steps ago earns a warning. Nothing here waits for a GPU.
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .linalg.rows import local
 from .scaling import moved_to
+from .warning import warn
 
 RECENT = 10
 """Steps that "a few steps ago" may mean."""
 
 GROWTH = 1000.0
 """Growth of the largest gradient that a healthy training does not show."""
+
+
+def local_grads(
+    groups: Iterable[Mapping[str, Any]], names: Mapping[nn.Parameter, str]
+) -> dict[str, Tensor]:
+    """Gradients by parameter, those parts that lie on this rank.
+
+    Args:
+        groups: parameter groups.
+        names: of the parameters.
+    """
+    return {
+        names[p]: local(p.grad)
+        for group in groups
+        for p in group["params"]
+        if p.grad is not None
+    }
 
 
 class GradientWatch:
@@ -56,6 +75,23 @@ class GradientWatch:
         yield from self._skipped.values()
         yield from self._nonfinite.values()
 
+    def found_inf(self, grads: Mapping[str, Tensor], may_wait: bool) -> Tensor | None:
+        """Not 0 where a gradient is not finite, so that the step is to be skipped.
+
+        Args:
+            grads: as in `look`.
+            may_wait: whether growth is looked at, too, with a warning.
+
+        Returns:
+            None without gradients.
+        """
+        largest = self.look(grads)
+        if largest is None:
+            return None
+        if may_wait:
+            self.warn_of_growth(largest)
+        return (~torch.isfinite(largest)).float()
+
     def look(self, grads: Mapping[str, Tensor]) -> Tensor | None:
         """Find the largest magnitudes, and count what is not finite.
 
@@ -83,12 +119,14 @@ class GradientWatch:
         moved = [moved_to(size, found[0].device) for size in found]
         return torch.stack(moved).amax() if len(moved) > 1 else moved[0]
 
-    def count_skipped(self, skipped: Tensor) -> None:
+    def count_skipped(self, skipped: Tensor | None) -> None:
         """Count a step.
 
         Args:
-            skipped: 1 if it was skipped, else 0; on any device.
+            skipped: 1 if it was skipped, else 0; on any device. None had no gradient.
         """
+        if skipped is None:
+            return
         device = skipped.device
         if device not in self._skipped:
             self._skipped[device] = torch.zeros_like(skipped, dtype=torch.int32)
@@ -110,12 +148,11 @@ class GradientWatch:
             before = max(self._recent, default=math.inf)
             if size > GROWTH * before > 0 and size > self._peak:
                 self._warned = True
-                warnings.warn(
+                warn(
                     f"the largest gradient is {size:.2g}, {size / before:.2g} times "
                     "what it was a few steps ago and the largest of this training: it "
                     "may be running away; lower lr or fallback_lr, or clip gradients "
-                    "(torch.nn.utils.clip_grad_norm_)",
-                    stacklevel=6,
+                    "(torch.nn.utils.clip_grad_norm_)"
                 )
             self._recent.append(size)
             self._peak = max(self._peak, size)

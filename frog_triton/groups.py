@@ -63,6 +63,20 @@ def user_group(group: Any) -> dict[str, Any]:
     return {**options, "params": tensors, **named}
 
 
+def check_names(group: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError unless a group has names as others have them, or as they none.
+
+    Args:
+        group: a new one.
+        others: those that are there.
+    """
+    if ("param_names" in group) != ("param_names" in others[0]):
+        raise ValueError(
+            "parameter groups must all have names or none: pass (name, tensor) "
+            "pairs to all or to none"
+        )
+
+
 def part_of(group: dict[str, Any], params: Collection[Tensor]) -> dict[str, Any]:
     """A group with only some of its parameters, and their names if it has names."""
     kept = [i for i, param in enumerate(group["params"]) if param in params]

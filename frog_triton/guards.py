@@ -7,7 +7,9 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .kernels.launch import capturable as without_host_copies
 
 
 def problem_with_grads(
@@ -38,13 +40,43 @@ def problem_with_grads(
     return None
 
 
-def no_autocast(groups: Iterable[Mapping[str, Any]]) -> AbstractContextManager[Any]:
-    """Switch autocast off on the devices of the parameters."""
+def modes(
+    groups: Iterable[Mapping[str, Any]], capturable: bool
+) -> AbstractContextManager[Any]:
+    """What a step runs in, whatever modes are on outside.
+
+    Products in a lower precision are for the model, not for its optimizer; and where
+    nothing may wait for the device, launches copy nothing from the host.
+
+    Args:
+        groups: parameter groups; autocast is off on the devices of their parameters.
+        capturable: whether nothing may wait.
+    """
     stack = ExitStack()
+    if capturable:
+        stack.enter_context(without_host_copies())
     devices = {p.device.type for group in groups for p in group["params"]}
     for device in sorted(devices & {"cpu", "cuda"}):
         stack.enter_context(torch.autocast(device, enabled=False))
     return stack
+
+
+def may_read(number: Tensor, capturable: bool) -> bool:
+    """Whether the host may read a number: on a CPU, and if it is no fake."""
+    return number.is_cpu and not capturable and type(number) is Tensor
+
+
+def refuse_to_step(closed: bool, capturable: bool) -> None:
+    """Raise RuntimeError where no step can be made, whatever the gradients.
+
+    Args:
+        closed: whether the hooks are gone.
+        capturable: whether steps may be captured in a CUDA graph.
+    """
+    if closed:
+        raise RuntimeError("this FROG is closed: its hooks are gone; build a new one")
+    if not capturable and is_capturing():
+        raise RuntimeError("to capture step() in a CUDA graph: capturable=True")
 
 
 def is_capturing() -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,20 @@ from .groups import chosen, own_tensors
 from .linalg.rows import is_number
 from .options import check_group
 from .state import BEFORE, STATE_VERSION, move_state
+
+
+@contextmanager
+def adding(optimizer: Optimizer, values: Mapping[str, Any]) -> Iterator[None]:
+    """States saved in this context have more entries, which the user's hooks see."""
+
+    def add(_: Optimizer, saved: dict[str, Any]) -> None:
+        saved |= values
+
+    hook = optimizer.register_state_dict_post_hook(add, prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class Loading:

@@ -3,71 +3,40 @@
 from __future__ import annotations
 
 import os
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from . import ops
+from .anomalies import Anomalies
+from .assignment import Assignment
 from .autotune.tuning import Tuning
 from .capture import SampleCapture
-from .coverage import tell
-from .diagnostics import Diagnostics, memory_usage
-from .distributed import check_placements, find_world
+from .distributed import find_world
 from .evaluation import FusedInference
 from .fallback import FALLBACKS, check_updated_by
-from .gradients import GradientWatch
-from .groups import (
-    check_groups,
-    entries,
-    fallback_lr,
-    own_tensors,
-    part_of,
-    user_group,
-    user_groups,
-)
-from .guards import (
-    is_capturing,
-    no_autocast,
-    problem_with_grads,
-    refuse_to_make_in_graph,
-)
-from .kernels.launch import capturable as without_host_copies
-from .layers import ROWS_FIRST
-from .linalg.rows import local
-from .loading import Loading
-from .options import Options, check, check_group, check_model, scalar
-from .routing import OUTPUT_LAYER, Exclusion, Layer, Plan, Route, RoutingTable, route
-from .sampling import Counter
-from .scaling import Left, leaving, skipping, steps_taken, unscale_
-from .seeking import Outputs
-from .state import (
-    ROW_KEYS,
-    STATE_VERSION,
-    STEP_KEYS,
-    move_state,
-    row_state,
-    step_counter,
-)
-from .step import LayerStep, is_mixture, layer_step, untouched
-from .unhooked import REASON, Known, Unhooked
-from .update import step_layers, tuned
+from .gathering import Gathering
+from .gradients import GradientWatch, local_grads
+from .groups import check_groups, check_names, own_tensors, user_group, user_groups
+from .guards import may_read, modes, problem_with_grads, refuse_to_step
+from .inspection import Inspection
+from .loading import Loading, adding
+from .options import Options, check, check_model, scalar
+from .partition import Partition
+from .routing import Exclusion, Plan
+from .scaling import unscaled
+from .state import STATE_VERSION
+from .unhooked import Known
+from .update import step_rows, tuned
 
 if TYPE_CHECKING:
     from .distributed.division import Group
 
 
-Due = Sequence[tuple[dict[str, Any], Sequence[nn.Parameter]]]
-"""Groups, each with the parameters that it updates in a step."""
-
-
-class FROG(Optimizer):
+class FROG(Inspection):
     """Fisher row-wise preconditioning for the layers of a model.
 
     For each output row j of a linear map (Linear and convolution layers, attention,
@@ -250,7 +219,6 @@ class FROG(Optimizer):
             process_group,
             capturable,
         )
-        self._fallback_lr = scalar(options.own_fallback_lr(lr))
         defaults = {
             "lr": scalar(lr),
             "momentum": scalar(momentum),
@@ -261,22 +229,17 @@ class FROG(Optimizer):
             "cg_iters": cg_iters,
             "capturable": capturable,
         }
-        self._tuning = Tuning(autotune, autotune_dir)
+        self.formulation, self.backend = formulation, backend
         self.capturable = capturable
         self._step_supports_amp_scaling = capturable  # asked for by GradScaler
-        self.formulation = formulation
-        self.backend = backend
-        self._model = model
         self._options = options
-        self._plan = Plan()
-        self._layer_of: dict[nn.Parameter, Layer] = {}
-        self._anomalies: dict[str, Tensor] = {}
-        self._gradients = GradientWatch()
-        self._solved: dict[str, str] = {}
-        self._unhooked = Unhooked(fallback)
+        self._tuning = Tuning(autotune, autotune_dir)
+        self._gradients, self._anomalies = GradientWatch(), Anomalies()
+        self._solved: dict[str, str] = {}  # how, by layer
         self._stepped = False
         self._observe: Callable[..., None] | None = None
-        groups = self._split(user_groups(model, params), defaults)
+        self._partition = Partition(model, options, scalar(options.own_fallback_lr(lr)))
+        groups = self._partition.split(user_groups(model, params), defaults)
         self._world = find_world(self._plan, process_group, capturable)
         self._tuning.group = self._world.group
         size, seed = self._world.share(options.size, seed)
@@ -285,143 +248,27 @@ class FROG(Optimizer):
         )
         super().__init__(groups, defaults)
         own_tensors(self.param_groups)
-        self._unhooked.reasons |= self._plan.pending
-        self._outputs = Outputs(model, self.capture.stilled)
-        self._outputs.seek(self._plan)
-        self._told_of: set[str] = set()  # bare parameters
-        weakref.finalize(self, self._outputs.stop)
-        self._fused = FusedInference(model)
-        weakref.finalize(self, self._fused.close)
-        self._watch(self._plan.layers.values())
-        weakref.finalize(self, self.capture.close)
-        self._tell()
-
-    # -- construction ---------------------------------------------------------------
-
-    def _split(
-        self, groups: list[dict[str, Any]], defaults: dict[str, Any]
-    ) -> list[dict[str, Any]]:
-        """Check the user's groups, route their parameters and split each in two."""
-        names = {p: name for name, p in self._model.named_parameters()}
-        group_of: dict[nn.Parameter, int] = {}
-        halves: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        for i, given in enumerate(groups):
-            group = {k: v for k, v in given.items() if k != "fallback_lr"}
-            check_group({**defaults, **group})
-            beside = {**FALLBACKS[self._options.fallback].defaults, **group}
-            beside["lr"] = fallback_lr(given, defaults["lr"], self._fallback_lr)
-            beside["updated_by"] = self._options.fallback
-            try:
-                check_group({**defaults, **beside})
-            except ValueError as error:
-                raise ValueError(f"fallback_lr: {error}") from None
-            halves.append((group | {"updated_by": "frog"}, beside))
-            for param in group["params"]:
-                if param not in names:
-                    raise ValueError(
-                        f"a parameter of shape {tuple(param.shape)} in params does not "
-                        "belong to the model that FROG was given"
-                    )
-                optimized = self._plan.reasons.get(param, "not in params")
-                if param in group_of or optimized != "not in params":
-                    raise ValueError(f"{names[param]} appears in more than one group")
-                group_of[param] = i
-        plan = route(
-            self._model,
-            group_of,
-            self._options.exclude,
-            self._options.exclude_output_layer,
-            self._options.output_layers,
+        self._assignment = Assignment(
+            self, self._partition, model, self.capture, fallback
         )
-        for layer in plan.layers.values():
-            try:
-                dtype = self._options.momentum_dtype or layer.weight.dtype
-                ops.resolve(self.backend, layer.weight.device, dtype)
-            except ValueError as error:
-                raise ValueError(f"{layer.name}: {error}") from None
-        layers = [*self._plan.layers.values(), *plan.layers.values()]
-        try:
-            check_placements(layers, names, self._options.process_group)
-        except ValueError:
-            if plan.guess is None:
-                raise
-            plan.keep_guess()  # whatever the first step shows
-            layers = [*self._plan.layers.values(), *plan.layers.values()]
-            check_placements(layers, names, self._options.process_group)
-        self._adopt(plan, group_of)
-        preconditioned = plan.preconditioned()
-        split = []
-        for rows, rest in halves:
-            split.append(part_of(rows, preconditioned))
-            split.append(part_of(rest, set(rest["params"]) - preconditioned))
-        return split
+        self._gathering = Gathering(
+            self._assignment, self._world, self.capture, self._anomalies, options
+        )
+        self._fused = FusedInference(model)
+        for part in (self._assignment.outputs, self._fused, self.capture):
+            weakref.finalize(self, part.close)
+        self._expect_gradients()
+        self._assignment.watch(self._plan.layers.values())
+        if self._world.leads:
+            self._assignment.tell_coverage(self.routes().coverage)
 
-    def _adopt(self, plan: Plan, group_of: dict[nn.Parameter, int]) -> None:
-        """Take over a plan; parameters routed before keep their routes."""
-        old = self._plan
-        kept = {p: reason for p, reason in old.reasons.items() if p not in group_of}
-        gone = [p for p in kept if p not in plan.names]
-        reasons = plan.reasons | kept | dict.fromkeys(gone, "no longer in the model")
-        names = {p: old.names[p] for p in gone} | plan.names
-        layers = {**old.layers, **plan.layers}
-        before = old if old.names else plan
-        self._plan = Plan(layers, names, reasons, before.guess, search=before.search)
-        self._plan.named = before.named
-        self._plan.pending = {**old.pending, **plan.pending}
-        self._layer_of |= {p: lay for lay in plan.layers.values() for p in lay.params}
+    @property
+    def _plan(self) -> Plan:
+        return self._partition.plan
 
-    def _watch(self, layers: Iterable[Layer]) -> None:
-        """Start to capture samples. State is made at the first gradient."""
+    def _expect_gradients(self) -> None:
         params = [p for group in self.param_groups for p in group["params"]]
         self._gradients.expect({self._plan.names[p]: p for p in params})
-        this = weakref.ref(self)
-        for layer in layers:
-            self.capture.watch(layer, _step_reader(this, layer))
-
-    def _tell(self) -> None:
-        """Say once how much is preconditioned; warn below half."""
-        if not self._world.leads:
-            return
-        coverage = self.routes().coverage
-        told = str(coverage)
-        if self._plan.guess is not None:
-            told += "; which is the output layer the first step will show"
-        if not self._plan.layers:
-            text = "FROG preconditions no parameter of this model"
-            warnings.warn(f"{text}; describe() says why", stacklevel=3)
-        elif coverage.low and not self._plan.bare:
-            warnings.warn(f"{told}; describe() says why", stacklevel=3)
-        else:
-            tell(told)
-
-    def _make_state(self, param: nn.Parameter, group: dict[str, Any]) -> None:
-        """Make what is missing of a parameter's state: all of it at first."""
-        if group["updated_by"] == "frog":
-            layer, dtype = self._layer_of[param], self._options.momentum_dtype
-            weight = layer.weight
-            axes = layer.axes if param is weight else ROWS_FIRST
-            make = partial(row_state, dtype=dtype, axes=axes)
-            self._complete(param, ROW_KEYS, make)
-            place = weight.device if self.capturable else torch.device("cpu")
-            # The layer's counter, whether the weight has a gradient or not.
-            self._complete(weight, STEP_KEYS, lambda _: {"step": step_counter(place)})
-        else:
-            fallback = FALLBACKS[group["updated_by"]]
-            self._complete(param, fallback.keys, fallback.init_state)
-
-    def _complete(
-        self,
-        param: nn.Parameter,
-        keys: frozenset[str],
-        make: Callable[[nn.Parameter], dict[str, Tensor]],
-    ) -> None:
-        state = self.state[param]
-        missing = keys - state.keys()
-        if not missing:
-            return
-        refuse_to_make_in_graph(self._plan.names[param])
-        fresh = make(param)
-        state |= {key: fresh[key] for key in sorted(missing)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model, for instance of a layer put in later.
@@ -433,30 +280,16 @@ class FROG(Optimizer):
             super().add_param_group(param_group)
             return
         known, group = self._plan.layers, user_group(param_group)
-        if ("param_names" in group) != ("param_names" in self.param_groups[0]):
-            raise ValueError(
-                "parameter groups must all have names or none: pass (name, tensor) "
-                "pairs to all or to none"
-            )
-        for half in self._split([group], self.defaults):
+        check_names(group, self.param_groups)
+        for half in self._partition.split([group], self.defaults):
             super().add_param_group(half)
         own_tensors(self.param_groups)
         self._world.changed()
         new = {n: x for n, x in self._plan.layers.items() if known.get(n) is not x}
-        for name in new.keys() & known.keys():  # a module put in another's place
-            if self.capture.watches(name):
-                self.capture.unwatch(name)
-            self._anomalies.pop(name, None)
-            self._unhooked.forget(name)
-        self._unhooked.reasons |= {
-            n: r for n, r in self._plan.pending.items() if n in new
-        }
-        self._watch(new.values())
-        if new:
-            self._outputs.decided -= new.keys()
-            self._outputs.seek(self._plan)
-
-    # -- the step -------------------------------------------------------------------
+        for name in new:
+            self._anomalies.counts.pop(name, None)
+        self._expect_gradients()
+        self._assignment.take_up(new, known)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -479,222 +312,65 @@ class FROG(Optimizer):
         A step in which a gradient is not finite changes nothing but, on a GPU, the
         counters of calls that the host keeps; `anomalies` counts it.
         """
-        if self.capture.closed:
-            raise RuntimeError(
-                "this FROG is closed: its hooks are gone; build a new one"
-            )
-        if not self.capturable and is_capturing():
-            raise RuntimeError("to capture step() in a CUDA graph: capturable=True")
+        refuse_to_step(self.capture.closed, self.capturable)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         check_updated_by(self.param_groups)
         check_groups(self.param_groups)
-        names, stepped = self._plan.names, self._stepped
-        problem = problem_with_grads(self.param_groups, names, stepped)
-        self._world.verify(self._settings, self.param_groups, problem)
+        problem = problem_with_grads(self.param_groups, self._plan.names, self._stepped)
+        settings = partial(self._partition.settings, self.param_groups)
+        self._world.verify(settings, self.param_groups, problem)
         if problem is not None:
             raise RuntimeError(problem)
-        found_inf, scaled = self._found_inf()
-        layers = list(self._plan.layers.values())
-        known = self._unhooked.look(layers, self.capture, not self.capturable)
-        decided, outputs = self._outputs.look(known.sampled)
-        known = known._replace(decided=decided, outputs=outputs)
-        known, found_inf = self._world.agree(layers, self.capture, known, found_inf)
-        if found_inf is not None and not scaled:
-            self._gradients.count_skipped(found_inf)
-        if found_inf is not None and self._may_read(found_inf):
-            if found_inf:
-                self._outputs.forget()
-                self.capture.next_step()
-                self._stepped = True
-                return loss
-            found_inf = None
-        self._step(known, found_inf)
-        self._learn(known)
-        self.capture.next_step()
+        known, found_inf = self._agree()
+        on_host = found_inf is not None and may_read(found_inf, self.capturable)
+        if on_host and found_inf:  # the step is skipped
+            self._assignment.outputs.forget()
+        else:
+            self._step(known, None if on_host else found_inf)
+            self._assignment.learn(known, self._world.leads, self.routes)
+        self.capture.next_step()  # drops its samples
         self._stepped = True
         return loss
 
-    def _may_read(self, number: Tensor) -> bool:
-        """Whether the host may read a number: on a CPU, and if it is no fake."""
-        return number.is_cpu and not self.capturable and type(number) is Tensor
-
     def _step(self, known: Known, found_inf: Tensor | None) -> None:
         """Step; where `found_inf` is not 0, change nothing."""
-        # Products in a lower precision are for the model, not for its optimizer.
-        with no_autocast(self.param_groups), self._no_waiting():
-            # All is gathered before anything is changed.
-            undo = self._review(known)
-            try:
-                due = self._unhooked.due(self.param_groups, self._layer_of)
-                for group, params in due:
-                    for param in params:
-                        self._make_state(param, group)
-                    move_state(self.state, group, params)
-                self._world.send_samples(self._layers_due(due))
-                gathered = [(entry[0], self._gather([entry])) for entry in due]
-            except BaseException:
-                undo()
-                raise
-            layers, pieces = self._plan.layers.values(), self._world.pieces
-            with tuned(self._tuning, layers, self.backend, pieces, gathered):
-                for (group, params), (_, steps) in zip(due, gathered, strict=True):
+        groups, state, world = self.param_groups, self.state, self._world
+        layers, counts = self._plan.layers.values(), self._anomalies.counts
+        with modes(groups, self.capturable):
+            gathered = self._gathering.gather(known, groups, state)
+            with tuned(self._tuning, layers, self.backend, world, gathered):
+                for group, params, steps in gathered:
                     if group["updated_by"] == "frog":
-                        self._step_rows(steps, group, found_inf)
+                        how = (self.formulation, counts, self._observe, found_inf)
+                        self._solved |= step_rows(world, steps, group, *how)
+                        self._gathering.count_steps(steps, state, found_inf)
                     else:
-                        states = [self.state[p] for p in params]
                         fallback = FALLBACKS[group["updated_by"]]
-                        fallback.step(params, states, group, found_inf)
+                        own = [state[p] for p in params]
+                        fallback.step(params, own, group, found_inf)
 
-    def _found_inf(self) -> tuple[Tensor | None, bool]:
-        """Not 0 where a gradient is not finite, so that the step is to be skipped.
-
-        A GradScaler that leaves its work to us has looked already: the second value.
-        """
-        named = {
-            self._plan.names[p]: local(p.grad)
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        }
-        found_inf = getattr(self, "found_inf", None)
-        if isinstance(found_inf, Tensor):
-            unscale_(named.values(), getattr(self, "grad_scale", None))
-            return found_inf, True
-        largest = self._gradients.look(named)
-        if largest is None:
-            return None, False
-        if not self.capturable:
-            self._gradients.warn_of_growth(largest)
-        return (~torch.isfinite(largest)).float(), False
-
-    def _step_rows(
-        self,
-        steps: list[LayerStep],
-        group: dict[str, Any],
-        found_inf: Tensor | None,
-    ) -> None:
-        grads = [step.grads for step in steps if step.grads is not None]
-        counts = [self._anomalies[step.layer.name] for step in steps]
-        alone = [self._left_alone(step) for step in steps if is_mixture(step.layer)]
-        with skipping(grads, counts, found_inf), leaving(alone):
-            how = (self.formulation, self._anomalies, self._observe)
-            self._solved |= step_layers(self._world, steps, group, *how)
-        for step in steps:
-            step.write_back()
-            counter = self.state[step.layer.weight]["step"]
-            # The host's counts calls: it does not wait to hear of a skipped step.
-            skipped = found_inf if self.capturable else None
-            counter += steps_taken(skipped, counter.device)
-
-    def _left_alone(self, step: LayerStep) -> Left:
-        """Of a mixture's layer: the rows of experts that met no token."""
-        counts, rows = self._anomalies[step.layer.name], untouched(step)
-        return Left(step.grads, rows, counts, self._world.counted(step.layer))
-
-    def _no_waiting(self) -> AbstractContextManager[Any]:
-        return without_host_copies() if self.capturable else nullcontext()
-
-    def _gather(self, due: Due) -> list[LayerStep]:
-        """What layers bring to the step."""
-        layers = self._layers_due(due)
-        for layer in layers:
-            self._counts_of(layer)
-        return [
-            layer_step(layer, self.state, self._world, self.capture, self.backend)
-            for layer in layers
-        ]
-
-    def _layers_due(self, due: Due) -> list[Layer]:
-        """Layers among parameters that FROG updates."""
-        layers = {
-            self._layer_of[p].name: self._layer_of[p]
-            for group, params in due
-            if group["updated_by"] == "frog"
-            for p in params
-        }
-        return list(layers.values())
-
-    def _settings(self) -> dict[str, Any]:
-        """What all ranks must have alike."""
-        layers = self._plan.layers.values()
-        return {
-            "layers": {layer.name: tuple(layer.weight.shape) for layer in layers},
-            "sample_size": self._options.size,
-            "sampling": self.capture.sampling,
-            "formulation": self.formulation,
-            "momentum_dtype": self._options.momentum_dtype,
-            **entries(self.param_groups),
-        }
-
-    def _review(self, known: Known) -> Callable[[], None]:
-        """Give layers without samples to the fallback, and take back who has some.
-
-        Returns:
-            What undoes it.
-        """
-        forget = self._unhooked.remember()
-        layers = [
-            layer
-            for layer in self._plan.layers.values()
-            if any(p.grad is not None for p in layer.params)
-        ]
-        decided = [x for x in self._plan.layers.values() if x.name in known.decided]
-        changed = self._unhooked.decide(decided, known.outputs)
-        changed += self._unhooked.review(layers, known, self.capture)
-        params = [p for layer in changed for p in layer.params if p in self.state]
-        before: dict[Any, Any] = {param: dict(self.state[param]) for param in params}
-        for param in params:  # the other optimizer's is made in its place
-            for key in ROW_KEYS.union(STEP_KEYS, *(f.keys for f in FALLBACKS.values())):
-                self.state[param].pop(key, None)
-
-        def undo() -> None:
-            forget()
-            self.state.update(before)
-
-        return undo
-
-    def _learn(self, known: Known) -> None:
-        """Keep what a step has shown of output layers; tell what was not expected."""
-        text = self._outputs.learn(known.decided, known.outputs, known.sampled)
-        bare = known.sampled & self._plan.bare - self._told_of
-        self._told_of |= bare
-        served = known.decided or bare  # is not what it was
-        now = str(self.routes().coverage) if (text or bare) and served else ""
-        if (text or now) and self._world.leads:
-            tell(". ".join(filter(None, [text, now])))
-        if known.decided:
-            self._watch_what_is_served()
-
-    def _watch_what_is_served(self) -> None:
-        """Output layers that are known as such need no samples."""
-        outputs = self._outputs.decided.intersection(self._unhooked.outputs)
-        for layer in self._plan.layers.values():
-            watched = self.capture.watches(layer.name)
-            if layer.name in outputs and watched:
-                self.capture.unwatch(layer.name)
-            elif layer.name not in outputs and not watched:
-                self._watch([layer])
-
-    # -- state ----------------------------------------------------------------------
+    def _agree(self) -> tuple[Known, Tensor | None]:
+        """What all ranks know; and not 0 where the step is to be skipped."""
+        layers, names = list(self._plan.layers.values()), self._plan.names
+        grads = local_grads(self.param_groups, names)
+        found_inf = unscaled(self, grads.values())
+        scaled = found_inf is not None  # and looked at by a GradScaler
+        if not scaled:
+            found_inf = self._gradients.found_inf(grads, not self.capturable)
+        known = self._assignment.look(not self.capturable)
+        known, found_inf = self._world.agree(layers, self.capture, known, found_inf)
+        if not scaled:
+            self._gradients.count_skipped(found_inf)
+        return known, found_inf
 
     def state_dict(self) -> dict[str, Any]:
         """State of all parameters that have had a gradient, and group entries."""
-
-        def add(_: Optimizer, saved: dict[str, Any]) -> None:
-            saved["version"] = STATE_VERSION
-            saved["let_go"] = dict(self._unhooked.reasons)
-            saved["misses"] = dict(self._unhooked.misses)
-            saved["decided"] = sorted(self._outputs.decided)
-
-        # Before the user's own hooks.
-        hook = self.register_state_dict_post_hook(add, prepend=True)
-        try:
+        saved = {"version": STATE_VERSION, **self._assignment.saved()}
+        with adding(self, saved):
             return super().state_dict()
-        finally:
-            hook.remove()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -710,46 +386,15 @@ class FROG(Optimizer):
             ValueError: written by a later version, or groups or shapes that do not
                 match. Nothing has been changed then.
         """
-        loading = Loading(
-            self._plan.names, self.param_groups, self.capturable, self._take_over
-        )
+        names, groups = self._plan.names, self.param_groups
+        loading = Loading(names, groups, self.capturable, self._take_over)
         loading.run(self, super().load_state_dict, state_dict)
 
     def _take_over(self, loaded: Mapping[str, Any]) -> None:
-        """Know again what was known when a state was saved."""
-        let_go = loaded.get("let_go")
-        if let_go is None:  # not by `state_dict`, or by that of version 1
-            let_go = dict.fromkeys(self._let_go_by_state(), REASON)
-        self._unhooked = Unhooked(self._options.fallback)
-        decided = set(loaded.get("decided", self._plan.layers))
-        self._outputs.decided = decided
-        if "decided" not in loaded:  # by a version that had nothing pending
-            self._unhooked.reasons |= self._plan.pending
-        for name in self._plan.layers:
-            if name in let_go:
-                self._unhooked.reasons[name] = let_go[name]
-            elif misses := loaded.get("misses", {}).get(name):
-                self._unhooked.misses[name] = misses
-        if not self.capture.closed:
-            self._watch_what_is_served()
-            if self._plan.layers.keys() - decided:
-                self._outputs.seek(self._plan)
-            else:
-                self._outputs.stop()
+        self._assignment.take_over(loaded, self.param_groups, self.state)
         self._stepped = any(
             bool(state["step"] > 0) for state in self.state.values() if "step" in state
         )
-
-    def _let_go_by_state(self) -> Iterator[str]:
-        """Names of layers that have the fallback's state."""
-        groups = self.param_groups
-        for half, rest in zip(groups[::2], groups[1::2], strict=True):
-            keys = FALLBACKS[rest["updated_by"]].keys
-            for param in half["params"]:
-                layer, held = self._layer_of[param], self.state.get(param, {}).keys()
-                by_rows = held >= ROW_KEYS | STEP_KEYS
-                if param is layer.weight and held >= keys and not by_rows:
-                    yield layer.name
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse: hooks tie this object to one model.
@@ -766,118 +411,6 @@ class FROG(Optimizer):
         """Refuse, as `__getstate__` does."""
         self.__getstate__()
         raise AssertionError
-
-    # -- for the user's eyes ---------------------------------------------------------
-
-    def describe(self, file: Any = None) -> RoutingTable:
-        """Print, and return, who updates each parameter and why.
-
-        After a step, also the formulation that each layer was solved in, and on
-        several ranks the bytes that this one sent.
-
-        Args:
-            file: where to print; standard output by default.
-        """
-        table = self.routes()
-        print(table, file=file)
-        return table
-
-    def routes(self) -> RoutingTable:
-        """What `describe` prints."""
-        updated_by: dict[nn.Parameter, str] = {}
-        pairs = zip(self.param_groups[::2], self.param_groups[1::2], strict=True)
-        for rows, rest in pairs:
-            for p in (*rows["params"], *rest["params"]):
-                layer = self._layer_of.get(p)
-                gone = layer is None or self._unhooked.holds(layer)
-                updated_by[p] = (rest if gone else rows)["updated_by"]
-        table = RoutingTable(
-            Route(name, tuple(p.shape), updated_by.get(p, "-"), self._reason(p))
-            for p, name in self._plan.names.items()
-        )
-        table.note = self._world.summary()
-        return table
-
-    def _reason(self, param: nn.Parameter) -> str:
-        layer = self._layer_of.get(param)
-        here = layer is not None and self._plan.layers.get(layer.name) is layer
-        reason = self._plan.reasons[param]
-        if layer is not None and layer.name in self._plan.bare:
-            reason = "by frog_triton.linear"
-        notes = []
-        if layer is not None and here:
-            if layer.name in self._unhooked.reasons:
-                reason = self._unhooked.reasons[layer.name]
-                if reason == OUTPUT_LAYER and layer.name not in self._outputs.decided:
-                    notes.append("the last; its first step will show")
-            else:
-                notes.append(self._solved.get(layer.name, ""))
-        if layer is not None and not self._unhooked.holds(layer):
-            notes.append(self._world.describe(layer))
-        if not param.requires_grad:
-            notes.append("frozen")
-        return "; ".join(filter(None, [reason, *notes]))
-
-    def anomalies(self) -> dict[str, dict[str, int]]:
-        """What was not finite so far; reading it waits for the device.
-
-        A step in which any gradient is not finite changes nothing. On several ranks
-        each counts what it holds, and all skip together.
-
-        Returns:
-            Only what there was: under ``"model"`` the ``skipped_steps``, without those
-            that a GradScaler skips; under the name
-            of a parameter, in how many steps its gradient held values that are not
-            finite, ``nonfinite_gradients``; and under that of a layer
-            ``nonfinite_samples``, rows that took the identity Fisher because of
-            samples that were not finite, and ``overflowing_momenta``, rows left as
-            they were because their momentum would not have been finite.
-        """
-        found = self._gradients.counts()
-        kinds = ("nonfinite_samples", "overflowing_momenta")
-        for name, value in self._anomalies.items():
-            rows = dict(zip(kinds, value.sum(1).tolist(), strict=True))
-            if any(rows.values()):
-                found[name] = found.get(name, {}) | rows
-        return found
-
-    @contextmanager
-    def diagnose(self) -> Iterator[Diagnostics]:
-        """Steps in this context are looked at; all others cost nothing more.
-
-        Example:
-            >>> with opt.diagnose() as diagnostics:
-            ...     opt.step()
-            >>> diagnostics.read()["fc"]["cg_residual"]  # waits for the device
-        """
-        diagnostics = Diagnostics()
-        self._observe = diagnostics.observe
-        try:
-            yield diagnostics
-        finally:
-            self._observe = None
-
-    def memory_usage(self) -> dict[str, int]:
-        """Bytes that this optimizer holds at this moment.
-
-        Returns:
-            ``state`` (of all parameters, the fallback's too), ``samples`` (between a
-            backward pass and `step`), ``counters`` of anomalies, and ``total``.
-        """
-        held = (t for values in self.state.values() for t in values.values())
-        state = (t for t in held if isinstance(t, Tensor))
-        counters = [*self._anomalies.values(), *self._gradients.counters()]
-        return memory_usage(state, self.capture.tensors(), counters)
-
-    def _counts_of(self, layer: Layer) -> None:
-        """Make, or bring to the layer's device, its counters."""
-        device = layer.weight.device
-        counts = self._anomalies.get(layer.name)
-        if counts is None:
-            refuse_to_make_in_graph(layer.name)
-            shape = (2, self._world.rows_here(layer))
-            counts = torch.zeros(shape, dtype=torch.int32, device=device)
-        self._anomalies[layer.name] = counts.to(device)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients, and the samples that belong to them."""
@@ -898,11 +431,11 @@ class FROG(Optimizer):
             >>> opt.step()
         """
         self.capture.clear()
-        self._outputs.forget()
+        self._assignment.outputs.forget()
 
     def close(self) -> None:
         """Remove the hooks from the model. The optimizer takes no more samples."""
-        self._outputs.stop()
+        self._assignment.outputs.close()
         self._fused.close()
         self.capture.close()
 
@@ -913,16 +446,3 @@ class FROG(Optimizer):
     def __exit__(self, *_: object) -> None:
         """Remove the hooks."""
         self.close()
-
-
-def _step_reader(this: weakref.ref[FROG], layer: Layer) -> Callable[[], Counter]:
-    def step() -> Counter:
-        optimizer = this()
-        if optimizer is None:
-            return 0
-        counter = optimizer.state.get(layer.weight, {}).get("step")
-        if counter is None or layer.name in optimizer._unhooked.reasons:
-            return 0
-        return counter.to(torch.int64) if optimizer.capturable else int(counter)
-
-    return step

@@ -31,15 +31,15 @@ class Check(NamedTuple):
 
     Attributes:
         is_kind: whether a value is of the right kind; reads no tensor.
-        else_: what the error says where it is not.
+        kind_error: what the error says where it is not.
         in_range: whether each of its numbers may be what it is; reads it.
-        out_of_range: what the error says where one may not; "" says the same.
+        range_error: what the error says where one may not; "" says the same.
     """
 
     is_kind: Callable[[Any], bool]
-    else_: str
+    kind_error: str
     in_range: Callable[[Any], bool] = lambda number: True
-    out_of_range: str = ""
+    range_error: str = ""
 
     def run(self, name: str, value: Any, may_read: Callable[[Any], bool]) -> None:
         """Raise ValueError for a value that does not pass.
@@ -50,10 +50,10 @@ class Check(NamedTuple):
             may_read: tells of each number whether to look at it.
         """
         if not self.is_kind(value):
-            raise ValueError(f"{name} {self.else_.format(value)}")
+            raise ValueError(f"{name} {self.kind_error.format(value)}")
         numbers = value if isinstance(value, tuple | list) else (value,)
         if not all(self.in_range(n) for n in numbers if may_read(n)):
-            text = self.out_of_range or self.else_
+            text = self.range_error or self.kind_error
             raise ValueError(f"{name} {text.format(value)}")
 
 
@@ -202,6 +202,12 @@ class Options:
         self.exclude = _listed(self.exclude)
         if self.output_layers is not None:
             self.output_layers = _listed(self.output_layers)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What ranks that train together must have alike."""
+        names = ("sampling", "formulation", "momentum_dtype")
+        return {"sample_size": self.size} | {n: getattr(self, n) for n in names}
 
     def own_fallback_lr(self, lr: float | Tensor) -> float | Tensor:
         """`fallback_lr`, or its default.

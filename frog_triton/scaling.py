@@ -14,8 +14,26 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .linalg.rows import Rows
+
+
+def unscaled(optimizer: Optimizer, grads: Iterable[Tensor]) -> Tensor | None:
+    """What a GradScaler found that leaves its work to the optimizer; does that work.
+
+    Args:
+        optimizer: that has its attributes.
+        grads: all gradients, divided by the scale in place.
+
+    Returns:
+        Not 0 where a gradient is not finite. None without such a GradScaler.
+    """
+    found_inf = getattr(optimizer, "found_inf", None)
+    if not isinstance(found_inf, Tensor):
+        return None
+    unscale_(grads, getattr(optimizer, "grad_scale", None))
+    return found_inf
 
 
 def unscale_(grads: Iterable[Tensor], grad_scale: Tensor | None) -> None:

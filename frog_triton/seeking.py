@@ -37,12 +37,12 @@ class Outputs:
 
     def seek(self, plan: Plan) -> None:
         """Watch the next step's calls, if they are to show or to confirm anything."""
-        self.stop()
+        self.close()
         self._plan = plan
         if plan.search or plan.named:
             self._seeker = Seeker(self._model, plan)
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Watch no more."""
         if self._seeker is not None:
             self._stilled += self._seeker.close()
@@ -76,12 +76,12 @@ class Outputs:
             if self._seeker is not None and (shown := self._seeker.contradicts()):
                 text = f"FROG: the step shows {_listed(shown)} as output layers, but "
                 text += "others are named so; see output_layers"
-            self.stop()
+            self.close()
         elif decided:
             if outputs - {self._plan.guess}:
                 text = f"FROG: output layers, as a step shows: {_listed(outputs)}"
             self.decided |= decided
-            self.stop()
+            self.close()
         elif self._seeker is None and sampled - self.decided - self._plan.bare:
             self.seek(self._plan)  # some have their first gradient
         elif self._seeker is not None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .guards import refuse_to_make_in_graph
 from .layers.rows import ROWS_FIRST, RowAxes
+
+if TYPE_CHECKING:
+    from .routing import Layer
 
 STATE_VERSION = 2
 BEFORE: dict[str, Any] = {"orthogonalize": False}
@@ -44,6 +49,62 @@ def row_state(
 def step_counter(device: torch.device) -> Tensor:
     """A counter at 0."""
     return torch.zeros((), dtype=torch.float32, device=device)
+
+
+def complete(
+    state: dict[str, Any],
+    keys: frozenset[str],
+    make: Callable[[], dict[str, Tensor]],
+    name: str,
+) -> None:
+    """Make what is missing of a parameter's state: all of it at first.
+
+    Args:
+        state: the parameter's.
+        keys: what it is to hold.
+        make: gives fresh state.
+        name: the parameter's.
+
+    Raises:
+        RuntimeError: it would be made while a CUDA graph is captured.
+    """
+    missing = keys - state.keys()
+    if missing:
+        refuse_to_make_in_graph(name)
+        fresh = make()
+        state |= {key: fresh[key] for key in sorted(missing)}
+
+
+def complete_rows(
+    state: Mapping[Any, dict[str, Any]],
+    param: nn.Parameter,
+    layer: Layer,
+    names: Mapping[nn.Parameter, str],
+    dtype: torch.dtype | None,
+    capturable: bool,
+) -> None:
+    """The same for a parameter that FROG updates, and its layer's step counter.
+
+    Args:
+        state: of all parameters.
+        param: the layer's weight or bias.
+        layer: its own.
+        names: of the parameters.
+        dtype: of the momentum; see `row_state`.
+        capturable: whether the counter lies with the weight, not on the host.
+    """
+    weight = layer.weight
+    axes = layer.axes if param is weight else ROWS_FIRST
+    make = partial(row_state, param, dtype, axes)
+    complete(state[param], ROW_KEYS, make, names[param])
+    place = weight.device if capturable else torch.device("cpu")
+    # The layer's counter, whether the weight has a gradient or not.
+    counter = partial(_counter_state, place)
+    complete(state[weight], STEP_KEYS, counter, names[weight])
+
+
+def _counter_state(device: torch.device) -> dict[str, Tensor]:
+    return {"step": step_counter(device)}
 
 
 def move_state(

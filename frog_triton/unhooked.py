@@ -9,7 +9,6 @@ them, until samples come (again).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from .capture import SampleCapture
 from .linalg.rows import local
 from .routing import OUTPUT_LAYER, Layer
+from .warning import warn
 
 REASON = "its weight is used without calling the module"
 
@@ -63,9 +63,13 @@ class Unhooked:
     """
 
     def __init__(self, fallback: str) -> None:
+        self._fallback = fallback
+        self.restart()
+
+    def restart(self) -> None:
+        """Know nothing, as in the beginning."""
         self.reasons: dict[str, str] = {}
         self.misses: dict[str, int] = {}
-        self._fallback = fallback
         self._told: set[tuple[str, str]] = set()
 
     def holds(self, layer: Layer | None) -> bool:
@@ -217,7 +221,7 @@ class Unhooked:
             text = message.format(
                 layers=", ".join(named), reason=reason, fallback=self._fallback
             )
-            warnings.warn(text, stacklevel=8)
+            warn(text)
 
 
 _IDENTITY = (

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops
 from .autotune.tuning import Tuning
@@ -17,8 +17,9 @@ from .linalg.rows import Rows
 from .orthogonal import orthogonalize
 from .preconditioner import solve
 from .routing import Layer
+from .scaling import Left, leaving, skipping
 from .solvers import Batch, Solution
-from .step import LayerStep
+from .step import LayerStep, is_mixture, untouched
 
 if TYPE_CHECKING:
     from .distributed import World
@@ -98,6 +99,53 @@ class Solved(NamedTuple):
         """Equation (5) along the directions as they are; counts anomalies, too."""
         params = [step.params for step in self.steps]
         self.solution.update_(params, self.counts, lr, weight_decay)
+
+
+class Gathered(NamedTuple):
+    """What a parameter group brings to a step.
+
+    Attributes:
+        group: hyperparameters.
+        params: that are updated.
+        steps: of the layers among them, all rows that this rank holds; none where
+            the fallback updates.
+    """
+
+    group: dict[str, Any]
+    params: Sequence[nn.Parameter]
+    steps: Sequence[LayerStep]
+
+
+def step_rows(
+    world: World,
+    steps: Sequence[LayerStep],
+    group: dict[str, Any],
+    formulation: str,
+    counts: Mapping[str, Tensor],
+    observe: Callable[..., None] | None = None,
+    found_inf: Tensor | None = None,
+) -> dict[str, str]:
+    """`step_layers`, but that it leaves alone what is to be left alone.
+
+    Experts that met no token stay as they are; where `found_inf` is not 0, everything.
+    """
+    grads = [step.grads for step in steps if step.grads is not None]
+    anomalies = [counts[step.layer.name] for step in steps]
+    alone = [
+        Left(
+            step.grads,
+            untouched(step),
+            counts[step.layer.name],
+            world.counted(step.layer),
+        )
+        for step in steps
+        if is_mixture(step.layer)
+    ]
+    with skipping(grads, anomalies, found_inf), leaving(alone):
+        how = step_layers(world, steps, group, formulation, counts, observe)
+    for step in steps:
+        step.write_back()
+    return how
 
 
 def step_layers(
@@ -211,16 +259,12 @@ def advance_momentum(
     return advanced
 
 
-Gathered = Sequence[tuple[dict[str, Any], Sequence[LayerStep]]]
-"""Parameter groups, each with what its layers bring to the step."""
-
-
 def tuned(
     tuning: Tuning,
     layers: Iterable[Layer],
     backend: str,
-    pieces: Callable[[Sequence[LayerStep]], Sequence[LayerStep]],
-    gathered: Gathered,
+    world: World,
+    gathered: Sequence[Gathered],
 ) -> AbstractContextManager[None]:
     """A context in which launches use the tuning's table; see `Tuning.applied`.
 
@@ -228,7 +272,7 @@ def tuned(
         tuning: the optimizer's.
         layers: all that are preconditioned, so that every rank decides alike.
         backend: one of `ops.BACKENDS`.
-        pieces: finds what this rank solves.
+        world: knows what this rank solves.
         gathered: what it holds.
     """
     weight = next((layer.weight for layer in layers), None)
@@ -237,12 +281,15 @@ def tuned(
     chosen = ops.resolve(backend, weight.device, torch.float32)
     if weight.is_cuda and not chosen.GROUPS_LAYERS:
         return nullcontext()  # torch has nothing to tune, nor need Triton be there
-    return tuning.applied(
-        weight.device,
-        lambda: [
-            b for group, steps in gathered for b in buckets_of(pieces(steps), group)
-        ],
-    )
+
+    def solved_here() -> list[Bucket]:
+        return [
+            bucket
+            for group, _, steps in gathered
+            for bucket in buckets_of(world.pieces(steps), group)
+        ]
+
+    return tuning.applied(weight.device, solved_here)
 
 
 def buckets_of(steps: Iterable[LayerStep], group: dict[str, Any]) -> list[Bucket]:

@@ -119,7 +119,7 @@ def test_what_the_device_knows_reaches_every_parameter(fallback):
 
     def step(optimizer, found_inf):
         layers = optimizer._plan.layers.values()
-        known = optimizer._unhooked.look(layers, optimizer.capture, True)
+        known = optimizer._assignment.unhooked.look(layers, optimizer.capture, True)
         with torch.no_grad():
             optimizer._step(known, found_inf)
 

@@ -254,7 +254,7 @@ def test_a_step_that_fails_takes_its_decisions_back(at, monkeypatch):
                     def fail(*args):
                         raise torch.OutOfMemoryError("no memory")
 
-                    patch.setattr("frog_triton.optimizer.layer_step", fail)
+                    patch.setattr("frog_triton.gathering.layer_step", fail)
                     with pytest.raises(torch.OutOfMemoryError):
                         opt.step()
                 assert_same(before, snapshot(net, opt))
@@ -374,8 +374,7 @@ def test_state_that_was_lost_is_made_again(lose, capturable):
 def test_no_state_is_made_inside_a_cuda_graph(monkeypatch):
     """Each replay would make it anew; so nothing is changed, and the remedy named."""
     net, opt = attention(capturable=True)
-    for module in ("guards", "optimizer"):
-        monkeypatch.setattr(f"frog_triton.{module}.is_capturing", lambda: True)
+    monkeypatch.setattr("frog_triton.guards.is_capturing", lambda: True)
     before = [p.detach().clone() for p in net.parameters()]
     net(batch(0), True).square().sum().backward()
     with pytest.raises(RuntimeError, match=r"a\.weight has no state.*a few steps be"):

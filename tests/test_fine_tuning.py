@@ -57,7 +57,7 @@ def test_lora_has_samples_of_its_adapters_alone():
         assert {f"{name}.weight" for name in sampled} == trained
         opt.step()
     assert with_state(opt, net) == trained
-    assert opt._unhooked.reasons.keys() <= {"base_model.model.head"}
+    assert opt._assignment.unhooked.reasons.keys() <= {"base_model.model.head"}
     for name, p in net.named_parameters():
         if name in trained:
             assert not torch.equal(p, before[name])

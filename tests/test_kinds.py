@@ -128,7 +128,7 @@ def _that_takes_a_gradient(x):
 
 def samples(opt, kind, name, net):
     """Rows of X and Y of each group that the optimizer has, zeros left out."""
-    layer = opt._layer_of[net.get_parameter(name)]
+    layer = opt._partition.layer_of[net.get_parameter(name)]
     x, y = opt.capture.samples(layer, False)
     x, y = x.matrix().x, written_out(y).squeeze(-1)
     view = kind.matrices[name][1]

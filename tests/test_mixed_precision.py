@@ -39,7 +39,7 @@ def state_of(net, opt):
     tensors = dict(net.named_parameters())
     for name, param in net.named_parameters():
         tensors |= {(name, key): value for key, value in opt.state[param].items()}
-    tensors |= {("anomalies", name): n for name, n in opt._anomalies.items()}
+    tensors |= {("anomalies", name): n for name, n in opt._anomalies.counts.items()}
     return {name: t.detach().clone() for name, t in tensors.items()}
 
 

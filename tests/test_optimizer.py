@@ -1,5 +1,6 @@
 """The optimizer end to end against Algorithm 1 in float64, and as torch knows it."""
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -523,3 +524,20 @@ def test_bfloat16_momentum_in_three_dimensions():
     net(torch.randn(3, 1, 4, 4, 4)).square().sum().backward()
     opt.step()
     assert torch.isfinite(net[0].weight).all()
+
+
+def test_tuning_is_asked_for_once_a_step(monkeypatch):
+    """Whatever the number of groups: the table holds for all of them."""
+    asked = []
+
+    def tuned(tuning, layers, backend, world, gathered):
+        asked.append([len(steps) for _, _, steps in gathered])
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr("frog_triton.optimizer.tuned", tuned)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2))
+    groups = [{"params": layer.parameters()} for layer in net]
+    opt = FROG(net, params=groups, exclude_output_layer=False)
+    net(torch.ones(6, 3)).square().sum().backward()
+    opt.step()
+    assert asked == [[1, 0] * 3]

@@ -135,10 +135,9 @@ def test_pieces_of_a_layer_come_in_the_order_of_its_rows(monkeypatch):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(5, 15, 3, groups=5), nn.Flatten(), nn.Linear(15, 2))
     opt, *seen = first_step(net.double(), damping=1e-2)
-    for param in opt.param_groups[0]["params"]:
-        opt._make_state(param, opt.param_groups[0])
     group = opt.param_groups[0]
-    (step,) = opt._gather([(group, group["params"])])
+    opt._gathering.complete_state(group, group["params"], opt.state)
+    (step,) = opt._gathering.bring(group, group["params"], opt.state).steps
     cuts = [(5, 6), (6, 9), (9, 10)]  # of groups of three
     pieces = [
         step.narrow(
@@ -150,7 +149,7 @@ def test_pieces_of_a_layer_come_in_the_order_of_its_rows(monkeypatch):
         for a, b in cuts
     ]
     monkeypatch.setattr(torch_ops, "GROUPS_LAYERS", True)
-    solved = solutions(pieces, group, "primal", opt._anomalies, None, {})
+    solved = solutions(pieces, group, "primal", opt._anomalies.counts, None, {})
     found = torch.cat([d.rows.weight for d in collect(solved)["0"]])
     expected, _ = oracles.precondition(net[0], *seen, 1e-2, 4)
     expected = expected.reshape(15, -1)[5:10]

@@ -1,0 +1,113 @@
+"""Brings together all that a step needs, before it changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .anomalies import Anomalies
+from .assignment import Assignment
+from .capture import SampleCapture
+from .fallback import FALLBACKS
+from .options import Options
+from .scaling import steps_taken
+from .state import complete_rows, move_state
+from .step import LayerStep, layer_step
+from .unhooked import Known
+from .update import Gathered
+
+if TYPE_CHECKING:
+    from .distributed import World
+
+State = MutableMapping[Any, dict[str, Any]]
+
+
+class Gathering:
+    """Completes state, and finds each layer's rows and samples.
+
+    Args:
+        assignment: of layers to who updates them.
+        world: the ranks that train together.
+        capture: of this rank's samples.
+        anomalies: counters, which are made with the state.
+        options: of FROG.
+    """
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        world: World,
+        capture: SampleCapture,
+        anomalies: Anomalies,
+        options: Options,
+    ) -> None:
+        self._assignment = assignment
+        self._world = world
+        self._capture = capture
+        self._anomalies = anomalies
+        self._options = options
+
+    def gather(
+        self, known: Known, groups: Iterable[dict[str, Any]], state: State
+    ) -> list[Gathered]:
+        """What each group brings to a step. Where this raises, nothing has changed.
+
+        Args:
+            known: of all ranks.
+            groups: parameter groups.
+            state: of the parameters, to be completed.
+        """
+        undo = self._assignment.review(known, state)
+        try:
+            due = self._assignment.due(groups)
+            for group, params in due:
+                self.complete_state(group, params, state)
+            self._world.send_samples(self._assignment.layers_due(due))
+            return [self.bring(group, params, state) for group, params in due]
+        except BaseException:
+            undo()
+            raise
+
+    def complete_state(
+        self, group: dict[str, Any], params: Iterable[nn.Parameter], state: State
+    ) -> None:
+        """Make what is missing of a group's state, and bring it to its parameters."""
+        names, dtype = self._assignment.plan.names, self._options.momentum_dtype
+        for param in params:
+            if group["updated_by"] == "frog":
+                layer = self._assignment.layer_of[param]
+                complete_rows(
+                    state, param, layer, names, dtype, self._options.capturable
+                )
+            else:
+                fallback = FALLBACKS[group["updated_by"]]
+                fallback.complete(state[param], param, names[param])
+        move_state(state, group, params)
+
+    def bring(
+        self, group: dict[str, Any], params: Sequence[nn.Parameter], state: State
+    ) -> Gathered:
+        """What one group brings, with the samples that this rank has received."""
+        layers = self._assignment.layers_due([(group, params)])
+        for layer in layers:
+            self._anomalies.expect(layer, self._world.rows_here(layer))
+        how = (state, self._world, self._capture, self._options.backend)
+        return Gathered(group, params, [layer_step(layer, *how) for layer in layers])
+
+    def count_steps(
+        self, steps: Iterable[LayerStep], state: State, found_inf: Tensor | None
+    ) -> None:
+        """Advance the counters of layers that were updated.
+
+        Args:
+            steps: theirs.
+            state: of the parameters.
+            found_inf: not 0 where the step was skipped. Counters on the host count
+                calls: they do not wait to hear of it.
+        """
+        skipped = found_inf if self._options.capturable else None
+        for step in steps:
+            counter = state[step.layer.weight]["step"]
+            counter += steps_taken(skipped, counter.device)
