@@ -27,12 +27,12 @@ from ..autotune.tuning import Tuning
 from ..cost import Cost, LayerCost
 from ..kernels.gpu import GPUS, name_here
 from ..kernels.launch import Launch, recording
-from ..launches import Bucket, LayerShape
 from ..layers import ConvMap
 from ..linalg.rows import Rows
 from ..ops import triton_ops
 from ..preconditioner import solve
-from ..solvers import Batch
+from ..solve import Batch
+from ..solve.launches import Bucket, LayerShape
 from .bench_step import add_tuning
 from .eager import eager_solve
 from .models import resnet

@@ -23,9 +23,9 @@ from torch import nn
 
 from .. import FROG, cost
 from ..autotune.tuning import Tuning
-from ..capture import SAMPLINGS
+from ..capture.capture import SAMPLINGS
 from ..kernels.gpu import GPUS, name_here
-from ..launches import LayerShape
+from ..solve.launches import LayerShape
 from .plot import try_to_draw
 from .records import Results
 from .shapes import MODELS, REAL, grouped

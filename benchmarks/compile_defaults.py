@@ -21,11 +21,11 @@ import triton
 
 from ..autotune.offline import compiled, inexact, resources
 from ..kernels.launch import Launch, capturable, recording
-from ..launches import Bucket, LayerShape, step_launches, step_problem
 from ..layers.conv import ConvSpec
 from ..linalg.rows import Window
 from ..ops import triton_ops
-from ..solvers import FORMULATIONS
+from ..solve import FORMULATIONS
+from ..solve.launches import Bucket, LayerShape, step_launches, step_problem
 
 DTYPES = {
     "float32": torch.float32,

@@ -24,7 +24,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..autotune.tuning import Tuning
-from ..capture import SAMPLINGS
+from ..capture.capture import SAMPLINGS
 from .bench_step import Step, add_tuning
 from .records import Results
 from .shapes import MODELS, REAL, grouped

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ..launches import Bucket, LayerShape, buckets
+from ..solve.launches import Bucket, LayerShape, buckets
 
 
 def gpt2_small(samples: int, blocks: int = 12) -> list[LayerShape]:

@@ -22,12 +22,12 @@ from ..autotune.cache import Cache, Machine, shipped
 from ..autotune.shortlist import KeyReport, keys
 from ..autotune.tuner import CudaTimer, Timer, Tuner, costliest_first
 from ..autotune.tuning import machine_of
-from ..capture import SAMPLINGS
+from ..capture.capture import SAMPLINGS
 from ..cli.autotune import show, to_json
 from ..kernels.gpu import GPU, GPUS, detect
 from ..kernels.launch import Launch
 from ..kernels.table import Table
-from ..launches import Bucket
+from ..solve.launches import Bucket
 from . import bench_kernels, shapes
 from .records import write_json
 

@@ -9,9 +9,9 @@ import torch
 
 from ..autotune.jobs import Job, compile_jobs
 from ..autotune.offline import Resources
-from ..formulation import choose
 from ..kernels.gpu import GPU, detect
-from ..launches import Bucket, step_launches
+from ..solve.formulation import choose
+from ..solve.launches import Bucket, step_launches
 
 SECONDS = 60.0
 """After which no further kernel is begun: a bench compiles what is missing."""

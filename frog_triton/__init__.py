@@ -2,8 +2,8 @@
 
 from importlib.metadata import version
 
+from .capture.functional import linear
 from .cost import cost
-from .functional import linear
 from .optimizer import FROG
 from .preconditioner import precondition
 from .presets import PAPER

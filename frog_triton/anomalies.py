@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .guards import refuse_to_make_in_graph
-from .routing import Layer
+from .model.routing import Layer
 
 KINDS = ("nonfinite_samples", "overflowing_momenta")
 

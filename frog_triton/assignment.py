@@ -18,13 +18,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .capture import SampleCapture
-from .coverage import Coverage, tell
+from .capture.capture import SampleCapture
+from .capture.sampling import Counter
+from .capture.seeking import Outputs
 from .fallback import FALLBACKS
+from .model.coverage import Coverage, tell
+from .model.routing import OUTPUT_LAYER, Layer, Plan, Route, RoutingTable
 from .partition import Partition
-from .routing import OUTPUT_LAYER, Layer, Plan, Route, RoutingTable
-from .sampling import Counter
-from .seeking import Outputs
 from .state import ROW_KEYS, STEP_KEYS
 from .unhooked import REASON, Known, Unhooked
 from .warning import warn

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import SAMPLINGS
+from .capture.capture import SAMPLINGS
 from .eager import eager_work
-from .formulation import choose, count_works
 from .kernels.gpu import GPUS
 from .kernels.work import Work
-from .launches import Bucket, LayerShape, together
 from .layers import ConvMap, LinearMap, Seen, adapter_for
 from .linalg.rows import Rows
-from .orthogonal import orthogonalize as directions
-from .routing import Exclusion, route
+from .model.routing import Exclusion, route
+from .solve.formulation import choose, count_works
+from .solve.launches import Bucket, LayerShape, together
+from .solve.orthogonal import orthogonalize as directions
 
 
 @dataclass(frozen=True)

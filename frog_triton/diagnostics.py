@@ -11,7 +11,7 @@ from torch import Tensor
 from .linalg.rows import Rows
 from .linalg.scales import row_scales, scaled
 from .ops import torch_ops
-from .solvers import Solution
+from .solve import Solution
 from .step import LayerStep
 
 FIELDS = (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .anomalies import Anomalies
 from .assignment import Assignment
-from .capture import SampleCapture
+from .capture.capture import SampleCapture
 from .fallback import FALLBACKS
 from .options import Options
 from .scaling import steps_taken

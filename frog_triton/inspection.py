@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 
 from .anomalies import Anomalies
 from .assignment import Assignment
-from .capture import SampleCapture
+from .capture.capture import SampleCapture
 from .diagnostics import Diagnostics, memory_usage
 from .gradients import GradientWatch
-from .routing import RoutingTable
+from .model.routing import RoutingTable
 
 if TYPE_CHECKING:
     from .distributed import World

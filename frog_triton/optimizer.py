@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from .anomalies import Anomalies
 from .assignment import Assignment
 from .autotune.tuning import Tuning
-from .capture import SampleCapture
+from .capture.capture import SampleCapture
+from .capture.evaluation import FusedInference
 from .distributed import find_world
-from .evaluation import FusedInference
 from .fallback import FALLBACKS, check_updated_by
 from .gathering import Gathering
 from .gradients import GradientWatch, local_grads
@@ -24,9 +24,9 @@ from .groups import check_groups, check_names, own_tensors, user_group, user_gro
 from .guards import may_read, modes, problem_with_grads, refuse_to_step
 from .inspection import Inspection
 from .loading import Loading, adding
+from .model.routing import Exclusion, Plan
 from .options import Options, check, check_model, scalar
 from .partition import Partition
-from .routing import Exclusion, Plan
 from .scaling import unscaled
 from .state import STATE_VERSION
 from .unhooked import Known

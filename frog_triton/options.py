@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .capture.sampling import SAMPLINGS
 from .fallback import FALLBACKS
 from .linalg.rows import is_number
 from .ops import BACKENDS
-from .sampling import SAMPLINGS
-from .solvers import FORMULATIONS
+from .solve import FORMULATIONS
 
 if TYPE_CHECKING:
     from .distributed.division import Group
-    from .routing import Exclusion
+    from .model.routing import Exclusion
 
 ADAMW_LR = 3e-3
 """Of parameters that AdamW updates beside FROG, unless `fallback_lr` says otherwise."""

@@ -11,8 +11,8 @@ from . import ops
 from .distributed import check_placements
 from .fallback import FALLBACKS
 from .groups import entries, fallback_lr, part_of
+from .model.routing import Layer, Plan, route
 from .options import Options, check_group
-from .routing import Layer, Plan, route
 
 Halves = tuple[dict[str, Any], dict[str, Any]]
 

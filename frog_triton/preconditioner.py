@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .formulation import choose_formulation
 from .layers import Seen, adapter_for
 from .layers.rows import named
 from .linalg.rows import Rows
 from .ops.backend import Backend
 from .options import check
-from .solvers import FORMULATIONS, Batch, Solution, prepared
+from .solve import FORMULATIONS, Batch, Solution, prepared
+from .solve.formulation import choose_formulation
 
 
 def solve(

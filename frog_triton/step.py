@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .launches import MOST_PROBLEMS
 from .layers import LinearMap, MatrixMap, RowAxes
 from .linalg.rows import Rows, local, written_out
+from .model.routing import Layer
 from .ops.backend import Backend
-from .routing import Layer
+from .solve.launches import MOST_PROBLEMS
 
 if TYPE_CHECKING:
-    from .capture import SampleCapture
+    from .capture.capture import SampleCapture
     from .distributed import World
 
 Samples = tuple[LinearMap, Tensor]

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .capture import SampleCapture
+from .capture.capture import SampleCapture
 from .linalg.rows import local
-from .routing import OUTPUT_LAYER, Layer
+from .model.routing import OUTPUT_LAYER, Layer
 from .warning import warn
 
 REASON = "its weight is used without calling the module"

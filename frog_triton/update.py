@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from . import ops
 from .autotune.tuning import Tuning
-from .launches import Bucket, shape_of, together
 from .linalg.rows import Rows
-from .orthogonal import orthogonalize
+from .model.routing import Layer
 from .preconditioner import solve
-from .routing import Layer
 from .scaling import Left, leaving, skipping
-from .solvers import Batch, Solution
+from .solve import Batch, Solution
+from .solve.launches import Bucket, shape_of, together
+from .solve.orthogonal import orthogonalize
 from .step import LayerStep, is_mixture, untouched
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ class Table:
     Attributes:
         configs: a configuration for each key of `kernel_key`.
         formulations: ``"primal"`` or ``"gram"`` for each key of
-            `frog_triton.formulation.layer_key`.
+            `frog_triton.solve.formulation.layer_key`.
     """
 
     configs: Mapping[str, Config] = field(default_factory=dict)

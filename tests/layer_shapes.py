@@ -2,8 +2,8 @@
 
 import torch
 
-from frog_triton.launches import Bucket, LayerShape
 from frog_triton.layers.conv import ConvSpec
+from frog_triton.solve.launches import Bucket, LayerShape
 
 F32, BF16 = torch.float32, torch.bfloat16
 LINEAR = LayerShape("linear", 768, 768, 64)

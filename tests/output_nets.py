@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from frog_triton.outputs import OutputSearch, named_outputs
+from frog_triton.model.outputs import OutputSearch, named_outputs
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

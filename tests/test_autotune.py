@@ -34,13 +34,13 @@ from frog_triton.autotune.shortlist import (
 from frog_triton.autotune.tuner import Tuner, winner
 from frog_triton.autotune.tuning import Tuning
 from frog_triton.cli.autotune import to_json
-from frog_triton.formulation import choose
 from frog_triton.kernels.gpu import GPUS, detect
 from frog_triton.kernels.gram import GramConfig
 from frog_triton.kernels.launch import recording
 from frog_triton.kernels.table import Table, using
 from frog_triton.kernels.update import UPDATE
-from frog_triton.launches import LayerShape, step_launches
+from frog_triton.solve.formulation import choose
+from frog_triton.solve.launches import LayerShape, step_launches
 
 H200 = GPUS["h200"]
 

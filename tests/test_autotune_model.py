@@ -27,7 +27,7 @@ from frog_triton.kernels.registry import KERNELS, kernel_of
 from frog_triton.kernels.splits import SUM_SPLITS, SumConfig
 from frog_triton.kernels.table import Table, kernel_key, using
 from frog_triton.kernels.work import work
-from frog_triton.launches import Bucket, LayerShape, step_launches
+from frog_triton.solve.launches import Bucket, LayerShape, step_launches
 
 H200 = GPUS["h200"]
 

@@ -14,7 +14,7 @@ from frog_triton.benchmarks import (
     tune,
     warm,
 )
-from frog_triton.capture import SAMPLINGS
+from frog_triton.capture.capture import SAMPLINGS
 from frog_triton.kernels.gpu import GPUS
 from frog_triton.kernels.launch import recording
 

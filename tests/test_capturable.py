@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from frog_triton import FROG
 from frog_triton.fallback import FALLBACKS
-from frog_triton.formulation import predict
 from frog_triton.kernels.launch import capturable as without_host_copies
 from frog_triton.kernels.launch import recording
+from frog_triton.solve.formulation import predict
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WAITING = (

@@ -10,22 +10,21 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import frog_triton
-from frog_triton import formulation
 from frog_triton.benchmarks import bench_kernels, bench_step, reference
 from frog_triton.benchmarks.eager import eager_solve
 from frog_triton.benchmarks.models import resnet
 from frog_triton.benchmarks.shapes import gpt2_small, resnet50
 from frog_triton.eager import eager_work
-from frog_triton.formulation import count_works, predict
 from frog_triton.kernels.gpu import GPUS
 from frog_triton.kernels.gram import GramConfig
 from frog_triton.kernels.launch import recording
 from frog_triton.kernels.momentum import ProjectConfig
 from frog_triton.kernels.table import Table, active, using
-from frog_triton.launches import Bucket, LayerShape, step_launches
 from frog_triton.layers import adapter_for
 from frog_triton.layers.conv import ConvSpec
-from frog_triton.solvers import FORMULATIONS
+from frog_triton.solve import FORMULATIONS, formulation
+from frog_triton.solve.formulation import count_works, predict
+from frog_triton.solve.launches import Bucket, LayerShape, step_launches
 
 PLAIN = {"orthogonalize": False, "nesterov": False}
 

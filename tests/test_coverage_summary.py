@@ -11,8 +11,8 @@ import pytest
 from torch import nn
 
 from frog_triton import FROG
-from frog_triton.coverage import magnitude, percent
-from frog_triton.table import Route, RoutingTable
+from frog_triton.model.coverage import magnitude, percent
+from frog_triton.model.table import Route, RoutingTable
 
 
 def rest(name, shape, kind):
@@ -339,7 +339,7 @@ def test_describe_is_headed_by_the_coverage():
 
 TELLS = """
 import logging, sys
-from frog_triton.coverage import tell
+from frog_triton.model.coverage import tell
 
 log = logging.getLogger("frog_triton")
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from frog_triton import FROG, capture
+from frog_triton import FROG
+from frog_triton.capture.capture import capture
 
 
 class Net(nn.Module):

@@ -10,7 +10,7 @@ from frog_triton import FROG
 from frog_triton.autotune.cache import Cache
 from frog_triton.autotune.tuning import machine_of, tune
 from frog_triton.kernels.table import Table
-from frog_triton.launches import Bucket, LayerShape
+from frog_triton.solve.launches import Bucket, LayerShape
 
 pytestmark = pytest.mark.gpu
 

@@ -17,10 +17,11 @@ from attention_net import EVERYTHING, by, reason_of
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from frog_triton import FROG, layers, taps
-from frog_triton import routing as routes
+from frog_triton import FROG, layers
+from frog_triton.capture.capture import taps
+from frog_triton.capture.taps import UNPROVEN
 from frog_triton.linalg.rows import written_out
-from frog_triton.taps import UNPROVEN
+from frog_triton.model import routing as routes
 from frog_triton.unhooked import PATIENCE
 
 D = 4

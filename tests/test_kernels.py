@@ -14,7 +14,7 @@ from frog_triton.kernels.launch import recording
 from frog_triton.layers import MatrixMap
 from frog_triton.linalg.rows import Rows, Window
 from frog_triton.ops import torch_ops, triton_ops
-from frog_triton.solvers import FORMULATIONS, Batch
+from frog_triton.solve import FORMULATIONS, Batch
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -16,7 +16,7 @@ from kinds_run import Run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from frog_triton.taps import IN_EVAL_MODE
+from frog_triton.capture.taps import IN_EVAL_MODE
 
 PRODUCTS = {**ATTENTION, **BLOCKS, **EXPERTS}
 INSIDE = {**PRODUCTS, **RECURRENT}

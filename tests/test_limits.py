@@ -7,9 +7,10 @@ import torch
 from cases import PAPER
 from torch import nn
 
-from frog_triton import FROG, cost, launches, step
+from frog_triton import FROG, cost, step
 from frog_triton.kernels.launch import recording
-from frog_triton.launches import LayerShape, together
+from frog_triton.solve import launches
+from frog_triton.solve.launches import LayerShape, together
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

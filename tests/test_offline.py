@@ -15,7 +15,7 @@ from frog_triton.autotune.jobs import Job, compile_jobs
 from frog_triton.autotune.shortlist import keys
 from frog_triton.kernels.gpu import shared_limit
 from frog_triton.kernels.gram import GramConfig
-from frog_triton.launches import Bucket, LayerShape
+from frog_triton.solve.launches import Bucket, LayerShape
 
 ROOT = Path(__file__).parents[1]
 OLDEST_TRITON = ROOT / ".venv" / "triton-3.6"
@@ -99,7 +99,7 @@ import sys
 import torch
 from dataclasses import replace
 from frog_triton.autotune.offline import compiled, inexact, resources
-from frog_triton.launches import Bucket, LayerShape, step_problem
+from frog_triton.solve.launches import Bucket, LayerShape, step_problem
 from frog_triton.ops import triton_ops
 from frog_triton.kernels.launch import capturable, recording
 from frog_triton.linalg.rows import Rows, Window
@@ -197,7 +197,7 @@ KEYS = """
 import json, sys, torch
 from triton import knobs
 from frog_triton.autotune.offline import compiling_for
-from frog_triton.launches import LayerShape, Bucket, step_launches, step_problem
+from frog_triton.solve.launches import LayerShape, Bucket, step_launches, step_problem
 from frog_triton.layers.conv import ConvSpec
 from frog_triton.ops import triton_ops
 from frog_triton.kernels.launch import capturable, recording
@@ -274,7 +274,7 @@ from triton import knobs
 from frog_triton.kernels.gram import GramConfig
 from frog_triton.autotune.offline import compiling_for
 from frog_triton.kernels.table import Table, using
-from frog_triton.launches import Bucket, step_problem
+from frog_triton.solve.launches import Bucket, step_problem
 from frog_triton.ops import triton_ops
 from frog_triton.kernels.launch import recording
 from triton.runtime import driver

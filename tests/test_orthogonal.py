@@ -13,7 +13,7 @@ from frog_triton import FROG
 from frog_triton.distributed.directions import collect
 from frog_triton.linalg.rows import Rows
 from frog_triton.ops import torch_ops, triton_ops
-from frog_triton.orthogonal import newton_schulz, orthogonalize
+from frog_triton.solve.orthogonal import newton_schulz, orthogonalize
 from frog_triton.update import solutions
 
 

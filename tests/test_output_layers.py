@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import frog_triton
 from frog_triton import FROG
-from frog_triton.routing import OUTPUT_LAYER
+from frog_triton.model.routing import OUTPUT_LAYER
 from frog_triton.unhooked import PATIENCE
 
 D = 4

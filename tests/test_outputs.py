@@ -11,7 +11,7 @@ from output_nets import Net, by_passes, total, watched, x
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from frog_triton.outputs import OutputSearch
+from frog_triton.model.outputs import OutputSearch
 
 # -- by what happens -------------------------------------------------------------------
 

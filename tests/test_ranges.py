@@ -16,7 +16,7 @@ from frog_triton.linalg.rows import Rows
 from frog_triton.linalg.scales import REACH, power_of_two
 from frog_triton.ops import torch_ops, triton_ops
 from frog_triton.preconditioner import solve
-from frog_triton.solvers import Batch
+from frog_triton.solve import Batch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16

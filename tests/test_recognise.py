@@ -28,7 +28,7 @@ from torch import nn
 from frog_triton.layers.base import MatrixMap
 from frog_triton.layers.conv import ConvAdapter, SameConvAdapter
 from frog_triton.layers.linear import LinearAdapter
-from frog_triton.layers.recognise import recognise
+from frog_triton.layers.recognize import recognise
 from frog_triton.layers.rows import ROWS_SECOND, Weight
 from frog_triton.linalg.rows import Rows
 from frog_triton.ops import torch_ops

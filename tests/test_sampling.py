@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from frog_triton.sampling import counter_key, draw, take
+from frog_triton.capture.sampling import counter_key, draw, take
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from frog_triton.layers.transposed import TransposedConvAdapter
 from frog_triton.linalg.rows import Rows
 from frog_triton.ops import torch_ops, triton_ops
 from frog_triton.preconditioner import solve
-from frog_triton.solvers import Batch
+from frog_triton.solve import Batch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = {"torch": torch_ops, "triton": triton_ops}

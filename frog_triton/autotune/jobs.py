@@ -23,7 +23,7 @@ from ..kernels.config import Config
 from ..kernels.launch import Launch
 from ..kernels.table import Table, using
 from ..kernels.work import work
-from ..launches import Bucket, step_launches
+from ..solve.launches import Bucket, step_launches
 from .offline import Resources, compile_launch
 
 

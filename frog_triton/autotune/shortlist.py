@@ -14,7 +14,7 @@ from typing import Any
 from ..kernels.config import Config
 from ..kernels.gpu import GPU, shared_limit
 from ..kernels.launch import Launch
-from ..launches import Bucket, step_launches
+from ..solve.launches import Bucket, step_launches
 from .jobs import Failure, Job, compile_jobs, costliest
 from .model import predict
 from .offline import Resources

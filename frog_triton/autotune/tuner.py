@@ -15,15 +15,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..formulation import layer_key
-from ..formulation import predict as predict_formulations
 from ..kernels.config import Config
 from ..kernels.gpu import GPU
 from ..kernels.launch import Launch, Launches, recording
 from ..kernels.table import Table, using
-from ..launches import Bucket, Problem, step_problem
 from ..ops import torch_ops, triton_ops
 from ..ops.backend import Backend
+from ..solve.formulation import layer_key
+from ..solve.formulation import predict as predict_formulations
+from ..solve.launches import Bucket, Problem, step_problem
 from .model import predict
 from .shortlist import (
     Asked,

@@ -16,7 +16,7 @@ from .share import broadcast
 from .space import TOP
 
 if TYPE_CHECKING:
-    from ..launches import Bucket
+    from ..solve.launches import Bucket
     from .cache import Machine
     from .tuner import Tuner
 

@@ -24,10 +24,10 @@ from rich.progress import Progress
 from ..autotune.cache import Cache, shipped
 from ..autotune.shortlist import Candidate, KeyReport, inspect, keys, shortlist
 from ..autotune.tuning import machine_of, tune
-from ..capture import SAMPLINGS
+from ..capture.capture import SAMPLINGS
 from ..kernels.gpu import GPU, GPUS, detect
 from ..kernels.table import Table
-from ..launches import Bucket, buckets
+from ..solve.launches import Bucket, buckets
 from . import models
 from .describe import add_model, count
 from .errors import CommandError

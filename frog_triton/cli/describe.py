@@ -15,10 +15,10 @@ from dataclasses import asdict
 
 import torch
 
-from ..capture import SAMPLINGS
+from ..capture.capture import SAMPLINGS
 from ..cost import Cost, cost
 from ..kernels.gpu import GPUS
-from ..table import RoutingTable
+from ..model.table import RoutingTable
 from . import models
 from .errors import CommandError
 from .output import add_outputs, console, print_table, write_json

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..benchmarks.models import resnet
 from ..benchmarks.train.models import GPT
-from ..routing import route
-from ..table import Route, RoutingTable
+from ..model.routing import route
+from ..model.table import Route, RoutingTable
 from .errors import CommandError
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..capture import SampleCapture
-from ..routing import Layer
+from ..capture.capture import SampleCapture
+from ..model.routing import Layer
 from ..step import LayerStep, Samples, no_samples
 from ..unhooked import Known
 from ..update import Solved

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..capture import SampleCapture
+from ..capture.capture import SampleCapture
+from ..capture.sampling import counter_key
 from ..linalg.rows import local
-from ..routing import Layer
-from ..sampling import counter_key
+from ..model.routing import Layer
 from ..step import LayerStep, Samples, no_samples
 from ..unhooked import Known
 from ..update import Solved, advance_momentum

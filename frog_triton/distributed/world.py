@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from ..capture import SampleCapture
-from ..routing import Layer
+from ..capture.capture import SampleCapture
+from ..model.routing import Layer
 from ..step import LayerStep, Samples
 from ..unhooked import Known
 from ..update import Directions, Solved

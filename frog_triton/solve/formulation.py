@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .kernels.gpu import GPU, GPUS, detect
-from .kernels.table import Table, active, kernel_key, tuned_formulation, using
-from .kernels.work import Work, work
+from ..kernels.gpu import GPU, GPUS, detect
+from ..kernels.table import Table, active, kernel_key, tuned_formulation, using
+from ..kernels.work import Work, work
+from ..linalg.precision import tf32_convolutions
+from ..ops.backend import Backend
+from . import FORMULATIONS, Batch
 from .launches import Bucket, shape_of, step_launches
-from .linalg.precision import tf32_convolutions
-from .ops.backend import Backend
-from .solvers import FORMULATIONS, Batch
 
 
 def layer_key(bucket: Bucket) -> str:

@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .kernels.launch import Launch, capturable, recording
-from .layers import ConvMap, LinearMap, MatrixMap
-from .layers.conv import ConvSpec
-from .linalg.rows import Rows
-from .ops.backend import Backend
+from ..kernels.launch import Launch, capturable, recording
+from ..layers import ConvMap, LinearMap, MatrixMap
+from ..layers.conv import ConvSpec
+from ..linalg.rows import Rows
+from ..ops.backend import Backend
+from . import FORMULATIONS, Batch, prepared
 from .orthogonal import orthogonal_update_
-from .solvers import FORMULATIONS, Batch, prepared
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def step_launches(
         formulation: ``"primal"`` or ``"gram"``.
         orthogonalize: as for `FROG`.
     """
-    from .ops import triton_ops  # Triton need not be installed for torch's backend
+    from ..ops import triton_ops  # Triton need not be installed for torch's backend
 
     problem = step_problem(
         bucket,

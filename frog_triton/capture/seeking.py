@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers import Seen
+from ..model.outputs import OutputSearch
+from ..model.routing import Layer, Plan
 from . import hooks
-from .layers import Seen
-from .outputs import OutputSearch
-from .routing import Layer, Plan
 
 
 class Outputs:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
+from ..model.routing import Layer, Use
 from . import hooks
-from .routing import Layer, Use
 from .taps import IN_EVAL_MODE, Tap, no_ordinary_call
 
 if TYPE_CHECKING:

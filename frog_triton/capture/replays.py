@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .layers import recurrent
+from ..layers import recurrent
 from .pool import Call, current_pass
 from .products import ProductWatch
 from .taps import Tap, is_ordinary, takes_gradient

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .linalg.rows import Rows
-from .ops.backend import Backend
-from .solvers import Solution
+from ..linalg.rows import Rows
+from ..ops.backend import Backend
+from . import Solution
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """K. Jordan's polynomial (Muon, 2024): steep at zero, so that five iterations bring

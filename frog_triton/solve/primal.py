@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..linalg.rows import Rows
 from ..ops.backend import Backend
-from .base import Batch
+from .batch import Batch
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..model.routing import Layer, Use
 from . import traced
-from .routing import Layer, Use
 from .taps import Tap, no_ordinary_call, takes_gradient, unlike_a_matrix
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch.utils.hooks import RemovableHandle
 
-from .layers import Geometry, LayerAdapter, LinearMap, MatrixMap, pool_samples
-from .linalg.rows import local
+from ..layers import Geometry, LayerAdapter, LinearMap, MatrixMap, pool_samples
+from ..linalg.rows import local
 from .sampling import Counter, draw
 
 MOST_PASSES = 16

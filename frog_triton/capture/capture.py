@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import hooks, ops
+from .. import ops
+from ..layers import LinearMap, Seen
+from ..layers.products import AttentionAdapter
+from ..model.routing import Layer, Use
+from . import hooks
 from .attention import AttentionWatch
 from .functional import mark
-from .layers import LinearMap, Seen
-from .layers.products import AttentionAdapter
 from .pool import Call, Pool, current_pass, joined
 from .products import ProductWatch
 from .replays import ReplayWatch
-from .routing import Layer, Use
 from .sampling import SAMPLINGS as SAMPLINGS
 from .sampling import Counter, counter_key, draw, draw_groups, take
 from .taps import IN_EVAL_MODE, Tap

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..guards import is_capturing
+from ..layers import LayerAdapter
+from ..layers.linear import LinearAdapter
+from ..layers.recognize import recognise
+from ..layers.rows import Seen, owner
+from ..model.routing import Layer, Use
 from . import traced
-from .guards import is_capturing
-from .layers import LayerAdapter
-from .layers.linear import LinearAdapter
-from .layers.recognise import recognise
-from .layers.rows import Seen, owner
-from .routing import Layer, Use
 
 if TYPE_CHECKING:
     from .capture import SampleCapture

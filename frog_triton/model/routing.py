@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from .layers import (
+from ..layers import (
     Geometry,
     LayerAdapter,
     LinearAdapter,
@@ -22,7 +22,7 @@ from .layers import (
     is_trusted,
     left_out,
 )
-from .layers.rows import RowAxes, Weight, owner
+from ..layers.rows import RowAxes, Weight, owner
 from .outputs import named_outputs
 from .table import Route as Route
 from .table import RoutingTable as RoutingTable

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..model.routing import Layer, Use
 from .products import ProductWatch
-from .routing import Layer, Use
 from .taps import Tap
 
 if TYPE_CHECKING:

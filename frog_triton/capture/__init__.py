@@ -1,0 +1,1 @@
+"""Samples: seen, drawn, and kept with the gradient that they belong to."""
