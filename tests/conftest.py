@@ -19,6 +19,11 @@ torch.set_num_threads(1)
 # `oracles` and `cases` are plain modules beside the tests.
 sys.path.append(str(Path(__file__).parent))
 
+if not torch.cuda.is_available():
+    from interpreter import patch_once_a_launch
+
+    patch_once_a_launch()
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
