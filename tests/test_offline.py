@@ -6,6 +6,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -26,29 +27,70 @@ SET_ASIDE = 8
 loops, to fit another block on these chips. Measured: in 2 of 2,040 launches, sm_120."""
 
 
-def run(*arguments, path=None, **environment):
-    """Standard output of a process whose kernels are not interpreted."""
-    environment = {**os.environ, **environment}
+def environment(path=None):
+    """Of a process whose kernels are not interpreted; `path` has another Triton."""
+    environment = dict(os.environ)
     environment.pop("TRITON_INTERPRET", None)
     if path is not None:
         before = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(path), before]))
+    return environment
+
+
+def run(*arguments):
+    """Standard output of a process whose kernels are not interpreted."""
     result = subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
         text=True,
-        env=environment,
+        env=environment(),
         cwd=ROOT.parent,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
 
-def compiled(*arguments, path=None):
-    """Resource usage of default configurations."""
-    module = ("-m", "frog_triton.benchmarks.compile_defaults")
-    printed = run(*module, *arguments, path=path)
-    return [json.loads(line) for line in printed.splitlines()]
+COMMANDS = """
+import json, sys
+from frog_triton.benchmarks.compile_defaults import Compiler, main
+
+compiler = Compiler()
+for line in sys.stdin:
+    main(json.loads(line), compiler)
+    print(flush=True)
+"""
+
+
+class Compilations:
+    """A process that answers the commands of `compile_defaults`, one import for all."""
+
+    def __init__(self, path=None):
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", COMMANDS],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(path),
+            cwd=ROOT.parent,
+        )
+
+    def __call__(self, *arguments):
+        """Resource usage of default configurations."""
+        print(json.dumps(arguments), file=self._process.stdin, flush=True)
+        lines = [*iter(self._process.stdout.readline, "\n")]
+        assert "" not in lines and self._process.poll() is None
+        return [json.loads(line) for line in lines]
+
+    def close(self):
+        self._process.communicate()
+        assert self._process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    compilations = Compilations()
+    yield compilations
+    compilations.close()
 
 
 def check(results):
@@ -67,26 +109,26 @@ def check(results):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gram_kernels(dtype):
+def test_gram_kernels(compiled, dtype):
     check(compiled("--samples", "16", "64", "128", "256", "--dtype", dtype))
 
 
-def test_convolution_kernels():
+def test_convolution_kernels(compiled):
     shapes = ("conv", "stem", "grouped-conv", "depthwise", "pointwise")
     check(compiled("--samples", "16", "--formulation", "primal", "--shape", *shapes))
 
 
-def test_ragged_and_grouped_layers():
+def test_ragged_and_grouped_layers(compiled):
     arguments = ("--samples", "32", "--formulation", "gram", "primal")
     arguments += ("--shape", "ragged", "grouped", "--dtype", "float16")
     check(compiled(*arguments, "--capability", "90"))
 
 
-def test_primal_kernels():
+def test_primal_kernels(compiled):
     check(compiled("--samples", "64", "4096", "--formulation", "primal"))
 
 
-def test_chips_with_little_shared_memory():
+def test_chips_with_little_shared_memory(compiled):
     """The default number of samples, in the largest type."""
     arguments = ("--samples", "256", "--formulation", "gram", "primal")
     check(compiled(*arguments, "--dtype", "float32", "--capability", *SMALL_CHIPS))
@@ -140,24 +182,17 @@ def test_oldest_triton():
         pytest.skip("make test installs Triton 3.6 beside the pinned one for this")
     chips = ("80", "90", "100", *SMALL_CHIPS)
     arguments = ("--formulation", "gram", "primal", "--dtype", "bfloat16")
-    results = [
-        *compiled(
-            *("--samples", "64"), *arguments, "--capability", "90", path=OLDEST_TRITON
-        ),
-        *compiled(
-            *("--samples", "256"),
-            *arguments,
-            "--capability",
-            *chips,
-            path=OLDEST_TRITON,
-        ),
-    ]
+    with closing(Compilations(OLDEST_TRITON)) as compiled:
+        results = [
+            *compiled("--samples", "64", *arguments, "--capability", "90"),
+            *compiled("--samples", "256", *arguments, "--capability", *chips),
+        ]
     assert {r["triton"] for r in results} == {"3.6.0"}
     assert {str(r["capability"]) for r in results} == set(chips)
     check(results)
 
 
-def test_no_kernel_approximates():
+def test_no_kernel_approximates(compiled):
     """Every branch of every kernel: square roots, quotients, subnormal numbers."""
     arguments = ("--every-branch", "--capability", "90", "--dtype", "bfloat16")
     linear = ("--shape", "linear", "--samples", "64", "256")
