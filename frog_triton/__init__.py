@@ -11,3 +11,8 @@ from .presets import PAPER
 __all__ = ["FROG", "PAPER", "__version__", "cost", "linear", "precondition"]
 
 __version__ = version("frog-triton")
+
+
+def __dir__() -> list[str]:
+    """The public names alone: modules inside are no part of the interface."""
+    return __all__

@@ -43,6 +43,15 @@ def test_version():
     assert frog_triton.__version__ == "0.1.0"
 
 
+def test_only_public_names_show():
+    public = ["FROG", "PAPER", "__version__", "cost", "linear", "precondition"]
+    assert dir(frog_triton) == sorted(frog_triton.__all__) == public
+    everything = {}
+    exec("from frog_triton import *", everything)
+    assert everything.keys() - {"__builtins__"} == {*public}
+    assert all(thing.__doc__ for thing in everything.values() if callable(thing))
+
+
 RANKS = {
     "cli": 14,
     "optimizer": 13,
