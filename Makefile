@@ -8,7 +8,7 @@ LINT_SITE := .lint/site
 OLDEST := $(VENV)/triton-3.6
 VISION := $(VENV)/vision
 
-.PHONY: install demo test coverage lint clean
+.PHONY: install demo test test-fast coverage lint clean
 
 install: $(READY)
 
@@ -41,7 +41,11 @@ $(VISION): $(READY)
 	touch $(VISION)
 
 test: $(READY) $(OLDEST) $(VISION)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What an edit is most likely to break, in under a minute; needs no network once set up.
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m fast
 
 # The table of what FROG preconditions of real models.
 coverage: $(READY) $(VISION)

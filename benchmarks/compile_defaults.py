@@ -9,6 +9,8 @@ tensor-core instructions, and instructions that approximate.
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +61,7 @@ SHAPES: dict[str, Callable[[int], LayerShape]] = {
 """Layers by name, as functions of the samples (of a convolution: examples)."""
 
 
+@functools.lru_cache(maxsize=8)  # jobs of one list follow each other
 def launches(
     samples: int, dtype: str, formulation: str, shape: str, every_branch: bool = False
 ) -> list[Launch]:
@@ -124,13 +127,29 @@ def gather(samples: int, dtype: str) -> list[Any]:
 
 
 Job = tuple[int, int, str, str, str, bool, int]
+"""A capability, arguments of `launches`, and which of them."""
 
 
-def compile_one(job: Job) -> dict[str, Any]:
-    """Compile a launch: a capability, arguments of `launches`, and which of them."""
-    capability, samples, dtype, formulation, shape, every_branch, i = job
-    launch = launches(samples, dtype, formulation, shape, every_branch)[i]
-    kernel = compiled(launch, capability)
+def _launch(job: Job) -> Launch:
+    _, samples, dtype, formulation, shape, every_branch, i = job
+    return launches(samples, dtype, formulation, shape, every_branch)[i]
+
+
+def compile_one(job: Job) -> str:
+    """Compile a launch; a hash of the machine code, which Triton keeps on disk."""
+    kernel = compiled(_launch(job), job[0])
+    return hashlib.sha256(kernel.asm["cubin"]).hexdigest()
+
+
+def look_into(job: Job) -> dict[str, Any]:
+    """What is in the machine code of a launch."""
+    kernel = compiled(_launch(job), job[0])
+    return {**asdict(resources(kernel)), "inexact": inexact(kernel)}
+
+
+def _described(job: Job) -> dict[str, Any]:
+    capability, samples, dtype, formulation, shape, _, _ = job
+    launch = _launch(job)
     return {
         "kernel": launch.name,
         "capability": capability,
@@ -141,9 +160,30 @@ def compile_one(job: Job) -> dict[str, Any]:
         "multiplies": _multiplies(launch.args),
         "triton": triton.__version__,
         "config": launch.config.options(),
-        **asdict(resources(kernel)),
-        "inexact": inexact(kernel),
     }
+
+
+class Compiler:
+    """Compiles launches in processes; the same machine code is looked into once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def results(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """What each launch compiles to."""
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            codes = list(pool.map(compile_one, jobs))
+            new = {
+                code: job
+                for code, job in zip(codes, jobs, strict=True)
+                if code not in self._known
+            }
+            looks = pool.map(look_into, new.values())
+            self._known |= zip(new, looks, strict=True)
+        return [
+            {**_described(job), **self._known[code]}
+            for code, job in zip(codes, jobs, strict=True)
+        ]
 
 
 def _multiplies(args: Mapping[str, Any]) -> bool:
@@ -156,8 +196,13 @@ def _multiplies(args: Mapping[str, Any]) -> bool:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+def main(argv: Sequence[str] | None = None, compiler: Compiler | None = None) -> None:
+    """Command line.
+
+    Args:
+        argv: of the command.
+        compiler: of an earlier call, what it knows is not looked at again.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--samples", type=int, nargs="+", default=[16, 64, 128, 256])
@@ -185,9 +230,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for capability in args.capability
     ]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for result in pool.map(compile_one, jobs):
-            print(json.dumps(result), flush=True)
+    for result in (compiler or Compiler()).results(jobs):
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

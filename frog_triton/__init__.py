@@ -2,12 +2,26 @@
 
 from importlib.metadata import version
 
+from . import layers
 from .capture.functional import linear
 from .cost import cost
 from .optimizer import FROG
 from .preconditioner import precondition
 from .presets import PAPER
 
-__all__ = ["FROG", "PAPER", "__version__", "cost", "linear", "precondition"]
+__all__ = [
+    "FROG",
+    "PAPER",
+    "__version__",
+    "cost",
+    "layers",
+    "linear",
+    "precondition",
+]
 
 __version__ = version("frog-triton")
+
+
+def __dir__() -> list[str]:
+    """The public names alone: modules inside are no part of the interface."""
+    return __all__

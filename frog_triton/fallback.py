@@ -88,10 +88,10 @@ class SGD(Fallback):
     defaults: dict[str, Any] = {}  # noqa: RUF012
     keys = frozenset({"momentum_buffer"})
 
-    def init_state(self, param: nn.Parameter) -> dict[str, Tensor]:  # noqa: D102
+    def init_state(self, param: nn.Parameter) -> dict[str, Tensor]:
         return {"momentum_buffer": torch.zeros_like(param)}
 
-    def update(  # noqa: D102
+    def update(
         self,
         params: list[Tensor],
         grads: list[Tensor],
@@ -151,14 +151,14 @@ class AdamW(Fallback):
     defaults: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}  # noqa: RUF012
     keys = frozenset({"step", "exp_avg", "exp_avg_sq"})
 
-    def init_state(self, param: nn.Parameter) -> dict[str, Tensor]:  # noqa: D102
+    def init_state(self, param: nn.Parameter) -> dict[str, Tensor]:
         return {
             "step": step_counter(param.device),
             "exp_avg": torch.zeros_like(param),
             "exp_avg_sq": torch.zeros_like(param),
         }
 
-    def update(  # noqa: D102
+    def update(
         self,
         params: list[Tensor],
         grads: list[Tensor],

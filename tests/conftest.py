@@ -19,6 +19,11 @@ torch.set_num_threads(1)
 # `oracles` and `cases` are plain modules beside the tests.
 sys.path.append(str(Path(__file__).parent))
 
+if not torch.cuda.is_available():
+    from interpreter import patch_once_a_launch
+
+    patch_once_a_launch()
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
@@ -71,9 +76,35 @@ KERNEL_TESTS = ("test_kernels", "test_conv_kernels", "test_ranges")
 So do single tests whose name ends in ``_of_kernels``.
 """
 
+FAST_TESTS = (
+    "test_layers",
+    "test_optimizer",
+    "test_orthogonal",
+    "test_package",
+    "test_preconditioner",
+    "test_recognise",
+    "test_routing",
+    "test_state",
+)
+"""Modules that `make test-fast` runs whole; of kernels it runs a case of each test."""
+
+
+def fast(items):
+    """The core that an edit is likely to break, in under a minute."""
+    cases = {}
+    for item in items:
+        if item.path.stem in FAST_TESTS:
+            yield item
+        elif item.path.stem in KERNEL_TESTS:
+            cases.setdefault((item.path, item.originalname), []).append(item)
+    for alike in cases.values():
+        yield alike[len(alike) // 2]  # sizes grow from degenerate to large
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    for item in fast(items):
+        item.add_marker("fast")
     if torch.cuda.is_available():
         for item in items:
             named = getattr(item, "originalname", "").endswith("_of_kernels")

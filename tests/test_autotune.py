@@ -98,6 +98,14 @@ def test_a_process_that_does_not_start_is_no_crash(monkeypatch, tmp_path):
         assert compile_jobs([job, job], workers=2) == [None, None]
 
 
+@pytest.fixture
+def unrun(monkeypatch):
+    """Candidates are recorded and not run, as if exact: for who is timed, and when."""
+    monkeypatch.setattr(tuner, "recording", lambda: recording(run=False))
+    monkeypatch.setattr(tuner, "_error", lambda actual, exact: 0.0)
+
+
+@pytest.mark.usefixtures("unrun")
 def test_what_does_not_compile_is_never_launched(monkeypatch):
     fine, broken = Resources(32, 0, 1024, 1, 1), Failure("no such instruction")
     launched = set()
@@ -227,6 +235,7 @@ def test_wrong_results_cannot_win(monkeypatch):
     assert wrong and all("wrong by" in c.verdict for c in wrong)
 
 
+@pytest.mark.usefixtures("unrun")
 def test_one_reference_serves_all_keys_of_a_bucket(monkeypatch):
     """And only one is alive at a time; the costliest bucket comes first."""
     alive, made, order = [], [], []
@@ -306,6 +315,7 @@ def test_a_wrong_bias_is_an_error_too(part):
     assert tuner._error(results, exact) > 1e-3
 
 
+@pytest.mark.usefixtures("unrun")
 def test_a_default_that_is_wrong_leaves_its_key_untuned(monkeypatch):
     monkeypatch.setattr(tuner, "_error", lambda actual, exact: float("nan"))
     found, table = tune(by_tile)

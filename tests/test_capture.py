@@ -19,7 +19,7 @@ from frog_triton import FROG
 
 def held(opt, name):
     """Pooled inputs of a layer since the last step."""
-    calls = opt.capture._pools[name].calls
+    calls = opt.capture.calls(name)
     return torch.cat([c.x for c in calls]) if calls else None
 
 
@@ -35,7 +35,7 @@ def test_samples_are_pairs_of_the_same_examples():
     grads = []
     out.register_hook(grads.append)
     net[1](out).square().sum().backward()
-    (call,) = opt.capture._pools["0"].calls
+    (call,) = opt.capture.calls("0")
     at = [(x == row).all(1).nonzero().item() for row in call.x]
     assert len(set(at)) == 4
     assert torch.equal(call.y, grads[0][at])
@@ -235,7 +235,7 @@ def test_an_inplace_activation_after_a_linear_layer(shape, bias):
     for model in (net, twin):
         opt = FROG(model)
         model(x).square().sum().backward()
-        (call,) = opt.capture._pools["0"].calls
+        (call,) = opt.capture.calls("0")
         samples.append(call)
     assert torch.equal(samples[0].x, samples[1].x)
     assert torch.equal(samples[0].y, samples[1].y)

@@ -182,12 +182,13 @@ def test_a_dry_run_compiles_for_a_gpu_that_is_not_here(capsys, factory, tmp_path
             assert candidate["median_us"] is None and candidate["predicted_us"] > 0
 
 
-def test_a_dry_run_out_of_budget_compiles_nothing(capsys, tmp_path):
+def test_a_dry_run_out_of_budget_compiles_nothing(capsys, factory, tmp_path):
     out_file = tmp_path / "out.json"
-    words = ("autotune", "resnet18", "--dry-run", "--gpu", "h200", "--batch", 8)
+    words = ("autotune", f"{factory}:build", "--dry-run", "--gpu", "h200")
     words = (*words, "--budget", 1e-9, "--top", 1, "--json", out_file)
     assert run(capsys, *words)[0] == 0
     keys = json.loads(out_file.read_text())["keys"]
+    assert keys and all(key["candidates"] for key in keys)
     assert all(c["resources"] is None for key in keys for c in key["candidates"])
 
 

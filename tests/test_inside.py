@@ -1,4 +1,4 @@
-"""Products inside of modules, and layers with a forward of their own: never wrong.
+"""Products inside of modules: never wrong.
 
 Samples are right if ``X^T Y`` is the gradient, where all positions are sampled. What is
 not seen must make no error, and no samples.
@@ -8,115 +8,30 @@ import gc
 import warnings
 import weakref
 
-import numpy as np
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_net import EVERYTHING, by, reason_of
+from attention_net import by, reason_of
+from inside_nets import (
+    HIDDEN,
+    Counted,
+    D,
+    E,
+    Net,
+    T,
+    backward,
+    batch,
+    first_of,
+    frog,
+    modes,
+    normed_hidden,
+    sampled,
+    steps,
+)
 from torch import nn
-from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.nn.utils import parametrizations, weight_norm
 
-from frog_triton import FROG, layers
-from frog_triton.capture.capture import taps
-from frog_triton.capture.taps import UNPROVEN
-from frog_triton.linalg.rows import written_out
-from frog_triton.model import routing as routes
 from frog_triton.unhooked import PATIENCE
-
-D = 4
-LIMIT = 1e-10
-
-
-class Net(nn.Module):
-    """A layer between two others, and what it is called with."""
-
-    def __init__(self, inner, call=lambda inner, h: inner(h), last=True, size=D):
-        super().__init__()
-        self.first, self.inner = nn.Linear(D, D), inner
-        self.last = nn.Linear(size, 3) if last else nn.Identity()
-        self.call = call
-
-    def forward(self, x):
-        return self.last(torch.tanh(self.call(self.inner, self.first(x))))
-
-
-def batch(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def frog(net, **options):
-    options = {"exclude_output_layer": False} | options
-    return FROG(net.double(), sample_size=EVERYTHING, **options)
-
-
-def backward(net, opt, x):
-    opt.zero_grad()
-    net(x).square().sum().backward()
-
-
-def steps(net, opt, x, count=3):
-    for _ in range(count):
-        backward(net, opt, x)
-        opt.step()
-
-
-def products(opt, name):
-    """``X^T Y`` and the bias's sum of Y, of a layer's samples; None without any."""
-    layer = opt._plan.layers[name]
-    if not opt.capture.calls(name):
-        return None
-    x, y = opt.capture.samples(layer, False)
-    rows, groups, dim = layer.geometry.rows, layer.geometry.groups, layer.geometry.dim
-    y = oracles.as_numpy(written_out(y)).reshape(-1, groups, rows // groups)
-    x = oracles.as_numpy(x.matrix().x).reshape(len(y), -1, dim)
-    x = np.broadcast_to(x, (len(y), groups, dim))
-    return np.einsum("ngr,ngd->grd", y, x).reshape(rows, dim), y.sum(0).reshape(-1)
-
-
-def sampled(opt):
-    """Names of layers with samples, which are right.
-
-    Of weights that are computed from others the chain rule is the test's own.
-    """
-    found = set()
-    for name, layer in opt._plan.layers.items():
-        both = products(opt, name)
-        if both is None:
-            continue
-        found.add(name)
-        weight = layer.uses[0].weight.name
-        for param, product in zip((layer.weight, layer.bias), both, strict=True):
-            if param is None or param.grad is None:
-                continue
-            if param is layer.weight:
-                product = behind(layer.uses[0].module, weight, product)
-            grad = oracles.as_numpy(param.grad).reshape(product.shape)
-            scale = max(np.linalg.norm(grad), 1e-300)
-            assert np.linalg.norm(product - grad) <= LIMIT * scale, name
-    return found
-
-
-def behind(module, name, product):
-    """The gradient by v, where ``w = g v / |v|``, from that by w."""
-    if name.endswith("_v"):
-        g, v = (getattr(module, f"{name[:-2]}_{part}") for part in "gv")
-    elif name.endswith(".original1"):
-        _, of, _ = name.split(".")
-        g, v = module.parametrizations[of].parameters()
-    else:
-        return product
-    g, v = oracles.as_numpy(g), oracles.as_numpy(v)
-    length = np.linalg.norm(v, axis=1, keepdims=True)
-    unit = v / length
-    return g / length * (product - unit * (product * unit).sum(1, keepdims=True))
-
-
-def modes():
-    """How many modes of torch's function dispatch are open."""
-    return torch._C._len_torch_function_stack()
-
 
 # -- attention -------------------------------------------------------------------------
 
@@ -256,8 +171,6 @@ def test_what_attention_looks_up_may_be_replaced_later(monkeypatch):
 
 # -- experts ---------------------------------------------------------------------------
 
-E, T = 4, 12
-
 
 class Experts(nn.Module):
     """As many matrices as it says, used by `call`."""
@@ -277,7 +190,7 @@ def experts(call):
     return Net(Experts(call))
 
 
-IDS, ORDER = torch.randint(0, E, (T,)), torch.tensor([2, 0, 3, 1])
+IDS, ORDER = torch.arange(T).mul(5) % 7 % E, torch.tensor([2, 0, 3, 1])
 EACH = (E, T // E, D)
 SEEN, UNSEEN = {"first", "inner.w", "last"}, {"first", "last"}
 
@@ -437,114 +350,6 @@ def test_a_call_that_the_keyboard_interrupts(build, shape):
     assert modes() == 0
 
 
-# -- recurrent layers ------------------------------------------------------------------
-
-HIDDEN = 3
-
-
-class InputDropped(nn.LSTM):
-    """Works on its input, and returns less."""
-
-    def forward(self, x):
-        return super().forward(F.dropout(x))[0]
-
-
-class NormedGates(nn.GRU):
-    """Other gates, by the same parameters."""
-
-    def forward(self, x):
-        h, out = x.new_zeros(x.shape[0], HIDDEN), []
-        for step in x.unbind(1):
-            gates = F.linear(step, self.weight_ih_l0, self.bias_ih_l0)
-            gates = gates + F.linear(h, self.weight_hh_l0, self.bias_hh_l0)
-            z, _, n = F.layer_norm(gates, gates.shape[-1:]).chunk(3, -1)
-            h = torch.lerp(h, n.tanh(), z.sigmoid())
-            out.append(h)
-        return torch.stack(out, 1)
-
-
-class OwnCell(nn.LSTMCell):
-    """Without a memory."""
-
-    def forward(self, x):
-        gates = F.linear(x, self.weight_ih, self.bias_ih)
-        i, _, g, o = (gates + self.bias_hh).chunk(4, -1)
-        return (o.sigmoid() * (i.sigmoid() * g.tanh()).tanh()) + self.weight_hh.sum()
-
-
-class OwnBase(nn.RNNCellBase):
-    """A cell of the user's own, of torch's base class."""
-
-    def __init__(self, *sizes):
-        super().__init__(*sizes, bias=True, num_chunks=1)
-
-    def forward(self, x):
-        return F.linear(x, self.weight_ih, self.bias_ih + self.bias_hh).sin()
-
-
-def first_of(inner, h):
-    return inner(h)[0]
-
-
-@pytest.mark.filterwarnings("ignore:FROG preconditions")
-@pytest.mark.parametrize("kind", [InputDropped, NormedGates, OwnCell, OwnBase])
-def test_recurrent_layers_with_a_forward_of_their_own(kind):
-    layer = issubclass(kind, nn.RNNBase)
-    inner = kind(D, HIDDEN, **({"batch_first": True} if layer else {}))
-    net = Net(inner, size=HIDDEN)
-    opt, x = frog(net), batch(2, 5, D) if layer else batch(6, D)
-    assert by(opt) == [f"inner.{name}" for name, _ in inner.named_parameters()]
-    if kind is not OwnBase:  # which is none of a known kind
-        why = f"{kind.__name__} has a forward of its own"
-        assert {reason_of(opt, name) for name in by(opt)} == {why}
-    before = [p.detach().clone() for p in net.parameters()]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(3):
-            backward(net, opt, x)
-            assert sampled(opt) == {"first", "last"}
-            opt.step()
-    pairs = zip(before, net.parameters(), strict=True)
-    assert not any(torch.equal(a, p) for a, p in pairs if p.grad is not None)
-
-
-def normed_hidden(norm):
-    def build():
-        inner = nn.LSTM(D, HIDDEN, batch_first=True).double()
-        norm(inner, "weight_hh_l0")
-        return inner
-
-    return build
-
-
-def pruned():
-    inner = nn.LSTM(D, HIDDEN, batch_first=True).double()
-    prune.l1_unstructured(inner, "weight_ih_l0", 0.3)
-    return inner
-
-
-RECURRENT = {
-    "plain": (lambda: nn.LSTM(D, HIDDEN, batch_first=True), {"ih", "hh"}),
-    "weight norm": (normed_hidden(parametrizations.weight_norm), {"ih", "hh"}),
-    "weight norm by a hook": (normed_hidden(weight_norm), {"ih", "hh"}),
-    "pruned": (pruned, {"hh"}),
-}
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", RECURRENT)
-def test_recurrent_layers_whose_weights_are_computed(name):
-    build, expected = RECURRENT[name]
-    net, x = Net(build(), first_of, size=HIDDEN), batch(2, 5, D)
-    opt = frog(net)
-    for _ in range(3):
-        backward(net, opt, x)
-        assert sampled(opt) == {"first", "last"} | {
-            f"inner.weight_{kind}_l0" for kind in expected
-        }
-        opt.step()
-
-
 # -- what FROG holds -------------------------------------------------------------------
 
 HELD = {
@@ -577,126 +382,3 @@ def test_modules_go_with_the_last_reference_to_them(name, closed):
         assert [made() for made in gone] == [None] * len(gone)
     finally:
         gc.enable()
-
-
-# -- layers with a forward of their own ------------------------------------------------
-
-
-class Counted(nn.Linear):
-    """Its own forward, which counts calls and may become another."""
-
-    count = 0
-
-    def forward(self, x):
-        self.count += 1
-        return self.change(x, F.linear(x, self.weight, self.bias))
-
-    def change(self, x, y):
-        return y
-
-
-class Rectified(Counted):
-    """From the third call on."""
-
-    def change(self, x, y):
-        return y.relu() if self.count > 2 else y
-
-
-class DroppedAfter(Counted):
-    """Ever more of its outputs."""
-
-    def change(self, x, y):
-        return F.dropout(y, min(0.5, 0.25 * (self.count - 1)))
-
-
-class DroppedBefore(Counted):
-    """Ever more of its inputs."""
-
-    def change(self, x, y):
-        x = F.dropout(x, min(0.5, 0.25 * (self.count - 1)))
-        return F.linear(x, self.weight, self.bias)
-
-
-@pytest.fixture
-def looks(monkeypatch):
-    """Answers of `recognise`, as they are given."""
-    found, look = [], taps.recognise
-
-    def recognise(*args):
-        found.append(look(*args))
-        return found[-1]
-
-    monkeypatch.setattr(taps, "recognise", recognise)
-    return found
-
-
-@pytest.mark.parametrize("kind", [Rectified, DroppedAfter, DroppedBefore])
-def test_layers_that_change_after_they_were_recognised(kind, looks):
-    net, x = Net(kind(D, D)), batch(T, D)
-    opt = frog(net)
-    steps(net, opt, x, 9)
-    assert [isinstance(answer, str) for answer in looks] == [False]
-    with pytest.warns(UserWarning, match="inner: a gradient but no samples.*forward"):
-        steps(net, opt, x, 1)  # the tenth call is looked at
-    assert len(looks) == 2 and looks[1].startswith("its forward is not F.linear")
-    assert "inner.weight" in by(opt, "frog")
-    with pytest.warns(UserWarning, match=f"inner: {looks[1]}.*adamw updates it"):
-        steps(net, opt, x, PATIENCE - 1)
-    assert by(opt) == ["inner.weight", "inner.bias"]
-    assert reason_of(opt, "inner.weight") == looks[1]
-    steps(net, opt, x, 5)
-    assert len(looks) == 2
-
-
-def one_example(net):
-    return batch(1, D)
-
-
-def zeros(net):
-    nn.init.zeros_(net.inner.weight)
-    return batch(T, D)
-
-
-@pytest.mark.parametrize("undecided", [one_example, zeros])
-def test_layers_that_no_call_decides(undecided, looks):
-    net = Net(Counted(D, 2), size=2)
-    x = undecided(net)
-    # A weight of zeros stays what it is.
-    opt = frog(net, lr=1e-30, fallback_lr=1e-30, weight_decay=0.0)
-    with pytest.warns(UserWarning, match=f"inner: .*{UNPROVEN}"):
-        steps(net, opt, x, PATIENCE)
-    assert by(opt) == ["inner.weight", "inner.bias"]
-    assert reason_of(opt, "inner.weight") == UNPROVEN
-    assert "no call has shown yet what it computes" in UNPROVEN
-    steps(net, opt, x, 100 - PATIENCE)
-    assert looks == [None] * 8  # calls 1, 2, 3, 4, 8, 16, 32, 64
-    steps(net, opt, x, 27)
-    assert len(looks) == 8
-    # The 128th call shows it.
-    nn.init.normal_(net.inner.weight)
-    steps(net, opt, batch(T, D), 1)
-    assert len(looks) == 9 and "inner.weight" in by(opt, "frog")
-
-
-# -- construction ----------------------------------------------------------------------
-
-
-def test_construction_asks_for_adapters_as_often_as_there_are_modules(monkeypatch):
-    calls, find = [], routes.adapter_for
-
-    def adapter_for(module):
-        calls.append(module)
-        return find(module)
-
-    for module in (routes, layers):
-        monkeypatch.setattr(module, "adapter_for", adapter_for)
-
-    def asked(count):
-        calls.clear()
-        blocks = (Net(nn.LayerNorm(D), size=D) for _ in range(count // 2))
-        net = nn.Sequential(*blocks)
-        FROG(net).close()
-        return len(calls)
-
-    few, many = asked(60), asked(600)
-    assert many < 11 * few and many < 10 * 600

@@ -6,12 +6,16 @@ import os
 import pkgutil
 import subprocess
 import sys
+from contextlib import closing
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from frog_triton import kernels
 from frog_triton.autotune.jobs import Job, compile_jobs
+from frog_triton.autotune.offline import inexact
 from frog_triton.autotune.shortlist import keys
 from frog_triton.kernels.gpu import shared_limit
 from frog_triton.kernels.gram import GramConfig
@@ -26,29 +30,70 @@ SET_ASIDE = 8
 loops, to fit another block on these chips. Measured: in 2 of 2,040 launches, sm_120."""
 
 
-def run(*arguments, path=None, **environment):
-    """Standard output of a process whose kernels are not interpreted."""
-    environment = {**os.environ, **environment}
+def environment(path=None):
+    """Of a process whose kernels are not interpreted; `path` has another Triton."""
+    environment = dict(os.environ)
     environment.pop("TRITON_INTERPRET", None)
     if path is not None:
         before = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(path), before]))
+    return environment
+
+
+def run(*arguments):
+    """Standard output of a process whose kernels are not interpreted."""
     result = subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
         text=True,
-        env=environment,
+        env=environment(),
         cwd=ROOT.parent,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
 
-def compiled(*arguments, path=None):
-    """Resource usage of default configurations."""
-    module = ("-m", "frog_triton.benchmarks.compile_defaults")
-    printed = run(*module, *arguments, path=path)
-    return [json.loads(line) for line in printed.splitlines()]
+COMMANDS = """
+import json, sys
+from frog_triton.benchmarks.compile_defaults import Compiler, main
+
+compiler = Compiler()
+for line in sys.stdin:
+    main(json.loads(line), compiler)
+    print(flush=True)
+"""
+
+
+class Compilations:
+    """A process that answers the commands of `compile_defaults`, one import for all."""
+
+    def __init__(self, path=None):
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", COMMANDS],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(path),
+            cwd=ROOT.parent,
+        )
+
+    def __call__(self, *arguments):
+        """Resource usage of default configurations."""
+        print(json.dumps(arguments), file=self._process.stdin, flush=True)
+        lines = [*iter(self._process.stdout.readline, "\n")]
+        assert "" not in lines and self._process.poll() is None
+        return [json.loads(line) for line in lines]
+
+    def close(self):
+        self._process.communicate()
+        assert self._process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    compilations = Compilations()
+    yield compilations
+    compilations.close()
 
 
 def check(results):
@@ -67,26 +112,26 @@ def check(results):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gram_kernels(dtype):
+def test_gram_kernels(compiled, dtype):
     check(compiled("--samples", "16", "64", "128", "256", "--dtype", dtype))
 
 
-def test_convolution_kernels():
+def test_convolution_kernels(compiled):
     shapes = ("conv", "stem", "grouped-conv", "depthwise", "pointwise")
     check(compiled("--samples", "16", "--formulation", "primal", "--shape", *shapes))
 
 
-def test_ragged_and_grouped_layers():
+def test_ragged_and_grouped_layers(compiled):
     arguments = ("--samples", "32", "--formulation", "gram", "primal")
     arguments += ("--shape", "ragged", "grouped", "--dtype", "float16")
     check(compiled(*arguments, "--capability", "90"))
 
 
-def test_primal_kernels():
+def test_primal_kernels(compiled):
     check(compiled("--samples", "64", "4096", "--formulation", "primal"))
 
 
-def test_chips_with_little_shared_memory():
+def test_chips_with_little_shared_memory(compiled):
     """The default number of samples, in the largest type."""
     arguments = ("--samples", "256", "--formulation", "gram", "primal")
     check(compiled(*arguments, "--dtype", "float32", "--capability", *SMALL_CHIPS))
@@ -118,18 +163,19 @@ with capturable(False), recording(run=False) as found:
     triton_ops.gather_patches(x, index, (32, 32), window)
 for launch in found:
     if "update" in launch.name or "gather" in launch.name:
-        kernel = compiled(launch, int(sys.argv[1]))
-        print(launch.name, resources(kernel).spilled, len(inexact(kernel)))
+        for chip in map(int, sys.argv[1:]):
+            kernel = compiled(launch, chip)
+            spilled, approximations = resources(kernel).spilled, inexact(kernel)
+            print(launch.name, chip, spilled, len(approximations))
 """
 
 
-@pytest.mark.parametrize("chip", ["80", "90"])
-def test_rows_on_the_second_axis_and_transposed_windows(chip):
-    lines = run("-c", STRIDED, chip).splitlines()
-    names = {line.split()[0] for line in lines}
-    assert names == {"_update_kernel", "_primal_update_kernel", "_gather_kernel"}
-    for line in lines:
-        name, spilled, approximations = line.split()
+def test_rows_on_the_second_axis_and_transposed_windows():
+    chips = ("80", "90")
+    lines = [line.split() for line in run("-c", STRIDED, *chips).splitlines()]
+    kernels = ("_update_kernel", "_primal_update_kernel", "_gather_kernel")
+    assert {(n, chip) for n, chip, *_ in lines} == {*product(kernels, chips)}
+    for name, _, spilled, approximations in lines:
         assert int(approximations) == 0, name
         # Measured: 8 bytes in _update_kernel on sm_80, 86 and 89, 0 on sm_90 and 100.
         assert int(spilled) <= SET_ASIDE, name
@@ -140,24 +186,17 @@ def test_oldest_triton():
         pytest.skip("make test installs Triton 3.6 beside the pinned one for this")
     chips = ("80", "90", "100", *SMALL_CHIPS)
     arguments = ("--formulation", "gram", "primal", "--dtype", "bfloat16")
-    results = [
-        *compiled(
-            *("--samples", "64"), *arguments, "--capability", "90", path=OLDEST_TRITON
-        ),
-        *compiled(
-            *("--samples", "256"),
-            *arguments,
-            "--capability",
-            *chips,
-            path=OLDEST_TRITON,
-        ),
-    ]
+    with closing(Compilations(OLDEST_TRITON)) as compiled:
+        results = [
+            *compiled("--samples", "64", *arguments, "--capability", "90"),
+            *compiled("--samples", "256", *arguments, "--capability", *chips),
+        ]
     assert {r["triton"] for r in results} == {"3.6.0"}
     assert {str(r["capability"]) for r in results} == set(chips)
     check(results)
 
 
-def test_no_kernel_approximates():
+def test_no_kernel_approximates(compiled):
     """Every branch of every kernel: square roots, quotients, subnormal numbers."""
     arguments = ("--every-branch", "--capability", "90", "--dtype", "bfloat16")
     linear = ("--shape", "linear", "--samples", "64", "256")
@@ -175,21 +214,13 @@ def test_no_kernel_approximates():
     assert {r["kernel"] for r in results} == every
 
 
-PTX = """
-import json, sys
-from types import SimpleNamespace
-from frog_triton.autotune.offline import inexact
-print(json.dumps([inexact(SimpleNamespace(asm={"ptx": p})) for p in sys.argv[1:]]))
-"""
-
-
 def test_instructions_that_approximate_are_told_from_others():
     bad = ["sqrt.approx.f32", "sqrt.approx.ftz.f32", "rsqrt.approx.f32"]
     bad += ["rcp.approx.ftz.f32", "div.full.f32", "div.approx.f32", "ex2.approx.f32"]
     bad += ["lg2.approx.ftz.f32", "add.ftz.f32", "fma.rn.ftz.f32"]
     good = ["sqrt.rn.f32", "div.rn.f32", "fma.rn.f32", "add.f32", "// ftz approx"]
     lines = [f"\t{name} \t%r1, %r2;\n" for name in (*bad, *good)]
-    found = json.loads(run("-c", PTX, *lines))
+    found = [inexact(SimpleNamespace(asm={"ptx": line})) for line in lines]
     assert found == [*[[name] for name in bad], *[[] for _ in good]]
 
 

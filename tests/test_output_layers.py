@@ -1,103 +1,35 @@
 """What steps show of output layers, and who updates which layer from then on."""
 
 import copy
-import io
-import logging
 import math
 import warnings
 from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.nn.functional as F
-from algorithm1 import Algorithm1
-from attention_net import EVERYTHING, by, reason_of
+from attention_net import reason_of
+from seeking_nets import (
+    Bare,
+    D,
+    Net,
+    bare_steps,
+    batch,
+    chain,
+    head_first,
+    heads_of,
+    outputs,
+    saved,
+    sought,
+    taking_turns,
+    train,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import frog_triton
 from frog_triton import FROG
-from frog_triton.model.routing import OUTPUT_LAYER
 from frog_triton.unhooked import PATIENCE
 
-D = 4
-
-
-class Net(nn.Module):
-    """Linear layers by name, in the order given, and a forward function."""
-
-    def __init__(self, names, forward):
-        super().__init__()
-        torch.manual_seed(1)
-        for name in names.split():
-            setattr(self, name, nn.Linear(D, D))
-        self.run = forward
-        self.double()
-
-    def forward(self, x, step=0):
-        return self.run(self, x, step)
-
-
-def chain(names):
-    """A forward function: one layer after another."""
-
-    def forward(net, x, step):
-        *body, head = names.split()
-        for name in body:
-            x = getattr(net, name)(x).tanh()
-        return getattr(net, head)(x)
-
-    return forward
-
-
-def head_first():
-    """The guess is wrong: b is declared last."""
-    return Net("z a b", chain("a b z"))
-
-
-def batch(step, size=6):
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(size, D, generator=generator, dtype=torch.float64)
-
-
-def train(net, opt, count, start=0, before=None, factor=1.0):
-    for step in range(start, start + count):
-        if before is not None:
-            before(net, opt, step)
-        opt.zero_grad()
-        (factor * net(batch(step), step).square().mean()).backward()
-        opt.step()
-
-
-def outputs(opt):
-    """Names of layers that go to the fallback as outputs; all others are FROG's."""
-    found = {
-        r.name.removesuffix(".weight"): r
-        for r in opt.routes()
-        if r.name.endswith("weight")
-    }
-    gone = {name for name, r in found.items() if r.updated_by == "adamw"}
-    assert all(found[name].reason.startswith(OUTPUT_LAYER) for name in gone)
-    return gone
-
-
-def sought(net):
-    """Names of modules that are watched to find output layers."""
-    return [
-        name
-        for name, module in net.named_modules()
-        if any("seeking" in hook.__name__ for hook in module._forward_hooks.values())
-    ]
-
-
 # -- what steps show -------------------------------------------------------------------
-
-
-def taking_turns(*heads):
-    def forward(net, x, step):
-        return getattr(net, heads[step % len(heads)])(net.a(x).tanh())
-
-    return forward
 
 
 def thawed(*names):
@@ -258,12 +190,6 @@ def test_closures(passes):
 # -- layers that are put in ------------------------------------------------------------
 
 
-def heads_of(net, x, step):
-    """By all heads that there are."""
-    h = net.b(net.a(x).tanh()).tanh()
-    return sum(getattr(net, name)(h) for name in "yz" if hasattr(net, name))
-
-
 def another_head(net, opt):
     net.y = nn.Linear(D, D).double()
     opt.add_param_group({"params": net.y.parameters(), "lr": 1e-2})
@@ -329,13 +255,6 @@ def test_a_bare_parameter_in_anothers_place_waits_for_samples_of_its_own(after):
 
 
 # -- states ----------------------------------------------------------------------------
-
-
-def saved(net, opt):
-    file = io.BytesIO()
-    torch.save((net.state_dict(), opt.state_dict()), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("names", ["z a b", "a b z", "y z a b"])
@@ -423,215 +342,6 @@ def test_a_state_from_before_anything_was_decided_by_steps():
     assert all(map(torch.equal, net.parameters(), other.parameters()))
 
 
-# -- options, and what is told ---------------------------------------------------------
-
-
-class Kind(nn.Linear):
-    """A type of its own."""
-
-
-def of_kind():
-    net = head_first()
-    net.z.__class__ = Kind
-    return net
-
-
-OPTIONS = {
-    "a name": ({"output_layers": "a"}, "a"),
-    "names": ({"output_layers": ["a", "z"]}, "a z"),
-    "a pattern": ({"output_layers": ["[ab]"]}, "a b"),
-    "a type": ({"output_layers": Kind}, "z"),
-    "all": ({"output_layers": [nn.Linear]}, "z a b"),
-    "none": ({"output_layers": []}, ""),
-    "kept": ({"exclude_output_layer": False}, ""),
-}
-
-
-@pytest.mark.filterwarnings("ignore:FROG preconditions")
-@pytest.mark.parametrize("name", OPTIONS)
-def test_what_the_user_says_holds(name):
-    options, expected = OPTIONS[name]
-    net = of_kind()
-    opt = FROG(net, **options)
-    assert outputs(opt) == set(expected.split())
-    train(net, opt, 3)
-    assert outputs(opt) == set(expected.split())
-
-
-WRONG = {
-    "no such module": (
-        {"output_layers": ["zz"]},
-        "output_layers names 'zz', but the model has no such module",
-    ),
-    "no such type": (
-        {"output_layers": nn.Conv2d},
-        "output_layers names Conv2d, but the model has no module of that type",
-    ),
-    "kept, and named": (
-        {"output_layers": ["z"], "exclude_output_layer": False},
-        "which exclude_output_layer=False keeps: leave one of them out",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_what_the_user_may_not_say(name):
-    options, message = WRONG[name]
-    with pytest.raises(ValueError, match=message):
-        FROG(head_first(), **options)
-    with pytest.raises(TypeError, match="output_layers takes names, patterns or"):
-        FROG(head_first(), output_layers=[3])
-
-
-@pytest.mark.filterwarnings("ignore:FROG preconditions")
-@pytest.mark.parametrize("names", ["z a b", "a b z"])
-def test_an_excluded_head_leaves_no_other_as_output(names):
-    net = Net(names, chain("a b z"))
-    opt = FROG(net, exclude=["z"])
-    train(net, opt, 2)
-    assert by(opt) == ["z.weight", "z.bias"]
-    assert reason_of(opt, "z.weight") == "excluded by 'z'"
-
-
-@pytest.fixture
-def told(caplog):
-    caplog.set_level(logging.INFO, "frog_triton")
-    return caplog
-
-
-def shown(told):
-    """What was told of output layers; what is preconditioned now comes after it."""
-    texts = [text for text in told.messages if "output layers" in text]
-    return [text.partition(". FROG preconditions ")[0] for text in texts]
-
-
-TOLD = {
-    "as guessed": ("a b z", chain("a b z"), []),
-    "another": ("z a b", chain("a b z"), ["z"]),
-    "several": ("y z a b", heads_of, ["y, z"]),
-    "one after the other": ("a b y z", taking_turns("y", "z"), ["y"]),
-}
-
-
-@pytest.mark.parametrize("name", TOLD)
-def test_what_was_not_expected_is_told_once(name, told):
-    names, forward, expected = TOLD[name]
-    net = Net(names, forward)
-    opt = FROG(net)
-    train(net, opt, 5)
-    text = "FROG: output layers, as a step shows: "
-    assert shown(told) == [text + layers for layers in expected]
-
-
-NAMED = {
-    "right": ("head a b", chain("a b head"), "head", None),
-    "hidden": ("head a z", chain("head a z"), "head", "z"),
-    "heads of attention": (
-        "actor critic a z",
-        lambda net, x, s: net.z(net.a((net.actor(x) * net.critic(x)).tanh())),
-        "actor critic",
-        "z",
-    ),
-    "without a gradient": ("head a z", chain("a z"), "head", None),
-    "one of two": (
-        "a head z",
-        lambda net, x, s: net.head(h := net.a(x)) + net.z(h),
-        "head",
-        None,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_names_that_a_step_contradicts_are_told_and_stay(name, told):
-    names, forward, expected, other = NAMED[name]
-    net = Net(names, forward)
-    opt = FROG(net)
-    assert outputs(opt) == set(expected.split())
-    train(net, opt, 4)
-    assert outputs(opt) == set(expected.split())
-    text = f"FROG: the step shows {other} as output layers, but others are named so"
-    assert shown(told) == ([] if other is None else [f"{text}; see output_layers"])
-
-
-LONE = {
-    "a layer": lambda: nn.Linear(D, 3),
-    "beside a norm": lambda: nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 3)),
-    "called head": lambda: Net("head", chain("head")),
-    "called head, wrapped": lambda: nn.Sequential(Net("head", chain("head"))),
-}
-
-
-@pytest.mark.parametrize("name", LONE)
-def test_a_lone_layer_is_preconditioned(name, told):
-    net = LONE[name]().double()
-    opt = FROG(net)
-    for step in range(3):
-        opt.zero_grad()
-        net(batch(step)).square().mean().backward()
-        opt.step()
-    matrices = [name for name, p in net.named_parameters() if p.ndim == 2]
-    assert set(matrices) < set(by(opt, "frog")) and shown(told) == []
-
-
-# -- by whose options ------------------------------------------------------------------
-
-
-def seen(layer):
-    """Inputs and output gradients of a layer, as they come."""
-    found = []
-    layer.register_forward_hook(
-        lambda m, args, y: (
-            found.append(args[0].detach()),
-            y.register_hook(found.append),
-            None,
-        )[-1]
-    )
-    return found
-
-
-@pytest.mark.parametrize("scheduled", [False, True])
-def test_a_layer_has_the_options_of_the_half_that_it_belongs_to(scheduled):
-    """The head is found in group 0, and the guess in group 1 is promoted."""
-    net = head_first()
-    opt = FROG(net, sample_size=EVERYTHING)
-    rows, rest = opt.param_groups
-    rows |= {"lr": 0.05, "weight_decay": 0.2}
-    rest |= {"lr": 0.004, "weight_decay": 0.3}
-    assert any(net.z.weight is p for p in rows["params"])
-    assert any(net.b.weight is p for p in rest["params"])
-    head, samples = copy.deepcopy(net.z), seen(net.b)
-    options = {"lr": 0.004}
-    adamw = torch.optim.AdamW(
-        [
-            {"params": [head.weight], "weight_decay": 0.3},
-            {"params": [head.bias], "weight_decay": 0.0},
-        ],
-        **options,
-    )
-    model = Algorithm1(net.b, lr=0.05, weight_decay=0.2)
-    both = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (opt, adamw)]
-    for step in range(4):
-        opt.zero_grad()
-        net(batch(step)).square().mean().backward()
-        model.options["lr"] = 0.05 * (0.5**step if scheduled else 1)
-        model.step(*samples, net.b.weight.grad, net.b.bias.grad)
-        samples.clear()
-        head.weight.grad, head.bias.grad = (p.grad.clone() for p in net.z.parameters())
-        opt.step()
-        adamw.step()
-        for scheduler in both if scheduled else ():
-            scheduler.step()
-        # Measured 1e-16.
-        torch.testing.assert_close(net.z.weight, head.weight, rtol=1e-13, atol=1e-14)
-        torch.testing.assert_close(net.z.bias, head.bias, rtol=1e-13, atol=1e-14)
-        for param, expected in ((net.b.weight, model.weight), (net.b.bias, model.bias)):
-            # Measured 1e-15.
-            expected = torch.from_numpy(expected)
-            torch.testing.assert_close(param, expected, rtol=1e-11, atol=1e-12)
-    assert outputs(opt) == {"z"}
-
-
 # -- in graphs of torch.compile --------------------------------------------------------
 
 
@@ -657,143 +367,3 @@ def test_no_graph_is_made_twice(names):
     opt.close()
     for module in net.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks
-
-
-# -- bare parameters -------------------------------------------------------------------
-
-
-class Bare(nn.Module):
-    """Uses a parameter by FROG's linear, if it is told to, and another by torch's."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.a, self.z = nn.Linear(D, D), nn.Linear(D, 3)
-        self.w = nn.Parameter(torch.randn(D, D) / 2)
-        self.v = nn.Parameter(torch.randn(D, D) / 2)
-        self.double()
-
-    def forward(self, x, told):
-        linear = frog_triton.linear if told else F.linear
-        x = linear(self.a(x).tanh(), self.w)
-        return self.z(F.linear(x.tanh(), self.v))
-
-
-def bare_steps(net, opt, calls, start=0):
-    for step, told in enumerate(calls, start):
-        opt.zero_grad()
-        net(batch(step), told).square().mean().backward()
-        opt.step()
-
-
-@pytest.mark.filterwarnings("ignore:FROG preconditions")
-def test_a_bare_parameter_is_promoted_at_its_first_samples_and_let_go_without():
-    net = Bare()
-    opt = FROG(net, sample_size=EVERYTHING)
-    bare = {"w", "v"}
-    assert bare <= {*by(opt)}
-    bare_steps(net, opt, [False] * 2)
-    assert bare <= {*by(opt)} and "frog_triton.linear" in reason_of(opt, "w")
-    bare_steps(net, opt, [True], 2)
-    assert "w" in by(opt, "frog") and "v" in by(opt)
-    layer, samples = nn.Linear(D, D, bias=False).double(), []
-    layer.weight.data.copy_(net.w.data)
-    model = Algorithm1(layer)
-    model.m = opt.state[net.w]["momentum_buffer"].numpy().copy()
-    original = frog_triton.linear
-
-    def linear(x, weight):
-        y = original(x, weight)
-        samples.append(x.detach())
-        y.register_hook(samples.append)
-        return y
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frog_triton, "linear", linear)
-        opt.zero_grad()
-        net(batch(3), True).square().mean().backward()
-    model.step(*samples, net.w.grad)
-    opt.step()
-    # Measured 1e-15.
-    expected = torch.from_numpy(model.weight)
-    torch.testing.assert_close(net.w, expected, rtol=1e-11, atol=1e-12)
-    bare_steps(net, opt, [False] * (PATIENCE - 1), 4)
-    assert "w" in by(opt, "frog")
-    with pytest.warns(UserWarning, match="^w: its weight is used without.*adamw"):
-        bare_steps(net, opt, [False], 4 + PATIENCE)
-    assert bare <= {*by(opt)}
-    bare_steps(net, opt, [True], 5 + PATIENCE)
-    assert "w" in by(opt, "frog")
-
-
-@pytest.mark.filterwarnings("ignore:FROG preconditions")
-def test_a_bare_parameter_that_never_appears_costs_a_hook():
-    net = Bare()
-    twin = copy.deepcopy(net)
-    opt = FROG(net)
-    adamw = torch.optim.AdamW([twin.v], 3e-3)
-    assert len(net.v._backward_hooks) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for step in range(5):
-            opt.zero_grad()
-            net(batch(step), True).square().mean().backward()
-            twin.v.grad = net.v.grad.clone()
-            assert opt.capture.calls("w") and not opt.capture.calls("v")
-            opt.step()
-            adamw.step()
-            torch.testing.assert_close(net.v, twin.v, rtol=1e-13, atol=1e-14)
-    assert opt.state[net.v].keys() == adamw.state[twin.v].keys()
-    opt.close()
-    assert not net.v._backward_hooks and not net.w._backward_hooks
-
-
-@pytest.mark.parametrize("cut", range(1, 9))
-def test_bare_parameters_resume_with_the_same_bits(cut):
-    calls = [False, True, True, False, False, False, False, True, True]
-
-    def run(cut):
-        net = Bare()
-        opt = FROG(net, sample_size=3)
-        bare_steps(net, opt, calls[:cut])
-        if cut:
-            weights, state = saved(net, opt)
-            net = Bare()
-            opt = FROG(net, sample_size=3)
-            net.load_state_dict(weights)
-            opt.load_state_dict(state)
-        bare_steps(net, opt, calls[cut:], cut)
-        return [*net.parameters()], by(opt, "frog")
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        (whole, frog), (weights, theirs) = run(0), run(cut)
-    assert theirs == frog and "w" in frog
-    assert all(map(torch.equal, weights, whole))
-
-
-def penalty(critic, x):
-    x = x.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
-    return (slope.norm(dim=1) - 1).square().mean()
-
-
-@pytest.mark.parametrize("act", [nn.LeakyReLU, nn.Tanh, nn.SiLU])
-@pytest.mark.parametrize("dropped", ["before all", "after the penalty"])
-def test_losses_with_derivatives_of_the_model(act, dropped):
-    """A critic under a gradient penalty: the way back from slopes skips the last."""
-    torch.manual_seed(0)
-    critic = nn.Sequential(
-        *(nn.Linear(4, 8), act(), nn.Linear(8, 8), act(), nn.Linear(8, 1))
-    )
-    opt = FROG(critic)
-    for _ in range(2):
-        if dropped == "before all":
-            opt.zero_grad()
-        slopes = penalty(critic, torch.randn(6, 4))
-        if dropped == "after the penalty":
-            opt.zero_grad()
-        (critic(torch.randn(6, 4)).mean() + 10 * slopes).backward()
-        opt.step()
-    served = opt.describe().updated_by("frog")
-    assert served == ["0.weight", "0.bias", "2.weight", "2.bias"]

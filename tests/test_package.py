@@ -43,6 +43,16 @@ def test_version():
     assert frog_triton.__version__ == "0.1.0"
 
 
+def test_only_public_names_show():
+    names = ("cost", "layers", "linear", "precondition")
+    public = ["FROG", "PAPER", "__version__", *names]
+    assert dir(frog_triton) == sorted(frog_triton.__all__) == public
+    everything = {}
+    exec("from frog_triton import *", everything)
+    assert everything.keys() - {"__builtins__"} == {*public}
+    assert all(thing.__doc__ for thing in everything.values() if callable(thing))
+
+
 FLOORS = (
     {"__version__", "linalg", "warning"},
     {"kernels", "scaling"},

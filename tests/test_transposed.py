@@ -13,6 +13,7 @@ from torch import nn
 from torch.autograd.functional import jacobian
 from torch.func import functional_call
 
+from frog_triton.kernels.gather import GATHER
 from frog_triton.kernels.launch import recording
 from frog_triton.layers.base import MatrixMap, pool_samples
 from frog_triton.layers.bilinear import BilinearAdapter
@@ -195,7 +196,7 @@ def test_drawn_positions(name, backend):
             p.module, p.x, p.y.shape, index, BACKENDS[backend]
         )
     in_kernel = backend == "triton" and p.adapter is TRANSPOSED and p.x.ndim < 5
-    assert [a.name for a in launches] == ["_gather_kernel"] * in_kernel
+    assert [a.kernel for a in launches] == [GATHER] * in_kernel
     assert torch.equal(x, p.map.matrix().x[index])
     y = p.adapter.take_output_positions(p.y, index)
     every = oracles.as_numpy(p.adapter.canonical(p.y).transpose(1, 2).flatten(0, 1))

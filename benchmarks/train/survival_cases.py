@@ -73,9 +73,7 @@ class Case(ABC):
 class Unaugmented(ImageTask):
     """The images as they are, so that a network can learn them by heart."""
 
-    def batches(  # noqa: D102
-        self, generator: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         x, y = self.data.train_x, self.data.train_y
         order = torch.randperm(len(y), generator=generator)
         for index in order.split(self.batch_size)[: self.steps_per_epoch]:
@@ -100,18 +98,18 @@ class Digits(Case):
         """The digits with the network."""
         return Unaugmented(_digits(), self.network, 64)
 
-    def networks(self) -> Networks:  # noqa: D102
+    def networks(self) -> Networks:
         return [self.task.model()]
 
-    def batches(self, generator: torch.Generator) -> Iterator[Any]:  # noqa: D102
+    def batches(self, generator: torch.Generator) -> Iterator[Any]:
         task = self.task
         for _ in range(self.steps // task.steps_per_epoch):
             yield from task.batches(generator)
 
-    def losses(self, networks: Networks, batch: Any) -> Iterator[Tensor]:  # noqa: D102
+    def losses(self, networks: Networks, batch: Any) -> Iterator[Tensor]:
         yield self.task.loss(networks[0], *batch)
 
-    def end(self, networks: Networks, losses: Sequence[float]) -> float:  # noqa: D102
+    def end(self, networks: Networks, losses: Sequence[float]) -> float:
         return self.task.evaluate(networks[0])
 
 
@@ -119,13 +117,13 @@ class Digits(Case):
 class OneBatch(Digits):
     """Learn 32 digits by heart; judged by the last training loss."""
 
-    def batches(self, generator: torch.Generator) -> Iterator[Any]:  # noqa: D102
+    def batches(self, generator: torch.Generator) -> Iterator[Any]:
         data = _digits()
         index = torch.randperm(len(data.train_y), generator=generator)[:32]
         for _ in range(self.steps):
             yield data.train_x[index], data.train_y[index]
 
-    def end(self, networks: Networks, losses: Sequence[float]) -> float:  # noqa: D102
+    def end(self, networks: Networks, losses: Sequence[float]) -> float:
         return losses[-1]
 
 
@@ -139,11 +137,11 @@ class MaskedSymbols(Case):
     symbols: int = 8
     length: int = 12
 
-    def networks(self) -> Networks:  # noqa: D102
+    def networks(self) -> Networks:
         embedding = nn.Embedding(self.symbols + 1, 64)  # one more is the mask
         return [Encoder(embedding, self.length, self.symbols)]
 
-    def batches(self, generator: torch.Generator) -> Iterator[Any]:  # noqa: D102
+    def batches(self, generator: torch.Generator) -> Iterator[Any]:
         return (self.draw(32, generator) for _ in range(self.steps))
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -158,12 +156,12 @@ class MaskedSymbols(Case):
         hidden = text.masked_fill(masked, self.symbols)
         return hidden, text.masked_fill(~masked, -100)  # cross_entropy skips -100
 
-    def losses(self, networks: Networks, batch: Any) -> Iterator[Tensor]:  # noqa: D102
+    def losses(self, networks: Networks, batch: Any) -> Iterator[Tensor]:
         hidden, text = batch
         yield F.cross_entropy(networks[0](hidden).flatten(0, 1), text.flatten())
 
     @torch.no_grad()
-    def end(self, networks: Networks, losses: Sequence[float]) -> float:  # noqa: D102
+    def end(self, networks: Networks, losses: Sequence[float]) -> float:
         held_out = self.draw(512, torch.Generator().manual_seed(2**31))
         return next(self.losses(networks, held_out)).item()
 
@@ -172,17 +170,17 @@ class MaskedSymbols(Case):
 class Adversaries(Case):
     """A generator and a discriminator of points on a ring; judged by all losses."""
 
-    def networks(self) -> Networks:  # noqa: D102
+    def networks(self) -> Networks:
         return [_mlp(2, 64, 64, 1), _mlp(8, 64, 64, 2)]
 
-    def batches(self, generator: torch.Generator) -> Iterator[Any]:  # noqa: D102
+    def batches(self, generator: torch.Generator) -> Iterator[Any]:
         for _ in range(self.steps):
             angle = torch.randint(0, 8, (64,), generator=generator) * (math.pi / 4)
             ring = torch.stack([angle.cos(), angle.sin()], 1)
             noise = torch.randn(64, 2 + 8, generator=generator)
             yield ring + 0.05 * noise[:, :2], noise[:, 2:]
 
-    def losses(self, networks: Networks, batch: Any) -> Iterator[Tensor]:  # noqa: D102
+    def losses(self, networks: Networks, batch: Any) -> Iterator[Tensor]:
         judge, forger = networks
         real, noise = batch
         with torch.no_grad():
@@ -190,7 +188,7 @@ class Adversaries(Case):
         yield F.softplus(-judge(real)).mean() + F.softplus(judge(forged)).mean()
         yield F.softplus(-judge(forger(noise))).mean()
 
-    def end(self, networks: Networks, losses: Sequence[float]) -> float:  # noqa: D102
+    def end(self, networks: Networks, losses: Sequence[float]) -> float:
         return max(losses)
 
 

@@ -99,26 +99,26 @@ class ImageTask(Task):
     batch_size: int = 128
     metric = "accuracy"
 
-    def with_batch_size(self, batch_size: int) -> Task:  # noqa: D102
+    def with_batch_size(self, batch_size: int) -> Task:
         return replace(self, batch_size=batch_size)
 
     @property
-    def title(self) -> str:  # noqa: D102
+    def title(self) -> str:
         return self.data.name
 
     @property
-    def size(self) -> dict[str, int]:  # noqa: D102
+    def size(self) -> dict[str, int]:
         return {"train": len(self.data.train_y), "test": len(self.data.test_y)}
 
     @property
-    def device(self) -> torch.device:  # noqa: D102
+    def device(self) -> torch.device:
         return self.data.train_x.device
 
     @property
-    def steps_per_epoch(self) -> int:  # noqa: D102
+    def steps_per_epoch(self) -> int:
         return max(1, len(self.data.train_y) // self.batch_size)
 
-    def model(self) -> nn.Module:  # noqa: D102
+    def model(self) -> nn.Module:
         x = self.data.train_x
         model = self.network(x.shape[1], self.data.classes, x.shape[-1])
         if x.device.type == "cuda":  # convolutions on tensor cores read channels last
@@ -127,16 +127,14 @@ class ImageTask(Task):
                     param.data = param.data.to(memory_format=torch.channels_last)
         return model.to(x.device)
 
-    def batches(  # noqa: D102
-        self, generator: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         return self.data.batches(self.batch_size, generator)
 
-    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:  # noqa: D102
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with self.autocast():
             return F.cross_entropy(model(x), y)
 
-    def score(self, model: nn.Module) -> float:  # noqa: D102
+    def score(self, model: nn.Module) -> float:
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         for x, y in zip(
             self.data.test_x.split(1000), self.data.test_y.split(1000), strict=True
@@ -163,40 +161,38 @@ class TextTask(Task):
     context: int = 64
     metric = "loss"
 
-    def with_batch_size(self, batch_size: int) -> Task:  # noqa: D102
+    def with_batch_size(self, batch_size: int) -> Task:
         return replace(self, batch_size=batch_size)
 
     @property
-    def title(self) -> str:  # noqa: D102
+    def title(self) -> str:
         return self.data.name
 
     @property
-    def size(self) -> dict[str, int]:  # noqa: D102
+    def size(self) -> dict[str, int]:
         sizes = {"train": len(self.data.train), "test": len(self.data.test)}
         return sizes | {"context": self.context}
 
     @property
-    def device(self) -> torch.device:  # noqa: D102
+    def device(self) -> torch.device:
         return self.data.train.device
 
     @property
-    def steps_per_epoch(self) -> int:  # noqa: D102
+    def steps_per_epoch(self) -> int:
         return max(1, len(self.data.train) // (self.batch_size * self.context))
 
-    def model(self) -> nn.Module:  # noqa: D102
+    def model(self) -> nn.Module:
         return self.network(len(self.data.characters), self.context).to(self.device)
 
-    def batches(  # noqa: D102
-        self, generator: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         draw = partial(self.data.windows, self.batch_size, self.context, generator)
         return (draw() for _ in range(self.steps_per_epoch))
 
-    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:  # noqa: D102
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with self.autocast():
             return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
-    def score(self, model: nn.Module) -> float:  # noqa: D102
+    def score(self, model: nn.Module) -> float:
         held_out = self.data.test
         count = (len(held_out) - 1) // self.context
         x = held_out[: count * self.context].view(count, self.context)

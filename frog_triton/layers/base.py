@@ -187,43 +187,43 @@ class MatrixMap(LinearMap):
         x = self.scaled_x.view(self.samples, self.groups, self.dim)
         return x.transpose(0, 1)
 
-    def apply(self, v: Rows) -> Tensor:  # noqa: D102
+    def apply(self, v: Rows) -> Tensor:
         rows = v.weight.shape[0] // self.groups
         weight = v.weight.reshape(self.groups, rows, self.dim)
         t = torch.matmul(self.grouped(), weight.mT)  # (groups, N, R / groups)
         t = t.transpose(0, 1).reshape(self.samples, -1, 1)
         return t if v.bias is None else t + (v.bias * self.one(len(v.bias)))[:, None]
 
-    def apply_adjoint(self, t: Tensor) -> Rows:  # noqa: D102
+    def apply_adjoint(self, t: Tensor) -> Rows:
         grouped = t.view(self.samples, self.groups, -1).permute(1, 2, 0)
         weight = torch.matmul(grouped, self.grouped()).reshape(t.shape[1], self.dim)
         bias = t.sum((0, 2)) * self.one(t.shape[1]) if self.bias else None
         return Rows(weight, bias)
 
-    def row_norms(self) -> Tensor:  # noqa: D102
+    def row_norms(self) -> Tensor:
         x = self.grouped()
         return self._with_bias(torch.linalg.vecdot(x, x).mT.unsqueeze(-1))
 
-    def to(self, dtype: torch.dtype) -> MatrixMap:  # noqa: D102
+    def to(self, dtype: torch.dtype) -> MatrixMap:
         return self.explicit(self.x.to(dtype))
 
-    def matrix(self) -> MatrixMap:  # noqa: D102
+    def matrix(self) -> MatrixMap:
         return self
 
-    def narrow_groups(self, start: int, stop: int) -> MatrixMap:  # noqa: D102
+    def narrow_groups(self, start: int, stop: int) -> MatrixMap:
         x = self.x[:, start * self.dim : stop * self.dim]
         scale = None if self.scale is None else self.scale[start:stop]
         return MatrixMap(x, stop - start, self.bias).scaled(scale)
 
     @property
-    def dtype(self) -> torch.dtype:  # noqa: D102
+    def dtype(self) -> torch.dtype:
         return self.x.dtype
 
     @property
-    def key(self) -> Hashable:  # noqa: D102
+    def key(self) -> Hashable:
         return "matrix"
 
-    def concat(self, others: Sequence[MatrixMap]) -> MatrixMap:  # noqa: D102
+    def concat(self, others: Sequence[MatrixMap]) -> MatrixMap:
         joined = torch.cat([self.x, *(o.x for o in others)])
         return self.explicit(joined)
 

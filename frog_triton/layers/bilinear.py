@@ -22,22 +22,20 @@ class BilinearAdapter(LinearAdapter):
     tensor ``(..., in1 + in2)``.
     """
 
-    def geometry(  # noqa: D102
-        self, module: nn.Module, weight: Weight | None = None
-    ) -> Geometry:
+    def geometry(self, module: nn.Module, weight: Weight | None = None) -> Geometry:
         own = weight or self.weights(module)[0]
         shape = named(module, own.name).shape
         bias = own.bias_of(module) is not None
         return Geometry(shape[0], shape[1:].numel(), groups=1, bias=bias)
 
-    def input(  # noqa: D102
+    def input(
         self, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Tensor:
         names = ("input1", "input2")
         pair = [*args, *(kwargs[name] for name in names[len(args) :])]
         return torch.cat([x.detach() for x in pair], -1)
 
-    def take_input_positions(  # noqa: D102
+    def take_input_positions(
         self,
         module: nn.Module,
         x: Tensor,
@@ -48,7 +46,7 @@ class BilinearAdapter(LinearAdapter):
         taken = super().take_input_positions(module, x, y_shape, index, backend)
         return _products(module, taken)
 
-    def linear_map(  # noqa: D102
+    def linear_map(
         self,
         module: nn.Module,
         x: Tensor,

@@ -71,12 +71,12 @@ class ConvMap(LinearMap):
         )
         self.positions = torch.Size(self.output_shape).numel()
 
-    def apply(self, v: Rows) -> Tensor:  # noqa: D102
+    def apply(self, v: Rows) -> Tensor:
         weight = v.weight.view(self._weight_shape(v.weight.shape[0]))
         bias = None if v.bias is None else v.bias * self.one(len(v.bias))
         return self._convolve(self.scaled_x, weight, self.groups, bias).flatten(2)
 
-    def apply_adjoint(self, t: Tensor) -> Rows:  # noqa: D102
+    def apply_adjoint(self, t: Tensor) -> Rows:
         rows = t.shape[1]
         with exact_convolutions(self.x):
             _, weight, _ = torch.ops.aten.convolution_backward(
@@ -95,16 +95,16 @@ class ConvMap(LinearMap):
         weight = weight.reshape(rows, self.dim)
         return Rows(weight, t.sum((0, 2)) * self.one(rows) if self.bias else None)
 
-    def row_norms(self) -> Tensor:  # noqa: D102
+    def row_norms(self) -> Tensor:
         # |x|^2 of a window is a convolution of the summed squares with ones.
         squares = self.scaled_x.square().unflatten(1, (self.groups, -1)).sum(2)
         ones = squares.new_ones(self.groups, 1, *self.spec.kernel)
         return self._with_bias(self._convolve(squares, ones, self.groups).flatten(2))
 
-    def to(self, dtype: torch.dtype) -> ConvMap:  # noqa: D102
+    def to(self, dtype: torch.dtype) -> ConvMap:
         return ConvMap(self.x.to(dtype), self.spec, self.bias).scaled(self.scale)
 
-    def matrix(self) -> MatrixMap:  # noqa: D102
+    def matrix(self) -> MatrixMap:
         spec = self.spec
         pads = [pad for pad in reversed(spec.padding) for _ in range(2)]
         windows = F.pad(self.x, pads)
@@ -117,7 +117,7 @@ class ConvMap(LinearMap):
         windows = windows.movedim(1, 1 + len(spec.kernel))
         return self.explicit(windows.reshape(self.samples * self.positions, -1))
 
-    def narrow_groups(self, start: int, stop: int) -> ConvMap:  # noqa: D102
+    def narrow_groups(self, start: int, stop: int) -> ConvMap:
         channels = self.x.shape[1] // self.groups
         x = self.x[:, start * channels : stop * channels]
         scale = None if self.scale is None else self.scale[start:stop]
@@ -125,14 +125,14 @@ class ConvMap(LinearMap):
         return narrow.scaled(scale)
 
     @property
-    def dtype(self) -> torch.dtype:  # noqa: D102
+    def dtype(self) -> torch.dtype:
         return self.x.dtype
 
     @property
-    def key(self) -> Hashable:  # noqa: D102
+    def key(self) -> Hashable:
         return (self.spec, self.x.shape[1:])
 
-    def concat(self, others: Sequence[ConvMap]) -> ConvMap:  # noqa: D102
+    def concat(self, others: Sequence[ConvMap]) -> ConvMap:
         joined = torch.cat([self.x, *(o.x for o in others)])
         return ConvMap(joined, self.spec, self.bias).scaled(self.scale)
 
@@ -160,23 +160,21 @@ class ConvMap(LinearMap):
 class ConvAdapter(LayerAdapter):
     """`torch.nn.Conv1d`, `Conv2d` and `Conv3d` with all their options."""
 
-    def geometry(  # noqa: D102
-        self, module: nn.Module, weight: Weight | None = None
-    ) -> Geometry:
+    def geometry(self, module: nn.Module, weight: Weight | None = None) -> Geometry:
         conv = cast(_Conv, module)
         weight = weight or self.weights(module)[0]
         shape = named(module, weight.name).shape
         bias = weight.bias_of(module) is not None
         return Geometry(shape[0], shape[1:].numel(), conv.groups, bias)
 
-    def batched(self, module: nn.Module, x: Tensor) -> Tensor:  # noqa: D102
+    def batched(self, module: nn.Module, x: Tensor) -> Tensor:
         spatial = len(cast(_Conv, module).kernel_size)
         return x.unsqueeze(0) if x.ndim == spatial + 1 else x
 
-    def positions(self, y: Tensor) -> int:  # noqa: D102
+    def positions(self, y: Tensor) -> int:
         return y.shape[2:].numel()
 
-    def take_input_positions(  # noqa: D102
+    def take_input_positions(
         self,
         module: nn.Module,
         x: Tensor,
@@ -195,12 +193,12 @@ class ConvAdapter(LayerAdapter):
         patches: Tensor = backend.gather_patches(x, index, y_shape[2:], window)
         return patches
 
-    def take_output_positions(self, y: Tensor, index: Tensor) -> Tensor:  # noqa: D102
+    def take_output_positions(self, y: Tensor, index: Tensor) -> Tensor:
         sample, *output = unravel(index, (y.shape[0], *y.shape[2:]))
         where: Any = (sample, slice(None), *output)
         return y[where]
 
-    def linear_map(  # noqa: D102
+    def linear_map(
         self,
         module: nn.Module,
         x: Tensor,
@@ -223,7 +221,7 @@ class ConvAdapter(LayerAdapter):
         )
         return ConvMap(x, spec, bias)
 
-    def canonical(self, y: Tensor) -> Tensor:  # noqa: D102
+    def canonical(self, y: Tensor) -> Tensor:
         return y.flatten(2)
 
     def pads(self, module: nn.Module, size: Sequence[int]) -> list[tuple[int, int]]:
@@ -261,9 +259,7 @@ class SameConvAdapter(ConvAdapter):
     adds. Unlike torch's ``'same'`` it depends on the input's size.
     """
 
-    def pads(  # noqa: D102
-        self, module: nn.Module, size: Sequence[int]
-    ) -> list[tuple[int, int]]:
+    def pads(self, module: nn.Module, size: Sequence[int]) -> list[tuple[int, int]]:
         conv = cast(_Conv, module)
         pads = []
         for i, k, s, d in zip(
@@ -273,5 +269,5 @@ class SameConvAdapter(ConvAdapter):
             pads.append((total // 2, total - total // 2))
         return pads
 
-    def padding_mode(self, module: nn.Module) -> str:  # noqa: D102
+    def padding_mode(self, module: nn.Module) -> str:
         return "zeros"

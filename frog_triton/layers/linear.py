@@ -26,23 +26,21 @@ class LinearAdapter(LayerAdapter):
     def __init__(self, weight: Weight = _WEIGHT) -> None:
         self._weight = weight
 
-    def weights(self, module: nn.Module) -> tuple[Weight, ...]:  # noqa: D102
+    def weights(self, module: nn.Module) -> tuple[Weight, ...]:
         return (row_wise(module, self._weight),)
 
-    def geometry(  # noqa: D102
-        self, module: nn.Module, weight: Weight | None = None
-    ) -> Geometry:
+    def geometry(self, module: nn.Module, weight: Weight | None = None) -> Geometry:
         own = weight or self.weights(module)[0]
         rows, dim = own.axes.view(named(module, own.name)).shape
         return Geometry(rows, dim, groups=1, bias=own.bias_of(module) is not None)
 
-    def batched(self, module: nn.Module, x: Tensor) -> Tensor:  # noqa: D102
+    def batched(self, module: nn.Module, x: Tensor) -> Tensor:
         return x.unsqueeze(0) if x.ndim == 1 else x
 
-    def positions(self, y: Tensor) -> int:  # noqa: D102
+    def positions(self, y: Tensor) -> int:
         return y.shape[1:-1].numel()
 
-    def take_input_positions(  # noqa: D102
+    def take_input_positions(
         self,
         module: nn.Module,
         x: Tensor,
@@ -52,10 +50,10 @@ class LinearAdapter(LayerAdapter):
     ) -> Tensor:
         return _at(x, index)
 
-    def take_output_positions(self, y: Tensor, index: Tensor) -> Tensor:  # noqa: D102
+    def take_output_positions(self, y: Tensor, index: Tensor) -> Tensor:
         return _at(y, index)
 
-    def linear_map(  # noqa: D102
+    def linear_map(
         self,
         module: nn.Module,
         x: Tensor,
@@ -64,7 +62,7 @@ class LinearAdapter(LayerAdapter):
     ) -> MatrixMap:
         return MatrixMap(x.reshape(-1, x.shape[-1]), bias=bias)
 
-    def canonical(self, y: Tensor) -> Tensor:  # noqa: D102
+    def canonical(self, y: Tensor) -> Tensor:
         return y.reshape(-1, y.shape[-1], 1)
 
 

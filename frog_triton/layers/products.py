@@ -22,7 +22,7 @@ class AttentionAdapter(LinearAdapter):
     ``in_proj_weight`` is three matrices in one, whose inputs are query, key and value.
     """
 
-    def weights(self, module: nn.Module) -> tuple[Weight, ...]:  # noqa: D102
+    def weights(self, module: nn.Module) -> tuple[Weight, ...]:
         product = Seen.PRODUCT
         out = Weight("out_proj.weight", "out_proj.bias", seen=product, label="out_proj")
         if cast(nn.MultiheadAttention, module)._qkv_same_embed_dim:
@@ -35,9 +35,7 @@ class AttentionAdapter(LinearAdapter):
         separate = (Weight(f"{n}_weight", None, seen=product, label=n) for n in names)
         return *separate, out
 
-    def geometry(  # noqa: D102
-        self, module: nn.Module, weight: Weight | None = None
-    ) -> Geometry:
+    def geometry(self, module: nn.Module, weight: Weight | None = None) -> Geometry:
         weight = weight or self.weights(module)[0]
         rows, dim = named(module, weight.name).shape
         groups = 3 if weight.name == "in_proj_weight" else 1
@@ -50,7 +48,7 @@ class ExpertsAdapter(LinearAdapter):
     An expert is a group of rows, with the tokens that were sent to it for samples.
     """
 
-    def weights(self, module: nn.Module) -> tuple[Weight, ...]:  # noqa: D102
+    def weights(self, module: nn.Module) -> tuple[Weight, ...]:
         found = []
         for name, param in _stacked(module).items():
             axes = EXPERTS_SECOND if _inputs_first(module, name, param) else EXPERTS
@@ -60,9 +58,7 @@ class ExpertsAdapter(LinearAdapter):
             found.append(Weight(name, bias, axes, Seen.PRODUCT, label=name))
         return tuple(found)
 
-    def geometry(  # noqa: D102
-        self, module: nn.Module, weight: Weight | None = None
-    ) -> Geometry:
+    def geometry(self, module: nn.Module, weight: Weight | None = None) -> Geometry:
         weight = weight or self.weights(module)[0]
         experts, rows, dim = weight.axes.view(named(module, weight.name)).shape
         return Geometry(
@@ -80,7 +76,7 @@ class BareLinearAdapter(LinearAdapter):
     def __init__(self) -> None:
         super().__init__(_BARE)
 
-    def weights(self, module: nn.Module) -> tuple[Weight, ...]:  # noqa: D102
+    def weights(self, module: nn.Module) -> tuple[Weight, ...]:
         (weight,) = super().weights(module)
         rows = named(module, weight.name).shape
         bias = weight.bias_of(module)

@@ -51,9 +51,7 @@ class RecurrentAdapter(LinearAdapter):
                 found.append(row_wise(module, weight))
         return tuple(found)
 
-    def geometry(  # noqa: D102
-        self, module: nn.Module, weight: Weight | None = None
-    ) -> Geometry:
+    def geometry(self, module: nn.Module, weight: Weight | None = None) -> Geometry:
         own = self.weights(module)[0] if weight is None else weight
         rows, dim = named(module, own.name).shape
         return Geometry(rows, dim, groups=1, bias=own.bias_of(module) is not None)

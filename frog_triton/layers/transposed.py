@@ -51,12 +51,12 @@ class TransposedConvMap(LinearMap):
         self.groups = spec.groups
         self.dim = x.shape[1] // spec.groups * torch.Size(spec.kernel).numel()
 
-    def apply(self, v: Rows) -> Tensor:  # noqa: D102
+    def apply(self, v: Rows) -> Tensor:
         weight = row_axes(self.groups).back(v.weight, self._like(v.weight.shape[0]))
         bias = None if v.bias is None else v.bias * self.one(len(v.bias))
         return self._convolve(self.scaled_x, weight, bias).flatten(2)
 
-    def apply_adjoint(self, t: Tensor) -> Rows:  # noqa: D102
+    def apply_adjoint(self, t: Tensor) -> Rows:
         rows = t.shape[1]
         with exact_convolutions(self.x):
             _, weight, _ = torch.ops.aten.convolution_backward(
@@ -70,22 +70,22 @@ class TransposedConvMap(LinearMap):
         weight = row_axes(self.groups).matrix(weight)
         return Rows(weight, t.sum((0, 2)) * self.one(rows) if self.bias else None)
 
-    def row_norms(self) -> Tensor:  # noqa: D102
+    def row_norms(self) -> Tensor:
         # |x|^2 of a row is a transposed convolution of summed squares with ones.
         squares = self.scaled_x.square().unflatten(1, (self.groups, -1)).sum(2)
         ones = squares.new_ones(self.groups, 1, *self.spec.kernel)
         return self._with_bias(self._convolve(squares, ones).flatten(2))
 
-    def to(self, dtype: torch.dtype) -> TransposedConvMap:  # noqa: D102
+    def to(self, dtype: torch.dtype) -> TransposedConvMap:
         return self._with(self.x.to(dtype)).scaled(self.scale)
 
-    def matrix(self) -> MatrixMap:  # noqa: D102
+    def matrix(self) -> MatrixMap:
         index = torch.arange(self.samples * self.positions, device=self.x.device)
         window = _window(self.spec)
         rows = torch_ops.gather_patches(self.x, index, self.output_shape, window)
         return self.explicit(rows)
 
-    def narrow_groups(self, start: int, stop: int) -> TransposedConvMap:  # noqa: D102
+    def narrow_groups(self, start: int, stop: int) -> TransposedConvMap:
         channels = self.x.shape[1] // self.groups
         x = self.x[:, start * channels : stop * channels]
         spec = replace(self.spec, groups=stop - start)
@@ -94,16 +94,14 @@ class TransposedConvMap(LinearMap):
         return narrow.scaled(scale)
 
     @property
-    def dtype(self) -> torch.dtype:  # noqa: D102
+    def dtype(self) -> torch.dtype:
         return self.x.dtype
 
     @property
-    def key(self) -> Hashable:  # noqa: D102
+    def key(self) -> Hashable:
         return (self.spec, self.x.shape[1:], self.output_shape)
 
-    def concat(  # noqa: D102
-        self, others: Sequence[TransposedConvMap]
-    ) -> TransposedConvMap:
+    def concat(self, others: Sequence[TransposedConvMap]) -> TransposedConvMap:
         joined = torch.cat([self.x, *(o.x for o in others)])
         return self._with(joined).scaled(self.scale)
 
@@ -134,20 +132,18 @@ class TransposedConvMap(LinearMap):
 class TransposedConvAdapter(ConvAdapter):
     """`torch.nn.ConvTranspose1d`, `ConvTranspose2d` and `ConvTranspose3d`."""
 
-    def weights(self, module: nn.Module) -> tuple[Weight, ...]:  # noqa: D102
+    def weights(self, module: nn.Module) -> tuple[Weight, ...]:
         axes = row_axes(cast(_ConvTranspose, module).groups)
         return (row_wise(module, Weight(axes=axes)),)
 
-    def geometry(  # noqa: D102
-        self, module: nn.Module, weight: Weight | None = None
-    ) -> Geometry:
+    def geometry(self, module: nn.Module, weight: Weight | None = None) -> Geometry:
         groups = cast(_ConvTranspose, module).groups
         own = weight or self.weights(module)[0]
         channels, rows, *kernel = named(module, own.name).shape
         dim = channels // groups * torch.Size(kernel).numel()
         return Geometry(rows * groups, dim, groups, own.bias_of(module) is not None)
 
-    def take_input_positions(  # noqa: D102
+    def take_input_positions(
         self,
         module: nn.Module,
         x: Tensor,
