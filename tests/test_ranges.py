@@ -79,8 +79,14 @@ def test_rows_of_any_size(where, dtype, bias, backend, formulation):
 @biases
 def test_samples_of_any_size(bias, backend, formulation):
     """A layer for each power of two; they share every launch."""
-    n, d, r, layers, iters = 7, 9, 3, len(POWERS), 2
-    xs = [randn(n, d) * p for p in powers()]
+    some = powers()
+    if backend == "triton" and DEVICE == "cpu":
+        # Interpreted layers take their time: inner powers with a bias or without.
+        chosen = torch.arange(len(some)) % 2 == bias
+        chosen[:20] = chosen[-8:] = True  # subnormal numbers, and the largest
+        some = some[chosen]
+    n, d, r, layers, iters = 7, 9, 3, len(some), 2
+    xs = [randn(n, d) * p for p in some]
     y, m, mb = randn(n, r, seed=1), randn(r, d, seed=2), randn(r, seed=3)
     mb = mb if bias else None
     batch = Batch(
@@ -201,11 +207,11 @@ def test_a_dead_row_outlives_its_momentum(formulation, backend):
     """Its momentum decays until it is subnormal, and then nothing."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).to(DEVICE)
-    options = {"momentum": 0.0625, "lr": 1e-3, "exclude_output_layer": False}
+    options = {"momentum": 2.0**-8, "lr": 1e-3, "exclude_output_layer": False}
     options = PAPER | options
     opt = FROG(net, backend=backend, formulation=formulation, **options)
     seen = set()
-    for step in range(42):
+    for step in range(22):
         opt.zero_grad()
         net(randn(8, 3)).square().sum().backward()
         if step == 1:
