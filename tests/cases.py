@@ -9,6 +9,17 @@ from torch import nn
 
 import frog_triton
 
+
+def without_tensors(launch):
+    """A launch's arguments that are not tensors, nor rows of them."""
+
+    def plain(value):
+        parts = value if isinstance(value, tuple) else (value,)
+        return not any(isinstance(part, torch.Tensor) for part in parts)
+
+    return {name: value for name, value in launch.args.items() if plain(value)}
+
+
 ROUNDING = 8 if torch.cuda.is_available() else 2
 """How often torch's own float32 error a kernel's may be. On a GPU its products are
 tf32x3, whose rounding is four times float32's; in the interpreter they are float32."""

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-import torch
+from cases import without_tensors
 from layer_shapes import BF16, CONV, DEPTHWISE, F32, LINEAR, MANY, RAGGED, geometry
 
 from frog_triton.autotune import space
@@ -104,8 +104,7 @@ def test_launches_take_their_configurations_from_the_table():
 
 def plain(launch):
     """A launch without its tensors."""
-    args = {k: v for k, v in launch.args.items() if not isinstance(v, torch.Tensor)}
-    return launch.name, launch.grid, args, launch.config
+    return launch.name, launch.grid, without_tensors(launch), launch.config
 
 
 def again(launch, config):

@@ -64,7 +64,7 @@ def test_activations_are_read_where_they_lie(name, layout):
     assert described.tensors[0].data_ptr() == x.data_ptr()
     # Rows of channels_last images are a matrix if no window jumps or overlaps.
     plain = name == "conv2d-1x1" and layout == torch.channels_last
-    assert described.window["POINTWISE"] == plain
+    assert plain == described.stencil.POINTWISE
     with recording() as launches:
         rows = triton_ops.write_out([map_], [y.flatten(2)])[0][0].x
     assert [a.name for a in launches] == ([] if plain else ["_gather_kernel"])

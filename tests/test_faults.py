@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from frog_triton import FROG
-from frog_triton.capture.capture import capture
+from frog_triton.capture import capture
 
 
 class Net(nn.Module):

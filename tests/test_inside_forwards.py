@@ -7,7 +7,7 @@ from inside_nets import Counted, D, Net, T, batch, frog, steps
 from torch import nn
 
 from frog_triton import FROG, layers
-from frog_triton.capture.capture import taps
+from frog_triton.capture import taps
 from frog_triton.capture.taps import UNPROVEN
 from frog_triton.model import routing as routes
 from frog_triton.unhooked import PATIENCE

@@ -14,7 +14,7 @@ from kinds_on_ranks import EVERYTHING, NETS, WIDTH, Net
 from torch import nn
 
 from frog_triton import FROG
-from frog_triton.capture.capture import taps
+from frog_triton.capture import taps
 from frog_triton.unhooked import PATIENCE
 
 whole = partial(torch.compile, backend="aot_eager", fullgraph=True)

@@ -285,7 +285,11 @@ for shape in shapes:
                 assert keys(made) == expected, (bucket, formulation)
             counted += len(expected)
             pointers = [
-                v for a in made for v in a.args.values() if isinstance(v, torch.Tensor)
+                part
+                for a in made
+                for v in a.args.values()
+                for part in (v if isinstance(v, tuple) else (v,))
+                if isinstance(part, torch.Tensor)
             ]
             misaligned += any(p.data_ptr() % 16 for p in pointers)
 print(json.dumps([counted, misaligned]))
