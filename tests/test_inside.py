@@ -190,6 +190,7 @@ def experts(call):
     return Net(Experts(call))
 
 
+# No expert has more than twice its share, of which all tokens are sampled.
 IDS, ORDER = torch.arange(T).mul(5) % 7 % E, torch.tensor([2, 0, 3, 1])
 EACH = (E, T // E, D)
 SEEN, UNSEEN = {"first", "inner.w", "last"}, {"first", "last"}
