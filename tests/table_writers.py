@@ -24,7 +24,7 @@ def start(folder, name, count):
     It is a fork of a server that has imported the package, and holds no lock of ours.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["frog_triton.autotune.cache"])
+    context.set_forkserver_preload(["frog_triton"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(
         target=_write, args=(str(folder), name, count, theirs), daemon=True
