@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from triton.runtime import interpreter
+from importlib.util import find_spec
 
 
 class PatchOnce:
@@ -38,6 +38,10 @@ class PatchOnce:
 
 
 def patch_once_a_launch():
-    """Have it so in this process."""
+    """Have it so in this process, where Triton is installed."""
+    if find_spec("triton") is None:
+        return
+    from triton.runtime import interpreter
+
     if not isinstance(interpreter._patch_lang, PatchOnce):
         interpreter._patch_lang = PatchOnce(interpreter._patch_lang)

@@ -11,12 +11,15 @@ import traceback
 
 import torch
 import torch.distributed as dist
+from interpreter import patch_once_a_launch
 
 START, CALL = 120, 90  # seconds
 
 
 def _work(rank, size, folder, connection, timeout):
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        patch_once_a_launch()
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
@@ -47,7 +50,9 @@ class RankPool:
 
     def _start(self):
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
+        # A server imports torch and the package once, and every rank is its fork.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["frog_triton"])
         self._connections, self._processes = [], []
         os.environ["OMP_NUM_THREADS"], before = "1", os.environ.get("OMP_NUM_THREADS")
         for rank in range(self.size):

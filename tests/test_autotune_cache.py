@@ -4,12 +4,11 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import warnings
 
 import pytest
+from table_writers import start
 
 from frog_triton.autotune import cache as cache_module
 from frog_triton.autotune.cache import Cache, Machine, UnusableError, parse, render
@@ -42,40 +41,23 @@ def test_entries_of_others_are_kept(tmp_path):
     assert cache.load(MACHINE) == TABLE.merged(more)
 
 
-WRITER = """
-import sys
-from frog_triton.autotune.cache import Cache, Machine
-from frog_triton.kernels.gram import GramConfig
-from frog_triton.kernels.table import Table
-cache, machine = Cache(sys.argv[1]), Machine("NVIDIA Test 1", 90, "3.7.1")
-for i in range(int(sys.argv[3])):
-    cache.store(machine, Table({f"gram n{i} p{sys.argv[2]}": GramConfig()}))
-    print(i, flush=True)
-"""
-
-
-def start(folder, name, count):
-    command = [sys.executable, "-W", "error", "-c", WRITER, str(folder), name]
-    return subprocess.Popen(
-        [*command, str(count)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
 def test_processes_that_write_at_once_lose_nothing(tmp_path):
     writers = [start(tmp_path, str(i), 8) for i in range(3)]
-    for writer in writers:
-        assert writer.wait(120) == 0, writer.stderr.read()
+    for writer, _ in writers:
+        writer.join(120)
+        assert writer.exitcode == 0
     keys = set(Cache(tmp_path).load(MACHINE).configs)
     assert keys == {f"gram n{i} p{name}" for i in range(8) for name in "012"}
 
 
 def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
     for round_ in range(4):
-        writer = start(tmp_path, str(round_), 10_000)
-        writer.stdout.readline()
+        writer, told = start(tmp_path, str(round_), 10_000)
+        assert told.recv() == 0
         time.sleep(0.03 * round_)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
+        writer.kill()
+        writer.join()
+        assert writer.exitcode == -signal.SIGKILL
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert f"gram n0 p{round_}" in Cache(tmp_path).load(MACHINE).configs

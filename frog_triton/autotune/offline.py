@@ -25,6 +25,8 @@ from ..kernels.launch import Launch
 # Instructions of the tensor cores, by generation.
 _TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA|QGMMA|OMMA)\b")
 _WGMMA = re.compile(r"\bHGMMA\b")
+_MULTIPLIES = re.compile(r"\b(?:w?mma|wgmma|tcgen05)\b")
+"""Instructions of PTX that become those; without one there is none."""
 
 _INEXACT = re.compile(
     r"\b(?:(?:sqrt|rsqrt|rcp|div|ex2|lg2|sin|cos|tanh)\.approx|div\.full)[.\w]*"
@@ -105,7 +107,9 @@ def resources(kernel: Any) -> Resources:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])
         usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
-        code = _tool("nvdisasm", "-c", str(path))
+        # The disassembler takes most of the time, and few kernels multiply matrices.
+        multiplies = _MULTIPLIES.search(kernel.asm["ptx"])
+        code = _tool("nvdisasm", "-c", "-ndf", str(path)) if multiplies else ""
     found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage[:200]}")
