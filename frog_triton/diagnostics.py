@@ -38,7 +38,7 @@ class Diagnostics:
       finite. A step that is skipped whole is not looked at; where only the device knows
       (on a GPU, or with `capturable`) all its rows count here.
     - ``effective_damping``: mean of ``damping trace_j / D``, in the units of the Fisher
-      matrix before its normalisation, equation (3).
+      matrix before its normalization, equation (3).
 
     Residuals and damping are averages over the rows that took their Fisher matrix. On
     several ranks, rows are those that this rank solves.

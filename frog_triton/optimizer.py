@@ -120,7 +120,7 @@ class FROG(Inspection):
         weight_decay: rho, decoupled, times the group's own lr. Applies to whole
             preconditioned rows; of the rest, not to biases and norms. The default is
             torch.optim.AdamW's.
-        damping: tau, added to the normalised Fisher, whose mean diagonal is 1. 1 weighs
+        damping: tau, added to the normalized Fisher, whose mean diagonal is 1. 1 weighs
             the samples and the identity alike: about what a few hundred samples
             support, and with `orthogonalize` as good in our trials as rules that find
             it from the samples (``benchmarks/results/cpu/studies``). The paper advises

@@ -1,4 +1,4 @@
-"""From samples and momentum of a layer to its normalised direction."""
+"""From samples and momentum of a layer to its normalized direction."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def precondition(
 
     It is ``z_j / sqrt(<z_j, m_j>)``, where ``z_j`` is the result of `cg_iters`
     conjugate-gradient iterations, from zero, on
-    ``(X^T Lambda_j X + damping I) z_j = m_j`` with the normalised Fisher weights of
+    ``(X^T Lambda_j X + damping I) z_j = m_j`` with the normalized Fisher weights of
     equation (4). For authors of other optimizers: ``theta -= lr * direction`` is FROG
     with ``orthogonalize=False``.
 
@@ -66,7 +66,7 @@ def precondition(
             Any common factor cancels.
         momentum: what to precondition, in the shape of ``module.weight``.
         momentum_bias: the same for the bias. None solves for the weight alone.
-        damping: tau, added to the normalised Fisher (its mean diagonal is 1). The
+        damping: tau, added to the normalized Fisher (its mean diagonal is 1). The
             default is `FROG`'s; the paper advises 1e-6 to 1e-2.
         cg_iters: k; the paper advises 3 to 5.
         formulation: ``"primal"``, ``"gram"``, or ``"auto"``: whichever counts cheaper.

@@ -45,7 +45,7 @@ def _next_direction(rho, s_r, mm, c_u, u_x, active):
 
 
 @triton.jit
-def _normaliser(s, c_u, m_squared, status):
+def _normalizer(s, c_u, m_squared, status):
     """``1 / sqrt(<z, m>)``, and s: one for rows on the identity Fisher."""
     s = tl.where(status == 0, s, 1.0)
     zm = s * m_squared + tl.where(status == 0, c_u, 0.0)
@@ -160,7 +160,7 @@ def _gram_cg_kernel(
     alpha, active = _step_length(rho, pap, active)
     s += alpha * s_p
     u += alpha[None, :] * u_p
-    scale, s = _normaliser(s, sum_of_products(c, u, axis=0), mm, status)
+    scale, s = _normalizer(s, sum_of_products(c, u, axis=0), mm, status)
     tl.store(s_ptr + problem * R + rows, s * scale, mask=row_ok)
     u = tl.where((status == 0)[None, :], u * scale[None, :], 0.0)
     tl.debug_barrier()
@@ -304,7 +304,7 @@ def _gram_cg_tiled_kernel(
         u = tl.load(u_ptr + at, mask=mask, other=0.0)
         c = tl.load(c_ptr + at, mask=mask, other=0.0)
         c_u += sum_of_products(c, u, axis=0)
-    scale, s = _normaliser(s, c_u, mm, status)
+    scale, s = _normalizer(s, c_u, mm, status)
     tl.store(s_ptr + problem * R + rows, s * scale, mask=row_ok)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N).to(tl.int64)

@@ -56,7 +56,7 @@ def _primal_update_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The last ``z += alpha p``, normalised, and equation (5); not STEP: z itself."""
+    """The last ``z += alpha p``, normalized, and equation (5); not STEP: z itself."""
     problem = tl.program_id(1).to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
     blocks_d = tl.maximum(tl.cdiv(D, BLOCK_D), 1)

@@ -82,7 +82,7 @@ FAST_TESTS = (
     "test_orthogonal",
     "test_package",
     "test_preconditioner",
-    "test_recognise",
+    "test_recognize",
     "test_routing",
     "test_state",
 )

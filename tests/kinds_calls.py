@@ -40,7 +40,7 @@ def frog(net, **options):
         return FROG(net, **{"sample_size": EVERYTHING} | options)
 
 
-class Equalised(nn.Linear):
+class Equalized(nn.Linear):
     """Scales its weight at each call."""
 
     def forward(self, input):
@@ -135,7 +135,7 @@ def _linear(build, matrices=PLAIN, shape=(3, 4, 4), **options):
 CALLS = {
     "transformers-conv1d": _linear(conv1d_of_transformers, SECOND),
     "own-kind": _linear(Right, SECOND),
-    "equalised": _linear(lambda: Equalised(4, 5), exact=False),
+    "equalized": _linear(lambda: Equalized(4, 5), exact=False),
     "same-padding": Kind(
         lambda: Same(2, 3, 3, 2),
         randn((2, 2, 5, 4)),

@@ -73,7 +73,7 @@ def gradient_rows(module: nn.Module, y: np.ndarray) -> np.ndarray:
 
 
 def fisher(x: np.ndarray, y: np.ndarray, damping: float) -> np.ndarray:
-    """The damped normalised Fisher matrix of one row, equations (3) and (4)."""
+    """The damped normalized Fisher matrix of one row, equations (3) and (4)."""
     squares = y**2
     trace = np.sum(squares * np.sum(x**2, axis=1))
     if trace == 0 or not np.isfinite(trace):
@@ -143,7 +143,7 @@ def relative_error(actual, expected: np.ndarray) -> float:
 def residual(systems, rows: np.ndarray) -> np.ndarray:
     """Error of CG's minimand: ``|z - F^-1 m|_F / |F^-1 m|_F`` for each row.
 
-    The scale of z is lost in the normalised direction, so the best multiple is taken.
+    The scale of z is lost in the normalized direction, so the best multiple is taken.
     """
     errors = []
     for (a, m), z in zip(systems, rows, strict=True):

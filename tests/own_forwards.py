@@ -1,4 +1,4 @@
-"""Layers with a forward of their own, and input shapes, for `test_recognise`."""
+"""Layers with a forward of their own, and input shapes, for `test_recognize`."""
 
 import math
 
@@ -75,7 +75,7 @@ def by_hand(self, x):
     return convolution(x, gain * (self.weight - mean) / std, self, self.padding)
 
 
-def equalised(self, x):
+def equalized(self, x):
     scale = self.weight[0].numel() ** -0.5
     if self.weight.ndim == 2:
         return F.linear(x, self.weight * scale, self.bias)
@@ -99,7 +99,7 @@ C1, C2, C3 = nn.Conv1d, nn.Conv2d, nn.Conv3d
 RIGHT = {
     "linear": (lambda: make(nn.Linear, linear, 24, 80), (40, 24), LinearAdapter),
     "cast": (lambda: make(nn.Linear, cast_linear, 24, 9), (4, 7, 24), LinearAdapter),
-    "scaled": (lambda: make(nn.Linear, equalised, 24, 9), (4, 7, 24), LinearAdapter),
+    "scaled": (lambda: make(nn.Linear, equalized, 24, 9), (4, 7, 24), LinearAdapter),
     "spectral": (lambda: make(nn.Linear, spectral, 24, 9), (90, 24), LinearAdapter),
     "standard-linear": (
         lambda: make(nn.Linear, standard_linear, 24, 9, bias=False),
@@ -147,7 +147,7 @@ RIGHT = {
         SAME,
     ),
     "by-hand": (lambda: make(C2, by_hand, 16, 8, 3, bias=False), (3, 16, 9, 9), OWN),
-    "equalised": (lambda: make(C2, equalised, 4, 6, 3, padding=1), (3, 4, 9, 9), OWN),
+    "equalized": (lambda: make(C2, equalized, 4, 6, 3, padding=1), (3, 4, 9, 9), OWN),
     "spectral-conv": (lambda: make(C2, spectral, 4, 6, 3), (3, 4, 9, 9), OWN),
 }
 
@@ -160,7 +160,7 @@ def rectified(self, x):
     return F.linear(x.relu(), self.weight, self.bias)
 
 
-def normalised(self, x):
+def normalized(self, x):
     return F.linear(F.layer_norm(x, x.shape[-1:]), self.weight, self.bias)
 
 
@@ -228,7 +228,7 @@ def masked(self, x):
 WRONG = {
     "dropout": (lambda: make(nn.Linear, with_dropout, 24, 9), (90, 24)),
     "relu": (lambda: make(nn.Linear, rectified, 24, 9), (90, 24)),
-    "normalised": (lambda: make(nn.Linear, normalised, 24, 9), (90, 24)),
+    "normalized": (lambda: make(nn.Linear, normalized, 24, 9), (90, 24)),
     "cosine": (lambda: make(nn.Linear, cosine, 24, 9, bias=False), (90, 24)),
     "cosine-wide": (lambda: make(nn.Linear, cosine, 512, 9, bias=False), (90, 512)),
     "mixed": (lambda: make(nn.Linear, mixed, 24, 9), (90, 24)),

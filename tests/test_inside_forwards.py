@@ -37,19 +37,19 @@ class DroppedBefore(Counted):
 
 @pytest.fixture
 def looks(monkeypatch):
-    """Answers of `recognise`, as they are given."""
-    found, look = [], taps.recognise
+    """Answers of `recognize`, as they are given."""
+    found, look = [], taps.recognize
 
-    def recognise(*args):
+    def recognize(*args):
         found.append(look(*args))
         return found[-1]
 
-    monkeypatch.setattr(taps, "recognise", recognise)
+    monkeypatch.setattr(taps, "recognize", recognize)
     return found
 
 
 @pytest.mark.parametrize("kind", [Rectified, DroppedAfter, DroppedBefore])
-def test_layers_that_change_after_they_were_recognised(kind, looks):
+def test_layers_that_change_after_they_were_recognized(kind, looks):
     net, x = Net(kind(D, D)), batch(T, D)
     opt = frog(net)
     steps(net, opt, x, 9)

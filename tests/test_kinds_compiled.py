@@ -63,7 +63,7 @@ def assert_same_run(net, compiled, sizes=(8, 8, 8), **options):
 
 
 def copied(net):
-    """Weight normalisation of the old kind keeps a tensor that cannot be copied."""
+    """Weight normalization of the old kind keeps a tensor that cannot be copied."""
     with torch.no_grad():
         for module in net.modules():
             if "weight" in vars(module):
@@ -189,10 +189,10 @@ def test_a_forward_is_proven_or_refuted_once(monkeypatch, kind, reason):
 
     def counted(*args):
         looked.append(args)
-        return recognise(*args)
+        return recognize(*args)
 
-    recognise = taps.recognise
-    monkeypatch.setattr(taps, "recognise", counted)
+    recognize = taps.recognize
+    monkeypatch.setattr(taps, "recognize", counted)
     net = Net(lambda: kind(WIDTH, 5)).double()
     opt = FROG(net, sample_size=EVERYTHING, output_layers="head")
     with torch._dynamo.config.patch(error_on_recompile=True):

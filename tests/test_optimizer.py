@@ -357,7 +357,7 @@ def test_frozen_weight_with_a_trainable_bias():
     grad = net.fc.bias.grad.clone()
     opt.step()
     assert torch.equal(before[0], net.fc.weight)
-    # On the bias alone the normalised Fisher is 1, or the identity for a dead unit.
+    # On the bias alone the normalized Fisher is 1, or the identity for a dead unit.
     decayed = before[1] * (1 - 2e-2 * 1e-5)
     expected = decayed - 2e-2 * grad.sign() / (1 + 1e-4) ** 0.5
     alive = grad != 0

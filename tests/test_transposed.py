@@ -335,7 +335,7 @@ def test_directions(name, backend, dtype, limit, formulation):
     assert oracles.relative_error(actual, expected) < limit
 
 
-def test_rows_of_a_normalised_weight():
+def test_rows_of_a_normalized_weight():
     norm = torch.nn.utils.parametrizations.weight_norm
     module = norm(nn.ConvTranspose1d(3, 4, 5), dim=1)
     (weight,) = TRANSPOSED.weights(module)

@@ -16,7 +16,7 @@ from . import sources
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images in memory, normalised by the training images' mean and deviation.
+    """Images in memory, normalized by the training images' mean and deviation.
 
     Attributes:
         name: for titles.
@@ -86,7 +86,7 @@ def digits() -> Dataset:
     y = torch.from_numpy(bunch.target.astype(np.int64))
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     test, train = order[:500], order[500:]
-    return _normalised(
+    return _normalized(
         "handwritten digits (8x8)", x[train], y[train], x[test], y[test], flip=False
     )
 
@@ -108,7 +108,7 @@ def images(
     found = sources.load(source, cache)
     train = _evenly(found.train_x, found.train_y, limit)
     test = _evenly(found.test_x, found.test_y, test_limit)
-    return _normalised(source.name.split(".")[0], *train, *test, flip=True)
+    return _normalized(source.name.split(".")[0], *train, *test, flip=True)
 
 
 def _evenly(
@@ -125,7 +125,7 @@ def _evenly(
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().float(), torch.tensor(y)
 
 
-def _normalised(
+def _normalized(
     name: str,
     train_x: Tensor,
     train_y: Tensor,

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -23,6 +22,7 @@ import triton
 from ..kernels.config import Config
 from ..kernels.registry import kernel_of
 from ..kernels.table import Table
+from ..warning import warn
 
 FORMAT, VERSION = "frog_triton autotune table", 1
 LOCK_SECONDS = 20.0
@@ -122,10 +122,9 @@ class Cache:
         try:
             from filelock import FileLock, Timeout  # a step must not need it
         except ImportError:
-            warnings.warn(
+            warn(
                 f"tuned configurations were not kept in {path}: the package filelock "
-                "is missing; they hold for this process only. pip install filelock",
-                stacklevel=2,
+                "is missing; they hold for this process only. pip install filelock"
             )
             return None
         try:
@@ -136,10 +135,9 @@ class Cache:
                 merged = self.load(machine).merged(table)
                 _write(path, render(machine, merged))
         except (OSError, Timeout) as error:
-            warnings.warn(
+            warn(
                 f"tuned configurations could not be kept in {path}: {error}; they hold "
-                "for this process only. Choose another folder, or make room",
-                stacklevel=2,
+                "for this process only. Choose another folder, or make room"
             )
             return None
         return path
@@ -158,10 +156,9 @@ class Cache:
             moved = f"it was set aside as {aside.name}"
         except OSError as problem:
             moved = f"it could not be set aside ({problem})"
-        warnings.warn(
+        warn(
             f"{path} is not a table of tuned configurations that can be used here: "
-            f"{error}; {moved}, and defaults are used instead",
-            stacklevel=3,
+            f"{error}; {moved}, and defaults are used instead"
         )
 
 

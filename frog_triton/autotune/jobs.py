@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from queue import Empty, Queue
@@ -24,6 +23,7 @@ from ..kernels.launch import Launch
 from ..kernels.table import Table, using
 from ..kernels.work import work
 from ..solve.launches import Bucket, step_launches
+from ..warning import warn
 from .offline import Resources, compile_launch
 
 
@@ -143,10 +143,9 @@ def compile_jobs(
     for thread in threads:
         thread.join()
     if unstarted:
-        warnings.warn(
+        warn(
             "a process to compile candidates in did not start (what it said is on "
-            "standard error); those left are not compiled ahead",
-            stacklevel=2,
+            "standard error); those left are not compiled ahead"
         )
     return results
 

@@ -69,7 +69,7 @@ class KeyReport:
 
 
 @dataclass
-class Asked:
+class Request:
     """A key, and a step that asks for it."""
 
     key: str
@@ -78,9 +78,9 @@ class Asked:
     launch: Launch
 
 
-def keys(buckets: Iterable[Bucket]) -> list[Asked]:
+def keys(buckets: Iterable[Bucket]) -> list[Request]:
     """What the steps of layers ask for, in every formulation that may be taken."""
-    found: dict[str, Asked] = {}
+    found: dict[str, Request] = {}
     for bucket in buckets:
         for formulation in ("primal", "gram"):
             if formulation == "gram" and not may_be_gram(bucket):
@@ -90,8 +90,8 @@ def keys(buckets: Iterable[Bucket]) -> list[Asked]:
                 if launch.config.key:
                     by_key.setdefault(launch.config.key, []).append(launch)
             for key, launches in by_key.items():
-                asked = Asked(key, bucket, formulation, costliest(launches))
-                found.setdefault(key, asked)
+                request = Request(key, bucket, formulation, costliest(launches))
+                found.setdefault(key, request)
     return list(found.values())
 
 
@@ -100,20 +100,20 @@ def may_be_gram(bucket: Bucket) -> bool:
     return bucket.shape.samples <= bucket.shape.row_length
 
 
-def shortlist(asked: Asked, gpu: GPU, top: int) -> KeyReport:
+def shortlist(request: Request, gpu: GPU, top: int) -> KeyReport:
     """Candidates that are valid, the `top` best by prediction; and the default.
 
     Args:
-        asked: the key.
+        request: the key.
         gpu: whose limits and rates.
         top: how many.
     """
-    launch, default = asked.launch, asked.launch.config
+    launch, default = request.launch, request.launch.config
     kernel, args = launch.kernel, launch.args
     report = KeyReport(
-        asked.key,
-        asked.bucket.shape.name,
-        asked.formulation,
+        request.key,
+        request.bucket.shape.name,
+        request.formulation,
         predict(launch, gpu, config=default).floor_us,
     )
     sizes = {name.lower(): args[name] for name in "NRD" if name in args}
@@ -152,7 +152,7 @@ def _itemsize(args: Mapping[str, Any]) -> int:
 
 
 def inspect(
-    shortlists: Sequence[tuple[Asked, KeyReport]],
+    shortlists: Sequence[tuple[Request, KeyReport]],
     gpu: GPU,
     done: Callable[[], object] = lambda: None,
     timeout: float = float("inf"),
@@ -167,35 +167,35 @@ def inspect(
         timeout: seconds after which no other is begun.
     """
     places = [
-        (asked, report, i)
-        for asked, report in shortlists
+        (request, report, i)
+        for request, report in shortlists
         for i in range(len(report.candidates))
     ]
     jobs = [
         Job(
-            asked.bucket,
-            asked.formulation,
-            asked.key,
+            request.bucket,
+            request.formulation,
+            request.key,
             report.candidates[i].config,
             gpu.capability,
         )
-        for asked, report, i in places
+        for request, report, i in places
     ]
     found = compile_jobs(jobs, done=done, timeout=timeout)
-    for (asked, report, i), usage in zip(places, found, strict=True):
+    for (request, report, i), usage in zip(places, found, strict=True):
         candidate = report.candidates[i]
         if isinstance(usage, Failure):
             verdict = f"{FAILED}: {usage.reason}"
             report.candidates[i] = replace(candidate, verdict=verdict)
         else:
             config = candidate.config
-            time_us = predict(asked.launch, gpu, usage, config).time_us
+            time_us = predict(request.launch, gpu, usage, config).time_us
             report.candidates[i] = Candidate(config, time_us, usage)
-    for asked, report in shortlists:
+    for request, report in shortlists:
         kept = []
         for candidate in report.candidates:
             why = _unusable(candidate, gpu)
-            if candidate.config == asked.launch.config:
+            if candidate.config == request.launch.config:
                 # That it spills makes it slow, not wrong.
                 judged = candidate.verdict or (why if why != "spills" else "")
                 kept.append(replace(candidate, verdict=judged))

@@ -26,9 +26,9 @@ from ..solve.formulation import predict as predict_formulations
 from ..solve.launches import Bucket, Problem, step_problem
 from .model import predict
 from .shortlist import (
-    Asked,
     Candidate,
     KeyReport,
+    Request,
     inspect,
     keys,
     may_be_gram,
@@ -109,7 +109,7 @@ class Tuner:
         return self.table
 
     def _tune_some(
-        self, shortlists: Sequence[tuple[Asked, KeyReport]], share: float
+        self, shortlists: Sequence[tuple[Request, KeyReport]], share: float
     ) -> None:
         left = self.deadline - time.monotonic()
         if left <= 0:
@@ -117,15 +117,15 @@ class Tuner:
         if self.compile:
             self.progress("compiling candidates", share)
             inspect(shortlists, self.gpu, timeout=left / 2)
-        for asked, report in shortlists:
+        for request, report in shortlists:
             if time.monotonic() > self.deadline:
                 break
-            self.progress(asked.key, share)
-            self._time(asked, report)
+            self.progress(request.key, share)
+            self._time(request, report)
 
-    def _time(self, asked: Asked, report: KeyReport) -> None:
+    def _time(self, request: Request, report: KeyReport) -> None:
         """Check and time one key's candidates; keep the winner."""
-        default = asked.launch.config
+        default = request.launch.config
         groups: list[list[Launch]] = []
         alive: list[Launches] = []  # tables hold addresses, not tensors
         places: list[int] = []
@@ -137,12 +137,12 @@ class Tuner:
         )
         for i in order:
             candidate = report.candidates[i]
-            table = self.table.merged(Table({asked.key: candidate.config}))
+            table = self.table.merged(Table({request.key: candidate.config}))
             verdict = candidate.verdict  # what cannot be launched has one already
             if not verdict:
                 try:
-                    exact = self._reference(asked.bucket)
-                    problem = self._problem(asked.bucket, asked.formulation)
+                    exact = self._reference(request.bucket)
+                    problem = self._problem(request.bucket, request.formulation)
                     with using(table), recording() as launches:
                         error = _error(_results(problem, triton_ops), exact)
                 except Exception as problem_:  # whatever a compiler or driver raises
@@ -156,7 +156,7 @@ class Tuner:
                 if candidate.config == default:
                     return  # there is nothing to compare the others with
                 continue
-            groups.append([a for a in launches if a.config.key == asked.key])
+            groups.append([a for a in launches if a.config.key == request.key])
             alive.append(launches)
             places.append(i)
         times = self.timer(groups)
@@ -169,7 +169,7 @@ class Tuner:
             )
         timed = [report.candidates[i] for i in places]
         report.chosen = winner(timed, default).config
-        self.table = self.table.merged(Table({asked.key: report.chosen}))
+        self.table = self.table.merged(Table({request.key: report.chosen}))
 
     def _formulation(self, bucket: Bucket) -> None:
         """Time both formulations where their predictions are near."""
@@ -218,7 +218,7 @@ class Tuner:
         return problem
 
 
-def costliest_first(wanted: Sequence[Asked], gpu: GPU) -> list[Asked]:
+def costliest_first(wanted: Sequence[Request], gpu: GPU) -> list[Request]:
     """Keys of one bucket together, so that a budget is spent where it tells.
 
     Args:
@@ -229,8 +229,8 @@ def costliest_first(wanted: Sequence[Asked], gpu: GPU) -> list[Asked]:
         a.key: predict(a.launch, gpu, config=a.launch.config).time_us for a in wanted
     }
     totals: dict[Bucket, float] = {}
-    for asked in wanted:
-        totals[asked.bucket] = totals.get(asked.bucket, 0.0) + times[asked.key]
+    for request in wanted:
+        totals[request.bucket] = totals.get(request.bucket, 0.0) + times[request.key]
     buckets = sorted(totals, key=lambda bucket: -totals[bucket])
     place = {bucket: i for i, bucket in enumerate(buckets)}
     return sorted(wanted, key=lambda a: (place[a.bucket], -times[a.key]))

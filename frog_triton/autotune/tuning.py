@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..kernels.table import Table, using
+from ..warning import warn
 from .share import broadcast
 from .space import TOP
 
@@ -76,10 +76,9 @@ class Tuning:
     ) -> Table:
         if device.type != "cuda":
             if self.mode == "now":
-                warnings.warn(
+                warn(
                     f"autotune='now' times kernels on a GPU, and the model is on "
-                    f"{device.type}: defaults are used",
-                    stacklevel=5,
+                    f"{device.type}: defaults are used"
                 )
             return Table()
         from .cache import Cache, parse, render, shipped
@@ -94,10 +93,7 @@ class Tuning:
                     _, table = tune(device, buckets(), table, BUDGET_SECONDS)
                     cache.store(machine, table)
                 except Exception as error:  # other ranks wait for what is known
-                    warnings.warn(
-                        f"tuning failed, training goes on without: {error!r}",
-                        stacklevel=6,
-                    )
+                    warn(f"tuning failed, training goes on without: {error!r}")
         if self.group is None:
             return table
         return parse(broadcast(render(machine, table), device, self.group))

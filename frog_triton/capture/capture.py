@@ -9,7 +9,6 @@ weight's gradient.
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from .. import ops
 from ..layers import LinearMap, Seen
 from ..layers.products import AttentionAdapter
 from ..model.routing import Layer, Use
+from ..warning import warn
 from . import hooks
 from .attention import AttentionWatch
 from .functional import mark
@@ -182,7 +182,7 @@ class SampleCapture:
         """Remember, and say at once, that a copy of a layer was called."""
         if not self._told_of_replicas:
             self._told_of_replicas = True
-            warnings.warn(f"{name}: {hooks.REPLICA}", stacklevel=2)
+            warn(f"{name}: {hooks.REPLICA}")
         self.missed(name, hooks.REPLICA)
 
     def unsampled_reasons(self) -> dict[str, str]:

@@ -123,7 +123,7 @@ class Installed:
     ) -> None:
         self.hook = hook
         self._on, self._in_graph = True, False
-        self._number = traced.enrol_hook(self)
+        self._number = traced.register_hook(self)
         copyreg.dispatch_table.setdefault(type(module), _reduce_without_hooks)
         self._handle = module.register_forward_hook(
             _as_function(self._call, name), prepend=True, with_kwargs=True

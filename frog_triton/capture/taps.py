@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..guards import is_capturing
 from ..layers import LayerAdapter
 from ..layers.linear import LinearAdapter
-from ..layers.recognize import recognise
+from ..layers.recognize import recognize
 from ..layers.rows import Seen, owner
 from ..model.routing import Layer, Use
 from . import traced
@@ -66,7 +66,7 @@ class Tap:
         geometry = layer.geometry
         groups = 1 if self.inside else geometry.groups
         self._row = groups * geometry.dim if self.by_position else 0
-        self._number = traced.enrol(self)
+        self._number = traced.register(self)
         self._anchor = traced.make_anchor()
         self._to_prove = not use.proven  # stays, so that a proof recompiles no graph
         self.refuted = ""
@@ -264,7 +264,7 @@ class Tap:
             y = self.adapter.batched(module, output.detach())
             given = self.adapter.batched(module, x.detach())
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                found = recognise(module, use.adapter, given, y)
+                found = recognize(module, use.adapter, given, y)
         if isinstance(found, str):
             self.refuted, use.proven = found, False
             capture.missed(self.name, found)

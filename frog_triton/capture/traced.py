@@ -57,14 +57,14 @@ _numbers = itertools.count()
 _TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
 
 
-def enrol(receiver: Receiver) -> int:
+def register(receiver: Receiver) -> int:
     """A number by which the operators find the receiver for as long as it lives."""
     number = next(_numbers)
     _RECEIVERS[number] = receiver
     return number
 
 
-def enrol_hook(hook: Noted) -> int:
+def register_hook(hook: Noted) -> int:
     """The same of a hook, for `note`."""
     number = next(_numbers)
     _NOTED[number] = hook
@@ -118,7 +118,7 @@ def tap(
         y_shape: shape of its output, batched.
         count: how many samples there will be.
         row: the length of a sampled row of X; 0 if whole examples are sampled.
-        number: from `enrol`.
+        number: from `register`.
         seen: the output, detached, where it is still to prove what the layer computes.
 
     Returns:

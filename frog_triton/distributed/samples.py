@@ -24,7 +24,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_DIMS = 4  # of one example of a convolution: channels and three axes
 
 
-class _Notice(NamedTuple):
+class _Header(NamedTuple):
     """What a rank tells the others of a layer, all in integers.
 
     Attributes:
@@ -60,36 +60,36 @@ class _Notice(NamedTuple):
         return [*self[:-1], *self.shape, *(0,) * (_MAX_DIMS - len(self.shape))]
 
     @classmethod
-    def unpack(cls, values: Sequence[int]) -> _Notice:
+    def unpack(cls, values: Sequence[int]) -> _Header:
         fixed = len(cls._fields) - 1
         shape = tuple(size for size in values[fixed:] if size)
         return cls._make([*values[:fixed], shape])
 
 
-_WIDTH = len(_Notice._fields) - 1 + _MAX_DIMS
+_WIDTH = len(_Header._fields) - 1 + _MAX_DIMS
 
 
 @dataclass
-class _Held:
+class _LocalSamples:
     """Samples of one layer, of this rank, as they travel.
 
     Attributes:
         x: whole inputs, or rows of X.
         y: their output gradients ``(n, R, P)``.
-        module: as in `_Notice`.
+        module: as in `_Header`.
     """
 
     x: Tensor
     y: Tensor
     module: int
 
-    def written_out(self, layer: Layer) -> _Held:
+    def written_out(self, layer: Layer) -> _LocalSamples:
         """The same, as rows of X."""
         if self.module < 0:
             return self
         use = layer.uses[self.module]
         map_ = use.adapter.linear_map(use.module, self.x, False)
-        return _Held(map_.matrix().x, written_out(self.y), -1)
+        return _LocalSamples(map_.matrix().x, written_out(self.y), -1)
 
 
 class SampleExchange:
@@ -105,8 +105,8 @@ class SampleExchange:
 
     def __init__(self, division: Division) -> None:
         self._division = division
-        self._notices: dict[str, list[_Notice]] = {}
-        self._held: dict[str, _Held] = {}
+        self._headers: dict[str, list[_Header]] = {}
+        self._held: dict[str, _LocalSamples] = {}
         self._samples: dict[str, tuple[_Form, Tensor, Tensor]] = {}
         self.notice_bytes = 0
         self.sample_bytes: dict[str, int] = {}
@@ -131,33 +131,33 @@ class SampleExchange:
             RuntimeError: a layer has a gradient on some ranks only; on all ranks.
         """
         self._held, self._samples, self.sample_bytes = {}, {}, {}
-        notices = [[int(known.bad), *(0,) * (_WIDTH - 1)]]
+        headers = [[int(known.bad), *(0,) * (_WIDTH - 1)]]
         for layer in layers:
             held = _hold(layer, capture)
             if held is not None:
                 self._held[layer.name] = held
-            notices.append(_notice(layer, held, known).pack())
-        values = torch.tensor(notices, dtype=torch.int64)
+            headers.append(_notice(layer, held, known).pack())
+        values = torch.tensor(headers, dtype=torch.int64)
         heard = collectives.all_gather_ints(
             values, self._division.group, self._division.device(layers)
         )
         self.notice_bytes = 8 * values.numel() * (self._division.size - 1)
         first, *by_layer = zip(*heard.tolist(), strict=True)
-        self._notices = {
-            layer.name: [_Notice.unpack(values) for values in ranks]
+        self._headers = {
+            layer.name: [_Header.unpack(values) for values in ranks]
             for layer, ranks in zip(layers, by_layer, strict=True)
         }
-        for name, ranks in self._notices.items():
-            for rank, notice in enumerate(ranks):
-                if notice[:2] != ranks[0][:2]:
+        for name, ranks in self._headers.items():
+            for rank, header in enumerate(ranks):
+                if header[:2] != ranks[0][:2]:
                     raise RuntimeError(
                         f"{name} has a gradient on only one of ranks 0 and {rank}; "
                         "gradients must be averaged over all ranks before step()"
                     )
 
         def where(field: str) -> set[str]:
-            notices = self._notices.items()
-            return {n for n, ranks in notices if any(getattr(r, field) for r in ranks)}
+            headers = self._headers.items()
+            return {n for n, ranks in headers if any(getattr(r, field) for r in ranks)}
 
         bad = any(values[0] for values in first)
         return Known(
@@ -177,7 +177,7 @@ class SampleExchange:
         """
         if not layers:
             return
-        forms = {layer.name: _Form.of(self._notices[layer.name]) for layer in layers}
+        forms = {layer.name: _Form.of(self._headers[layer.name]) for layer in layers}
         outgoing: list[list[Tensor]] = [[] for _ in range(self._division.size)]
         incoming: list[list[Spec]] = [[] for _ in range(self._division.size)]
         for layer in layers:
@@ -187,7 +187,7 @@ class SampleExchange:
                 held = held.written_out(layer)
             mine = self._division.mine(layer)
             bytes_ = 0
-            for rank, notice in enumerate(self._notices[layer.name]):
+            for rank, header in enumerate(self._headers[layer.name]):
                 theirs = self._division.solved(layer, rank)
                 if held is not None and theirs:
                     part = [
@@ -197,8 +197,8 @@ class SampleExchange:
                     outgoing[rank] += part
                     if rank != self._division.rank:
                         bytes_ += sum(t.nbytes for t in part)
-                if notice.samples and mine:
-                    incoming[rank] += form.specs(layer, notice, len(mine))
+                if header.samples and mine:
+                    incoming[rank] += form.specs(layer, header, len(mine))
             self.sample_bytes[layer.name] = bytes_
         received = collectives.all_to_all(
             outgoing, incoming, self._division.group, self._division.device(layers)
@@ -208,8 +208,8 @@ class SampleExchange:
             mine = self._division.mine(layer)
             brought = [
                 (next(parts[rank]), next(parts[rank]))
-                for rank, notice in enumerate(self._notices[layer.name])
-                if notice.samples and mine
+                for rank, header in enumerate(self._headers[layer.name])
+                if header.samples and mine
             ]
             if brought:
                 device = local(layer.weight).device
@@ -225,7 +225,7 @@ class SampleExchange:
             bias: whether its bias takes part.
             dtype: of the momentum.
         """
-        if not any(notice.samples for notice in self._notices[layer.name]):
+        if not any(header.samples for header in self._headers[layer.name]):
             return None
         found = self._samples.pop(layer.name, None)
         if found is None:  # no row of it is solved here
@@ -239,7 +239,7 @@ class _Form:
     """How all ranks send a layer's samples.
 
     Attributes:
-        module: as in `_Notice`.
+        module: as in `_Header`.
         shape: of one example.
         x_dtype: of X.
         y_dtype: of Y.
@@ -251,21 +251,21 @@ class _Form:
     y_dtype: torch.dtype
 
     @classmethod
-    def of(cls, notices: Sequence[_Notice]) -> _Form:
+    def of(cls, headers: Sequence[_Header]) -> _Form:
         """Whole inputs if those of all ranks fit together, else rows of X."""
-        bring = [notice for notice in notices if notice.samples]
-        shapes = {(notice.module, notice.shape) for notice in bring}
+        bring = [header for header in headers if header.samples]
+        shapes = {(header.module, header.shape) for header in bring}
         module, shape = shapes.pop() if len(shapes) == 1 else (-1, ())
         x_dtype = y_dtype = torch.float32
-        for i, notice in enumerate(bring):
-            x, y = _DTYPES[notice.x_dtype], _DTYPES[notice.y_dtype]
+        for i, header in enumerate(bring):
+            x, y = _DTYPES[header.x_dtype], _DTYPES[header.y_dtype]
             x_dtype = torch.promote_types(x_dtype, x) if i else x
             y_dtype = torch.promote_types(y_dtype, y) if i else y
         return cls(module, shape, x_dtype, y_dtype)
 
-    def specs(self, layer: Layer, notice: _Notice, rows: int) -> list[Spec]:
+    def specs(self, layer: Layer, header: _Header, rows: int) -> list[Spec]:
         """Of X and Y that a rank sends for `rows` rows."""
-        n, positions, shape = notice.samples, notice.positions, self.shape
+        n, positions, shape = header.samples, header.positions, self.shape
         if self.module < 0:
             geometry = layer.geometry
             n, positions = n * positions, 1
@@ -280,7 +280,7 @@ class _Form:
         return use.adapter.linear_map(use.module, x, bias)
 
 
-def _hold(layer: Layer, capture: SampleCapture) -> _Held | None:
+def _hold(layer: Layer, capture: SampleCapture) -> _LocalSamples | None:
     """This rank's samples of a layer, whole inputs if they are of one shape."""
     calls = capture.calls(layer.name)
     if not calls:
@@ -291,15 +291,17 @@ def _hold(layer: Layer, capture: SampleCapture) -> _Held | None:
     if fits and all(type(adapter) is ConvAdapter for adapter in adapters):
         module = layer.modules.index(calls[0].module)
         ys = [call.y.flatten(2) for call in calls]
-        return _Held(torch.cat([call.x for call in calls]), torch.cat(ys), module)
+        return _LocalSamples(
+            torch.cat([call.x for call in calls]), torch.cat(ys), module
+        )
     map_, y = joined(layer.geometry, calls, False)
     x, groups = map_.matrix().x, layer.geometry.groups
     if map_.groups < groups:  # the same inputs for all
         x = x.repeat(1, groups)
-    return _Held(x, written_out(y), -1)
+    return _LocalSamples(x, written_out(y), -1)
 
 
-def _notice(layer: Layer, held: _Held | None, known: Known) -> _Notice:
+def _notice(layer: Layer, held: _LocalSamples | None, known: Known) -> _Header:
     facts = (
         int(layer.weight.grad is not None),
         int(layer.bias is not None and layer.bias.grad is not None),
@@ -309,8 +311,8 @@ def _notice(layer: Layer, held: _Held | None, known: Known) -> _Notice:
         int(layer.name in known.outputs),
     )
     if held is None:
-        return _Notice(*facts, 0, 0, 0, 0, -1, ())
-    return _Notice(
+        return _Header(*facts, 0, 0, 0, 0, -1, ())
+    return _Header(
         *facts,
         held.x.shape[0],
         held.y.shape[2],

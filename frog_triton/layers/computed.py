@@ -1,10 +1,10 @@
 """Weights that are computed from other parameters at each call.
 
-Weight normalisation makes a row of the weight from a row of its own, ``w_j = g_j v_j /
+Weight normalization makes a row of the weight from a row of its own, ``w_j = g_j v_j /
 |v_j|``, so the rows of ``v`` are preconditioned with the layer's samples. By the chain
-rule a row's Jacobian is ``g_j / |v_j|``, a factor that cancels in the normalised
+rule a row's Jacobian is ``g_j / |v_j|``, a factor that cancels in the normalized
 Fisher, times a projection off the row itself, which is left out of it. ``g_j`` is a
-scale, as those of norm layers are, and goes to the fallback. Spectral normalisation
+scale, as those of norm layers are, and goes to the fallback. Spectral normalization
 divides all rows by one number, ``w = v / sigma(v)``: served alike, without what that
 number's gradient adds. What mixes rows (orthogonal weights) goes to the fallback.
 """
@@ -58,7 +58,7 @@ _NAMES = {
 
 
 def _norms(module: nn.Module, name: str) -> Iterator[tuple[int | None, str]]:
-    """Of a normalised weight: the parameter behind it, and the axis of the norms."""
+    """Of a normalized weight: the parameter behind it, and the axis of the norms."""
     lists = getattr(module, "parametrizations", None)
     if lists is not None and name in lists and len(lists[name]) == 1:
         (made,) = lists[name]

@@ -2,18 +2,18 @@
 
 A subclass that overrides ``forward`` may compute anything. Most compute what their
 parent does, and FROG can serve some of the others with the rows of ``X`` and the output
-gradients as they are. Which it is shows in the numbers of one call: `recognise`
+gradients as they are. Which it is shows in the numbers of one call: `recognize`
 compares outputs at a few positions with
 
     output[n, j, p] = a_j <x[n, p], w_j> + b_j <x[n, p], 1> + bias_j
 
 where a_j = 1 and b_j = 0, or else both are constants of the row that are fitted. Such
-are layers that standardise their weight, scale it (equalised learning rate, gains), or
-divide it by one norm (spectral normalisation inside ``forward``).
+are layers that standardise their weight, scale it (equalized learning rate, gains), or
+divide it by one norm (spectral normalization inside ``forward``).
 
 There the gradient of an output by its row ``w_j`` is ``a_j x`` if a_j and b_j are
 numbers, and ``a_j (I - projections) x`` if they are made of the row: onto its own
-direction, onto the constant row. The factor cancels in the normalised Fisher matrix;
+direction, onto the constant row. The factor cancels in the normalized Fisher matrix;
 the projections are left out of it, and so is what a norm of the whole weight adds from
 other rows. The bias is not scaled, but its coordinate stays 1 beside ``x``, not 1/a_j.
 """
@@ -52,7 +52,7 @@ _OTHER_PADDINGS: dict[type[LayerAdapter], tuple[LayerAdapter, ...]] = {
 }
 
 
-def recognise(
+def recognize(
     module: nn.Module, adapter: LayerAdapter, x: Tensor, y: Tensor
 ) -> LayerAdapter | str | None:
     """The adapter that serves a layer whose ``forward`` is its own, or why none does.

@@ -60,7 +60,7 @@ class RecurrentAdapter(LinearAdapter):
 def params_of(module: nn.Module) -> dict[str, Tensor]:
     """Weights and biases by name, whether they are parameters or computed.
 
-    What computes them does so as in evaluation: spectral normalisation would go on
+    What computes them does so as in evaluation: spectral normalization would go on
     with its power iterations.
     """
     found = {}

@@ -150,7 +150,7 @@ def row_weights(
 def fisher_weights(
     ys: Sequence[Tensor], norms: Sequence[Tensor], row_length: int
 ) -> tuple[Tensor, Tensor]:
-    """Normalised Fisher weights, equation (4): ``Y^2 / (trace / D)``.
+    """Normalized Fisher weights, equation (4): ``Y^2 / (trace / D)``.
 
     Args:
         ys: output gradients ``(n, R, P)`` of each layer; any common scale cancels.
@@ -294,7 +294,7 @@ def cg_adjoint_(
 def cg_rows(state: CGState) -> Rows:
     """Directions ``z / sqrt(<z, m>)``, equation (2): rows ``(L, R, D)``."""
     z = state.m.select(state.status != FISHER, state.z)
-    return z.scale_(_normaliser(z.dot(state.m)))
+    return z.scale_(_normalizer(z.dot(state.m)))
 
 
 def cg_update_(
@@ -350,7 +350,7 @@ def gram_cg(
         iters: k of the paper.
 
     Returns:
-        ``s`` ``(L, R)`` and ``u`` (the shape of ``c``) of the normalised direction
+        ``s`` ``(L, R)`` and ``u`` (the shape of ``c``) of the normalized direction
         ``z / sqrt(<z, m>)``, equation (2).
     """
     groups = c.shape[1]
@@ -385,7 +385,7 @@ def gram_cg(
     plain = (status != FISHER).unflatten(1, (groups, -1))
     s = torch.where(plain, 1, s)
     u = torch.where(plain.unsqueeze(-2), 0, u)
-    scale = _normaliser(s * mm + torch.where(plain, 0, _sum(c * u)))
+    scale = _normalizer(s * mm + torch.where(plain, 0, _sum(c * u)))
     return (s * scale).flatten(1), u * scale.unsqueeze(-2)
 
 
@@ -563,7 +563,7 @@ def _wrap(coordinate: Tensor, size: int, mode: str) -> tuple[Tensor, Tensor]:
     return clamped, torch.ones_like(inside) if mode == "replicate" else inside
 
 
-def _normaliser(zm: Tensor) -> Tensor:
+def _normalizer(zm: Tensor) -> Tensor:
     """``1 / sqrt(<z, m>)`` of equation (2); zero where there is no step to take."""
     return torch.where((zm > 0) & torch.isfinite(zm), zm.rsqrt(), 0)
 

@@ -54,7 +54,7 @@ def prepared(backend: Backend, batch: Batch) -> Batch:
 
 
 class Solution(Protocol):
-    """Normalised directions ``z / sqrt(<z, m>)`` of a batch.
+    """Normalized directions ``z / sqrt(<z, m>)`` of a batch.
 
     Attributes:
         formulation: ``"primal"`` or ``"gram"``.

@@ -15,7 +15,7 @@ from ..layers.conv import ConvSpec
 from ..linalg.rows import Rows
 from ..ops.backend import Backend
 from . import FORMULATIONS, Batch, prepared
-from .orthogonal import orthogonal_update_
+from .orthogonal import orthogonalize as directions
 
 
 @dataclass(frozen=True)
@@ -182,11 +182,14 @@ class Problem:
         """Momentum, solve and update, as `FROG.step` makes them."""
         batch = prepared(backend, self.batch)
         solution = FORMULATIONS[self.formulation](backend, batch, 1e-4, self.iters)
-        rest = (self.params, self.counts, 2e-2, 1e-2)
+        rates = (2e-2, 1e-2)
         if orthogonalize:
-            orthogonal_update_(backend, solution, batch.xs[0].groups, *rest)
+            status, finite = solution.status, solution.finite
+            z = directions(solution.rows(), finite, batch.xs[0].groups)
+            how = (status, finite, self.counts)
+            backend.direction_update_(self.params, z, *how, *rates)
         else:
-            solution.update_(*rest)
+            solution.update_(self.params, self.counts, *rates)
 
 
 def step_problem(bucket: Bucket, formulation: str, make: Make) -> Problem:

@@ -1,16 +1,13 @@
-"""Muon's orthogonalisation, for directions of whole layers."""
+"""Muon's orthogonalization, for directions of whole layers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..linalg.rows import Rows
-from ..ops.backend import Backend
-from . import Solution
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """K. Jordan's polynomial (Muon, 2024): steep at zero, so that five iterations bring
@@ -52,31 +49,6 @@ def orthogonalize(rows: Rows, finite: Tensor, groups: int = 1) -> Rows:
         return Rows(_dense(matrix, rows.weight.dtype), None)
     parts = (matrix[..., :-1], matrix[..., -1])
     return Rows(*(_dense(part, rows.weight.dtype) for part in parts))
-
-
-def orthogonal_update_(
-    backend: Backend,
-    solution: Solution,
-    groups: int,
-    params: Sequence[Rows],
-    counts: Sequence[Tensor],
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-) -> None:
-    """Step along orthogonalized directions, in place; see `Solution.update_`.
-
-    Args:
-        backend: a module of `frog_triton.ops`.
-        solution: of layers of one geometry.
-        groups: theirs.
-        params: theta of each layer.
-        counts: of each layer, int32 ``(2, R)``.
-        lr: eta.
-        weight_decay: rho.
-    """
-    status, finite = solution.status, solution.finite
-    rows = orthogonalize(solution.rows(), finite, groups)
-    backend.direction_update_(params, rows, status, finite, counts, lr, weight_decay)
 
 
 def newton_schulz(matrix: Tensor, sizes: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from own_forwards import (
     SAME,
     WRONG,
     conv,
-    equalised,
+    equalized,
     linear,
     make,
     padded,
@@ -28,7 +28,7 @@ from torch import nn
 from frog_triton.layers.base import MatrixMap
 from frog_triton.layers.conv import ConvAdapter, SameConvAdapter
 from frog_triton.layers.linear import LinearAdapter
-from frog_triton.layers.recognize import recognise
+from frog_triton.layers.recognize import recognize
 from frog_triton.layers.rows import ROWS_SECOND, Weight
 from frog_triton.linalg.rows import Rows
 from frog_triton.ops import torch_ops
@@ -52,11 +52,11 @@ def adapter_of(module):
 
 
 def answer(module, x, precision="float32"):
-    """What `recognise` says of a call."""
+    """What `recognize` says of a call."""
     dtype, autocast = PRECISIONS[precision]
     module, x = module.to(dtype), x.to(dtype)
     with torch.no_grad(), torch.autocast("cpu", autocast, enabled=bool(autocast)):
-        return recognise(module, adapter_of(module), x, module(x))
+        return recognize(module, adapter_of(module), x, module(x))
 
 
 def seeded(build, shape, seed):
@@ -81,7 +81,7 @@ def test_layers_that_compute_a_linear_map_are_served(name, precision):
 def test_the_given_adapter_comes_back():
     module, adapter = make(nn.Linear, linear, 5, 3), LinearAdapter()
     x = torch.randn(6, 5)
-    assert recognise(module, adapter, x, module(x).detach()) is adapter
+    assert recognize(module, adapter, x, module(x).detach()) is adapter
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -131,9 +131,9 @@ def test_weights_that_multiply_from_the_right():
 
     module, x = FromRight(), torch.randn(5, 8, 6)
     y, adapter = module(x).detach(), LinearAdapter(Weight(axes=ROWS_SECOND))
-    assert recognise(module, adapter, x, y) is adapter
-    assert recognise(module, adapter, x, y * 2 - module.bias.detach()) is adapter
-    assert isinstance(recognise(module, adapter, x, y.abs()), str)
+    assert recognize(module, adapter, x, y) is adapter
+    assert recognize(module, adapter, x, y * 2 - module.bias.detach()) is adapter
+    assert isinstance(recognize(module, adapter, x, y.abs()), str)
 
 
 def test_a_patched_forward_is_checked_like_another():
@@ -176,7 +176,7 @@ def test_values_that_are_not_finite_prove_nothing(build, value):
     x[0, 2] = 0
     with torch.no_grad():
         module.weight[2, 1] = value
-    assert recognise(module, LinearAdapter(), x, y.detach()) is None
+    assert recognize(module, LinearAdapter(), x, y.detach()) is None
 
 
 def test_a_weight_of_zeros_proves_nothing_unless_outputs_contradict():
@@ -200,7 +200,7 @@ def test_a_weight_that_rounding_hides_proves_nothing():
 
 
 def test_few_outputs_prove_nothing():
-    single, few = make(nn.Linear, linear, 6, 1), make(nn.Linear, equalised, 6, 9)
+    single, few = make(nn.Linear, linear, 6, 1), make(nn.Linear, equalized, 6, 9)
     assert answer(single, torch.randn(4, 6)) is None
     assert type(answer(single, torch.randn(40, 6))) is LinearAdapter
     assert answer(few, torch.randn(2, 6)) is None
@@ -231,7 +231,7 @@ def test_wide_layers_are_looked_at_in_few_places(monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "double", lambda t: numbers.append(t.numel()) or double(t)
     )
-    assert type(recognise(module, LinearAdapter(), x, y)) is LinearAdapter
+    assert type(recognize(module, LinearAdapter(), x, y)) is LinearAdapter
     assert max(numbers) <= 68 * 700
 
 
