@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .guards import refuse_to_make_in_graph
-from .model.routing import Layer
+from .model.plan import Layer
 
 KINDS = ("nonfinite_samples", "overflowing_momenta")
 

@@ -23,7 +23,8 @@ from .capture.sampling import Counter
 from .capture.seeking import Outputs
 from .fallback import FALLBACKS
 from .model.coverage import Coverage, tell
-from .model.routing import OUTPUT_LAYER, Layer, Plan, Route, RoutingTable
+from .model.plan import OUTPUT_LAYER, Layer, Plan
+from .model.routing import Route, RoutingTable
 from .partition import Partition
 from .state import ROW_KEYS, STEP_KEYS
 from .unhooked import REASON, Known, Unhooked

@@ -1,4 +1,7 @@
-"""The torch optimizer: groups, state, step."""
+"""The torch optimizer: groups, state, step.
+
+More than 400 lines, half of them what users are told about options and errors.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ from .groups import check_groups, check_names, own_tensors, user_group, user_gro
 from .guards import may_read, modes, problem_with_grads, refuse_to_step
 from .inspection import Inspection
 from .loading import Loading, adding
-from .model.routing import Exclusion, Plan
+from .model.plan import Plan
+from .model.routing import Exclusion
 from .options import Options, check, check_model, scalar
 from .partition import Partition
 from .scaling import unscaled

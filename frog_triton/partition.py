@@ -11,7 +11,8 @@ from . import ops
 from .distributed import check_placements
 from .fallback import FALLBACKS
 from .groups import entries, fallback_lr, part_of
-from .model.routing import Layer, Plan, route
+from .model.plan import Layer, Plan
+from .model.routing import route
 from .options import Options, check_group
 
 Halves = tuple[dict[str, Any], dict[str, Any]]

@@ -13,7 +13,7 @@ from .guards import refuse_to_make_in_graph
 from .layers.rows import ROWS_FIRST, RowAxes
 
 if TYPE_CHECKING:
-    from .model.routing import Layer
+    from .model.plan import Layer
 
 STATE_VERSION = 2
 BEFORE: dict[str, Any] = {"orthogonalize": False}

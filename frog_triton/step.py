@@ -12,7 +12,7 @@ from torch import Tensor
 from . import ops
 from .layers import LinearMap, MatrixMap, RowAxes
 from .linalg.rows import Rows, local, written_out
-from .model.routing import Layer
+from .model.plan import Layer
 from .ops.backend import Backend
 from .solve.launches import MOST_PROBLEMS
 

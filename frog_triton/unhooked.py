@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .capture.capture import SampleCapture
 from .linalg.rows import local
-from .model.routing import OUTPUT_LAYER, Layer
+from .model.plan import OUTPUT_LAYER, Layer
 from .warning import warn
 
 REASON = "its weight is used without calling the module"

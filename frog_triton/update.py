@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import ops
 from .autotune.tuning import Tuning
 from .linalg.rows import Rows
-from .model.routing import Layer
+from .model.plan import Layer
 from .preconditioner import solve
 from .scaling import Left, leaving, skipping
 from .solve import Batch, Solution

@@ -6,6 +6,8 @@
     <v, v>  = s <v, m> + <u, X v>
 
 The last adjoint is never formed: k - 1 products with K serve k iterations.
+
+More than 400 lines: both ways to hold the vectors, with the recurrence they share.
 """
 
 from collections.abc import Mapping

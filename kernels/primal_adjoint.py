@@ -1,4 +1,7 @@
-"""``z += alpha p`` and ``r -= alpha A p``, with ``A p = X^T T + tau p``."""
+"""``z += alpha p`` and ``r -= alpha A p``, with ``A p = X^T T + tau p``.
+
+More than 400 lines: one kernel for images, matrices and depthwise layers alike.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

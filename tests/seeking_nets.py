@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import frog_triton
-from frog_triton.model.routing import OUTPUT_LAYER
+from frog_triton.model.plan import OUTPUT_LAYER
 
 D = 4
 

@@ -2,6 +2,8 @@
 
 Whatever torch transforms, traces, copies or records is as without FROG, and nothing is
 sampled; layers whose calls cannot be sampled train, and say why they are not FROG's.
+
+More than 400 lines: one case after the other of what may wrap a module's call.
 """
 
 import copy

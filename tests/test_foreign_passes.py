@@ -1,6 +1,8 @@
 """Passes that write no gradient of a weight's make no samples of it.
 
 As in `test_gradient_fate`, each situation ends in a step that Algorithm 1 takes, too.
+
+More than 400 lines: a pass after the other of those that users make.
 """
 
 import copy

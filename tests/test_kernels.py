@@ -1,4 +1,7 @@
-"""Every kernel against float64 at ragged sizes: Triton's interpreter, or a GPU."""
+"""Every kernel against float64 at ragged sizes: Triton's interpreter, or a GPU.
+
+More than 400 lines: a test for each kernel, on shared inputs.
+"""
 
 import inspect
 

@@ -1,4 +1,7 @@
-"""Which layers are output layers, by what a training pass does."""
+"""Which layers are output layers, by what a training pass does.
+
+More than 400 lines: small passes, each with its own net.
+"""
 
 import gc
 import weakref

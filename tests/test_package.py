@@ -140,6 +140,15 @@ def test_files_of_a_room_do_not_import_each_other_in_a_circle():
         visit(node, ())
 
 
+def test_files_are_short_or_say_why_they_are_not():
+    folders = ("frog_triton", "kernels", "benchmarks", "tests", "examples")
+    for folder in folders:
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text()
+            reason = "More than 400 lines" in (ast.get_docstring(ast.parse(text)) or "")
+            assert len(text.splitlines()) <= 400 or reason, path
+
+
 def test_jitted_functions_know_only_triton():
     """A kernel stands beside its launcher, and takes nothing from it but constants."""
     for path in (ROOT / "kernels").rglob("*.py"):

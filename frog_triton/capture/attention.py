@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..model.routing import Layer, Use
+from ..model.plan import Layer, Use
 from .products import ProductWatch
 from .taps import Tap
 

@@ -5,6 +5,8 @@ tensor*, which brings ``Y[index]`` when its gradient arrives (a module's backwar
 would break on in-place activations). Until then the copied sample lives in that tensor
 hook alone: if no backward comes, it dies with the graph. `pool.Pool` ties it to the
 weight's gradient.
+
+More than 400 lines: one class, which ties the taps of all layers to a step.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ from torch.utils.hooks import RemovableHandle
 from .. import ops
 from ..layers import LinearMap, Seen
 from ..layers.products import AttentionAdapter
-from ..model.routing import Layer, Use
+from ..model.plan import Layer, Use
 from ..warning import warn
 from . import hooks
 from .attention import AttentionWatch
+from .calls import Call, joined
 from .functional import mark
-from .pool import Call, Pool, current_pass, joined
+from .pool import Pool, current_pass
 from .products import ProductWatch
 from .replays import ReplayWatch
 from .sampling import SAMPLINGS as SAMPLINGS

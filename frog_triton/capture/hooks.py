@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..model.routing import Layer, Use
+from ..model.plan import Layer, Use
 from . import traced
 from .taps import Tap, no_ordinary_call, takes_gradient, unlike_a_matrix
 

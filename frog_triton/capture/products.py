@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._C import _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
-from ..model.routing import Layer, Use
+from ..model.plan import Layer, Use
 from . import hooks
 from .taps import IN_EVAL_MODE, Tap, no_ordinary_call
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import recurrent
-from .pool import Call, current_pass
+from .calls import Call
+from .pool import current_pass
 from .products import ProductWatch
 from .taps import Tap, is_ordinary, takes_gradient
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..layers import Seen
 from ..model.outputs import OutputSearch
-from ..model.routing import Layer, Plan
+from ..model.plan import Layer, Plan
 from . import hooks
 
 

@@ -20,12 +20,12 @@ from ..layers import LayerAdapter
 from ..layers.linear import LinearAdapter
 from ..layers.recognize import recognize
 from ..layers.rows import Seen, owner
-from ..model.routing import Layer, Use
+from ..model.plan import Layer, Use
 from . import traced
 
 if TYPE_CHECKING:
+    from .calls import Part
     from .capture import SampleCapture
-    from .pool import Part
 
 IN_EVAL_MODE = (
     "samples are taken in training mode with gradients enabled: did its forward pass "

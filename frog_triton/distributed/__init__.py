@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import nn
 
-from ..model.routing import Layer, Plan
+from ..model.plan import Layer, Plan
 from .alone import Alone
 from .world import World
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..capture.capture import SampleCapture
-from ..model.routing import Layer
+from ..model.plan import Layer
 from ..step import LayerStep, Samples, no_samples
 from ..unhooked import Known
 from ..update import Solved

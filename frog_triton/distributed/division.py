@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ..linalg.rows import local
-from ..model.routing import Layer
+from ..model.plan import Layer
 from .collectives import collective_device
 
 Group = dist.ProcessGroup | Literal[False] | None

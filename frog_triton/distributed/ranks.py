@@ -13,7 +13,7 @@ from torch import Tensor
 from ..capture.capture import SampleCapture
 from ..capture.sampling import counter_key
 from ..linalg.rows import local
-from ..model.routing import Layer
+from ..model.plan import Layer
 from ..step import LayerStep, Samples, no_samples
 from ..unhooked import Known
 from ..update import Solved, advance_momentum

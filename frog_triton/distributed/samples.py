@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..capture.calls import joined
 from ..capture.capture import SampleCapture
-from ..capture.pool import joined
 from ..layers import ConvAdapter, LinearMap, MatrixMap
 from ..linalg.rows import local, written_out
-from ..model.routing import Layer
+from ..model.plan import Layer
 from ..step import Samples, no_samples
 from ..unhooked import Known
 from . import collectives

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..capture.capture import SampleCapture
-from ..model.routing import Layer
+from ..model.plan import Layer
 from ..step import LayerStep, Samples
 from ..unhooked import Known
 from ..update import Directions, Solved

@@ -11,6 +11,8 @@ sequences as positions:
     weight_hr   the hidden state     -> the projected hidden state (`proj_size`)
 
 `take_sequences` in the forward pass; `take_grads` and `replay` in the backward pass.
+
+More than 400 lines: all that torch's recurrent layers may be called with.
 """
 
 from __future__ import annotations

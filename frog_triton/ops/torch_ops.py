@@ -3,6 +3,8 @@
 All functions take lists of layers of one geometry (a list of one is the usual case
 here) and return tensors with a leading dimension L for the layer. Sums are in the
 dtype of the momentum: float32, or float64 for float64 models.
+
+More than 400 lines: every function that a backend has, to be read beside the paper.
 """
 
 from __future__ import annotations
