@@ -67,4 +67,5 @@ def eager_work(run: Callable[[], Any]) -> Work:
     """
     with _Counter() as counter:
         run()
-    return counter.work
+    work: Work = counter.work
+    return work

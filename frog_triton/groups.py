@@ -102,7 +102,8 @@ def fallback_lr(
         default: of `fallback_lr`.
     """
     if "fallback_lr" in group or "lr" not in group:
-        return group.get("fallback_lr", default)
+        given: float | Tensor = group.get("fallback_lr", default)
+        return given
     own: float | Tensor = group["lr"]
     if default is lr:
         return own

@@ -158,7 +158,7 @@ def untouched(step: LayerStep) -> Tensor:
     assert step.grads is not None
     weight, bias = step.grads
     unit = step.layer.unit
-    moved = weight.unflatten(0, (-1, unit)).ne(0).any(2).any(1)
+    moved: Tensor = weight.unflatten(0, (-1, unit)).ne(0).any(2).any(1)
     if bias is not None:
         moved = moved | bias.unflatten(0, (-1, unit)).ne(0).any(1)
     return (~moved).repeat_interleave(unit)

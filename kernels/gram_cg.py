@@ -357,7 +357,7 @@ def _count_tiled(s: Sizes) -> tuple[int, int]:
 
 def _again(s: Sizes, values: Values) -> float:
     rows = blocks(s.args["R"], values["BLOCK_R"])
-    repeats = s.args["ITERS"] - 1
+    repeats: int = s.args["ITERS"] - 1
     again = 4 * s.nn * (rows * repeats - 1.0)
     resident = values["BLOCK_N"] >= s.n and values["BLOCK_K"] >= values["BLOCK_N"]
     return again + (0 if resident else 4 * 4 * s.nr * repeats)

@@ -75,7 +75,8 @@ def empty_rows(ms: Sequence[Rows]) -> tuple[Rows, list[Rows]]:
 
 def by_group(values: Tensor, groups: int) -> Tensor:
     """``(L, N, R)`` as ``(L, groups, N, R / groups)``."""
-    return values.unflatten(2, (groups, -1)).transpose(1, 2)
+    split: Tensor = values.unflatten(2, (groups, -1))
+    return split.transpose(1, 2)
 
 
 def stored(values: Tensor) -> Tensor:

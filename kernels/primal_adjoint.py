@@ -344,8 +344,8 @@ def _again(s: Sizes, values: Values) -> float:
         return 0.0
     rows = blocks(s.args["R"], values["BLOCK_R"])
     columns = blocks(s.args["D"], values["BLOCK_D"])
-    x = s.n * s.args["D"] * s.problems * s.size("X_DTYPE")
-    t = s.nr * s.args["t_ptr"].element_size()
+    x: int = s.n * s.args["D"] * s.problems * s.size("X_DTYPE")
+    t: int = s.nr * s.args["t_ptr"].element_size()
     return x * rows - s.x_entries * s.size("X_DTYPE") + t * (columns - 1)
 
 

@@ -245,7 +245,7 @@ def _again(s: Sizes, values: Values) -> float:
     rows = blocks(s.args["R"], values["BLOCK_R"])
     samples = blocks(s.n, values["BLOCK_N"])
     vectors = (s.size("M_DTYPE") if s.args["FIRST"] else 8) * s.row_entries
-    x = s.n * s.args["D"] * s.problems * s.size("X_DTYPE")
+    x: int = s.n * s.args["D"] * s.problems * s.size("X_DTYPE")
     return x * rows - s.x_entries * s.size("X_DTYPE") + vectors * (samples - 1)
 
 

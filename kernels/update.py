@@ -180,7 +180,8 @@ def _count(s: Sizes) -> tuple[int, int]:
 def _again(s: Sizes, values: Values) -> float:
     rows = blocks(s.args["R"], values["BLOCK_R"])
     columns = blocks(s.args["D"], values["BLOCK_D"])
-    return s.x_entries * s.size("X_DTYPE") * (rows - 1) + 4 * s.nr * (columns - 1)
+    u: int = 4 * s.nr * (columns - 1)
+    return s.x_entries * s.size("X_DTYPE") * (rows - 1) + u
 
 
 UPDATE = Kernel(

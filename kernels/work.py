@@ -63,14 +63,14 @@ class Sizes:
     def __init__(self, launch: Launch) -> None:
         self.args = args = launch.args
         self.n = _samples(launch)
-        self.g = args.get("GROUPS", 1)
+        self.g: int = args.get("GROUPS", 1)
         self.problems = launch.grid[1] if len(launch.grid) > 1 else 1
         self.layers = self.problems // self.g
         # Totals over all problems of the launch.
-        self.rows = args.get("R", 0) * self.problems
-        self.row_entries = (args.get("D", 0) + args.get("HAS_BIAS", 0)) * self.rows
+        self.rows: int = args.get("R", 0) * self.problems
+        self.row_entries: int = (args.get("D", 0) + args.get("HAS_BIAS", 0)) * self.rows
         self.x_entries = self._activations()
-        self.products = 2 * self.n * args.get("D", 0) * self.rows
+        self.products: int = 2 * self.n * args.get("D", 0) * self.rows
         self.nr = self.n * self.rows
         self.nn = self.n * self.n * self.problems
 
@@ -100,5 +100,5 @@ def _samples(launch: Launch) -> int:
     if "first_block_n" not in launch.args:
         return n
     block = launch.config.values()["BLOCK_N"]
-    first = launch.args["first_block_n"] * block
+    first: int = launch.args["first_block_n"] * block
     return min(n, first + launch.grid[2] * block) - first

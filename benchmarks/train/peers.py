@@ -146,7 +146,7 @@ def _singd(
     from singd.optim.optimizer import SINGD
 
     layers, rest = layers_and_rest(model, (nn.Linear, nn.Conv2d))
-    singd = SINGD(
+    singd: torch.optim.Optimizer = SINGD(
         model,
         params=layers,
         lr=lr,

@@ -175,7 +175,8 @@ def _train(trial: Trial, networks: Networks) -> Iterator[float]:
             loss.backward()
             try:
                 optimizer.step()
-            except torch.linalg.LinAlgError:  # SOAP's, of gradients that are infinite
+            # SOAP's, of gradients that are infinite.
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 worst = math.inf
                 break
         yield worst

@@ -234,7 +234,8 @@ class _Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         )
-        return x + self.out(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return x + out
 
 
 class _Mlp(nn.Module):
@@ -247,7 +248,8 @@ class _Mlp(nn.Module):
         self.out = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.out(F.gelu(self.expand(self.norm(x))))
+        out: Tensor = self.out(F.gelu(self.expand(self.norm(x))))
+        return x + out
 
 
 class _Patches(nn.Module):

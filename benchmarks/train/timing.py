@@ -68,7 +68,7 @@ class _CUDAClock(Clock):
         return event
 
     def _milliseconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        return start.elapsed_time(end)
+        return float(start.elapsed_time(end))
 
     def wait(self) -> None:
         torch.cuda.synchronize()

@@ -46,7 +46,7 @@ def mark(tap: Tap) -> RemovableHandle:
     """
     weight, frozen = tap.weight, not tap.weight.requires_grad
     weight.requires_grad_()
-    handle = weight.register_hook(_Mark(tap))
+    handle: RemovableHandle = weight.register_hook(_Mark(tap))
     weight.requires_grad_(not frozen)
     return handle
 

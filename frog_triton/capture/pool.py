@@ -318,7 +318,7 @@ class _Weakly:
     def __init__(self, method: Callable[[Tensor], None]) -> None:
         self._method = weakref.WeakMethod(method)
 
-    @torch._disable_dynamo  # compiled autograd would trace it
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # compiled autograd would trace it
     def __call__(self, tensor: Tensor) -> None:
         method = self._method()
         if method is not None:

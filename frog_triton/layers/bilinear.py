@@ -60,4 +60,5 @@ def _products(module: nn.Module, x: Tensor) -> Tensor:
     """Outer products ``(N, in1 * in2)`` of the two parts of ``(N, in1 + in2)``."""
     layer = cast(nn.Bilinear, module)
     first, second = x.split((layer.in1_features, layer.in2_features), 1)
-    return (first.unsqueeze(2) * second.unsqueeze(1)).flatten(1)
+    products: Tensor = first.unsqueeze(2) * second.unsqueeze(1)
+    return products.flatten(1)

@@ -131,7 +131,7 @@ def _inputs_first(module: nn.Module, name: str, param: nn.Parameter) -> bool:
     if first == second or hidden not in (first, second):
         return False
     down = any(word in name for word in ("down", "w2", "fc2", "out"))
-    return (second if down else first) == hidden
+    return bool((second if down else first) == hidden)
 
 
 def _is_bias(module: nn.Module, name: str, rows: tuple[int, ...]) -> bool:

@@ -422,4 +422,5 @@ def _unpacked(data: Tensor, places: Tensor) -> Tensor:
     """Packed data at `places`, zero where there is none."""
     places = places.to(data.device)
     rows = data.index_select(0, places.clamp_min(0).flatten())
-    return rows.unflatten(0, places.shape).masked_fill(places.unsqueeze(-1) < 0, 0)
+    placed: Tensor = rows.unflatten(0, places.shape)
+    return placed.masked_fill(places.unsqueeze(-1) < 0, 0)

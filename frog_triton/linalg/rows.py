@@ -28,7 +28,7 @@ class Rows(NamedTuple):
 
     def dot(self, other: Rows) -> Tensor:
         """Inner products row by row, shape ``(..., R)``."""
-        total = torch.linalg.vecdot(self.weight, other.weight)
+        total: Tensor = torch.linalg.vecdot(self.weight, other.weight)
         if self.bias is not None and other.bias is not None:
             total = total + self.bias * other.bias
         return total
