@@ -27,6 +27,8 @@ from ..autotune.tuning import Tuning
 from ..cost import Cost, LayerCost
 from ..kernels.gpu import GPUS, name_here
 from ..kernels.launch import Launch, recording
+from ..kernels.primal_adjoint import PRIMAL_ADJOINT
+from ..kernels.primal_forward import PRIMAL_FORWARD
 from ..layers import ConvMap
 from ..linalg.rows import Rows
 from ..ops import triton_ops
@@ -115,11 +117,9 @@ def products(batch: Batch) -> dict[str, Launch]:
         solved(batch, "primal", iters=3)
     middle = [a for a in launches if not a.args.get("FIRST", True)]
     named = {
-        "forward": [a for a in middle if a.name == "_primal_forward_kernel"],
+        "forward": [a for a in middle if a.kernel is PRIMAL_FORWARD],
         "adjoint": [
-            a
-            for a in middle
-            if a.name == "_primal_adjoint_kernel" and a.args["MULTIPLY"]
+            a for a in middle if a.kernel is PRIMAL_ADJOINT and a.args["MULTIPLY"]
         ],
     }
     return {name: found[0] for name, found in named.items()}

@@ -15,7 +15,8 @@ from .launch import Launch
 PRICES = {"tf32x3": 3.0, "tf32": 1.0, "bf16": 0.5, "bf16_tf32": 0.5}
 """tf32 products that one product takes, by precision."""
 
-_SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+ITEMSIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of an entry, by Triton's names of dtypes."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Sizes:
 
     def size(self, name: str) -> int:
         """Bytes of an entry of the tensor with this dtype argument."""
-        return _SIZES[str(self.args[name])]
+        return ITEMSIZES[str(self.args[name])]
 
 
 def _samples(launch: Launch) -> int:

@@ -377,7 +377,7 @@ def test_a_table_that_is_there_is_used():
     key = next(
         a.config.key
         for a in step_launches(geometry(LayerShape("", 20, 24, 18), 1, F32), "gram")
-        if a.name == "_update_kernel"
+        if a.kernel is UPDATE
     )
     config = next(iter(space.candidates(UPDATE, UPDATE.config())))
     tuning.table = Table({key: config}, {})
@@ -387,13 +387,13 @@ def test_a_table_that_is_there_is_used():
     net(torch.randn(18, 24, device=device)).square().sum().backward()
     with recording() as made:
         opt.step()
-    updates = [a.config for a in made if a.name == "_update_kernel"]
+    updates = [a.config for a in made if a.kernel is UPDATE]
     assert updates == [config]
     tuning.mode = "off"
     net(torch.randn(18, 24, device=device)).square().sum().backward()
     with recording() as made:
         opt.step()
-    updates = [a.config for a in made if a.name == "_update_kernel"]
+    updates = [a.config for a in made if a.kernel is UPDATE]
     assert updates != [config]
 
 

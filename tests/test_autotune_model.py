@@ -20,8 +20,9 @@ from frog_triton.autotune.shortlist import (
 )
 from frog_triton.autotune.space import invalid
 from frog_triton.kernels.gpu import GPUS
-from frog_triton.kernels.gram import GramConfig
+from frog_triton.kernels.gram import GRAM, GramConfig
 from frog_triton.kernels.launch import Launch, launch, recording
+from frog_triton.kernels.momentum import MOMENTUM_PROJECT
 from frog_triton.kernels.primal_forward import PRIMAL_FORWARD, ForwardConfig
 from frog_triton.kernels.registry import KERNELS, kernel_of
 from frog_triton.kernels.splits import SUM_SPLITS, SumConfig
@@ -80,11 +81,11 @@ def test_what_cannot_serve_is_named(change, why):
 
 
 def test_keys_hold_for_batches_of_about_the_same_size():
-    sizes = [kernel_key("_gram_kernel", {"n": n}, (BF16,)) for n in (33, 48, 64)]
+    sizes = [kernel_key(GRAM.name, {"n": n}, (BF16,)) for n in (33, 48, 64)]
     assert set(sizes) == {"gram n64 bfloat16"}
-    assert kernel_key("_gram_kernel", {"n": 65}, (BF16,)) == "gram n128 bfloat16"
-    assert kernel_key("_gram_kernel", {"n": 64}, (F32,)) == "gram n64 float32"
-    assert kernel_of("gram n64 bfloat16").name == "_gram_kernel"
+    assert kernel_key(GRAM.name, {"n": 65}, (BF16,)) == "gram n128 bfloat16"
+    assert kernel_key(GRAM.name, {"n": 64}, (F32,)) == "gram n64 float32"
+    assert kernel_of("gram n64 bfloat16") is GRAM
 
 
 def test_launches_take_their_configurations_from_the_table():
@@ -171,7 +172,7 @@ def test_every_kernel_says_how_it_is_launched(shape, formulation):
 def test_sums_of_splits_are_counted_with_all_their_programs():
     """As few as one program would leave all other processors idle."""
     made = step_launches(geometry(LayerShape("", 768, 3072, 256), 1), "gram")
-    launch = next(a for a in made if a.name == "_sum_splits_kernel")
+    launch = next(a for a in made if a.kernel is SUM_SPLITS)
     found = predict(launch, H200)
     idle = H200.processors / launch.grid[0]
     assert 1 < idle < 3
@@ -183,7 +184,7 @@ def test_projections_share_their_samples(n):
     """Two launches move each sample, and each entry of C, once between them."""
     shape = LayerShape("", 96, 300, n, groups=2)
     made = step_launches(geometry(shape), "gram")
-    launches = [a for a in made if a.name == "_momentum_project_kernel"]
+    launches = [a for a in made if a.kernel is MOMENTUM_PROJECT]
     assert len(launches) == (1 if n <= 128 else 2)
     rows, entries = 2 * 96, 2 * 96 * (300 + 1)
     samples = 2 * 2 * 300 * n
@@ -198,7 +199,7 @@ def test_projections_share_their_samples(n):
 
 def launch_of(shape, kernel, config=None, formulation="primal"):
     made = step_launches(geometry(shape), formulation)
-    key = next(a.config.key for a in made if a.name == kernel)
+    key = next(a.config.key for a in made if a.kernel is kernel)
     with using(Table({key: config} if config else {})):
         made = step_launches(geometry(shape), formulation)
     return costliest([a for a in made if a.config.key == key])
@@ -207,7 +208,7 @@ def launch_of(shape, kernel, config=None, formulation="primal"):
 def test_predictions_rank_by_exact_counts():
     # 4096 positions by 128 rows by 1152 columns: what tiles read again, counted.
     x, p = 4096 * 1152 * 2, 128 * 1152
-    kernel = "_primal_forward_kernel"
+    kernel = PRIMAL_FORWARD
     predicted = {}
     for rows, samples in ((16, 64), (64, 64), (128, 128)):
         config = ForwardConfig(BLOCK_R=rows, BLOCK_N=samples, num_warps=8)
@@ -231,7 +232,7 @@ def test_padding_and_spare_processors_cost_time():
     times = []
     for rows in (16, 128):
         config = ForwardConfig(BLOCK_R=rows, BLOCK_N=64, num_warps=8)
-        launch = launch_of(small, "_primal_forward_kernel", config)
+        launch = launch_of(small, PRIMAL_FORWARD, config)
         found = predict(launch, H200)
         exact = work(launch).tf32_operations
         assert found.operations == pytest.approx(exact * -(-100 // rows) * rows / 100)

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from frog_triton import FROG
+from frog_triton.kernels.gather import GATHER
 from frog_triton.kernels.launch import recording
+from frog_triton.kernels.primal_adjoint import PRIMAL_ADJOINT
 from frog_triton.kernels.samples import samples
 from frog_triton.layers import adapter_for
 from frog_triton.ops import torch_ops, triton_ops
@@ -67,7 +69,7 @@ def test_activations_are_read_where_they_lie(name, layout):
     assert plain == described.stencil.POINTWISE
     with recording() as launches:
         rows = triton_ops.write_out([map_], [y.flatten(2)])[0][0].x
-    assert [a.name for a in launches] == ([] if plain else ["_gather_kernel"])
+    assert [a.kernel for a in launches] == ([] if plain else [GATHER])
     torch.testing.assert_close(rows, map_.matrix().x, rtol=0, atol=0)
 
 
@@ -126,7 +128,7 @@ def test_positions_are_split_and_added_in_order(sizes):
     mb = m[:, 0, 0, 0].clone()
     with recording() as launches:
         first = compare(module, x, y, m, mb)
-    adjoints = [a for a in launches if a.name == "_primal_adjoint_kernel"]
+    adjoints = [a for a in launches if a.kernel is PRIMAL_ADJOINT]
     assert len(adjoints) == 6  # three iterations, multiplied and then added up
     assert adjoints[0].args["SPLITS"] > 1
     options = {"damping": 1e-2, "cg_iters": 4, "formulation": "primal"}

@@ -18,7 +18,7 @@ from frog_triton.eager import eager_work
 from frog_triton.kernels.gpu import GPUS
 from frog_triton.kernels.gram import GramConfig
 from frog_triton.kernels.launch import recording
-from frog_triton.kernels.momentum import ProjectConfig
+from frog_triton.kernels.momentum import MOMENTUM_PROJECT, ProjectConfig
 from frog_triton.kernels.table import Table, active, using
 from frog_triton.layers import adapter_for
 from frog_triton.layers.conv import ConvSpec
@@ -131,7 +131,7 @@ def test_predictions_follow_the_table_in_force():
     key = next(
         a.config.key
         for a in step_launches(bucket, "gram")
-        if a.name == "_momentum_project_kernel"
+        if a.kernel is MOMENTUM_PROJECT
     )
 
     def gram(table, allow_tf32=True):

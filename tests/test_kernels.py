@@ -13,7 +13,9 @@ from cases import PAPER, ROUNDING, precondition, without_tensors
 from torch import Tensor, nn
 
 from frog_triton import FROG
+from frog_triton.kernels.gram import GRAM
 from frog_triton.kernels.launch import recording
+from frog_triton.kernels.splits import SUM_SPLITS
 from frog_triton.layers import MatrixMap
 from frog_triton.linalg.rows import Rows, Window
 from frog_triton.ops import torch_ops, triton_ops
@@ -114,10 +116,7 @@ def test_gram_splits_a_long_reduction_in_order():
     xs, *_ = layers(9, 1111, 3, 1, count=1)
     with recording() as launches:
         first = triton_ops.gram(xs)
-    assert [launch.name for launch in launches] == [
-        "_gram_kernel",
-        "_sum_splits_kernel",
-    ]
+    assert [launch.kernel for launch in launches] == [GRAM, SUM_SPLITS]
     assert error(first, torch_ops.gram(wide(xs))) < 2e-6
     assert torch.equal(first, triton_ops.gram(xs))
 

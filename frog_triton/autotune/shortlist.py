@@ -14,6 +14,7 @@ from typing import Any
 from ..kernels.config import Config
 from ..kernels.gpu import GPU, shared_limit
 from ..kernels.launch import Launch
+from ..kernels.work import ITEMSIZES
 from ..solve.launches import Bucket, step_launches
 from .jobs import Failure, Job, compile_jobs, costliest
 from .model import predict
@@ -147,8 +148,7 @@ def _kind(args: Mapping[str, Any]) -> str:
 
 
 def _itemsize(args: Mapping[str, Any]) -> int:
-    sizes = {"fp32": 4, "bf16": 2, "fp16": 2}
-    return sizes.get(str(args.get("X_DTYPE", "fp32")), 4)
+    return ITEMSIZES[str(args.get("X_DTYPE", "fp32"))]
 
 
 def inspect(
