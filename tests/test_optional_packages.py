@@ -81,7 +81,7 @@ for backend in ("torch", "triton"):
 
 ON_A_GPU = """
 from types import SimpleNamespace
-from frog_triton.autotune import cache, traffic, tuner, tuning
+from frog_triton.autotune import cache, tuner, tuning
 from frog_triton.kernels.gram import GramConfig
 from frog_triton.kernels.table import Table
 
@@ -92,7 +92,7 @@ assert folder.is_absolute() and folder.name == "frog_triton", folder
 table = Table({"gram n64": GramConfig()})
 
 class Tuner:
-    def __init__(self, gpu, device, timer, known, budget, progress):
+    def __init__(self, gpu, device, timer, known, top, budget, progress, keep):
         self.progress = progress
     def tune(self, buckets):
         self.progress("half", 0.5)
