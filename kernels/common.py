@@ -30,6 +30,13 @@ def problem_base(problem, GROUPS, N, R):
     return (problem // GROUPS) * N * GROUPS * R + (problem % GROUPS) * R
 
 
+MOMENTUM: tl.constexpr = tl.constexpr(0)
+DAMPING: tl.constexpr = tl.constexpr(1)
+LR: tl.constexpr = tl.constexpr(2)
+WEIGHT_DECAY: tl.constexpr = tl.constexpr(3)
+"""Places of scalars; see `tables.Scalars`."""
+
+
 @triton.jit
 def load_scalar(scalars_ptr, index):
     """One float32 scalar out of the float64 array."""

@@ -40,6 +40,11 @@ class SplitConfig(Config):
     programs: int = 256
 
 
-def power_of_two(n: int) -> int:
+def next_power_of_two(n: int) -> int:
+    """No less than n; zero for zero."""
+    return 0 if n <= 0 else 1 << (n - 1).bit_length()
+
+
+def tile_side(n: int) -> int:
     """The next power of two, at least 16, the smallest side of a matrix product."""
-    return max(16, 1 << (n - 1).bit_length())
+    return max(16, next_power_of_two(n))

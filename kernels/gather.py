@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..linalg.rows import Window
-from .config import Config, power_of_two
+from .config import Config, tile_side
 from .kernel import Args, Kernel, Parts, Values, blocks
 from .samples import load_window, windowed
 from .work import Sizes
@@ -51,7 +51,7 @@ class GatherConfig(Config):
 
 def gather_config(row: int) -> GatherConfig:
     """A row at a time, up to 1024 entries."""
-    return GatherConfig(BLOCK_D=min(power_of_two(row), 1024))
+    return GatherConfig(BLOCK_D=min(tile_side(row), 1024))
 
 
 def _parts(args: Args, problems: int, values: Values) -> Parts:

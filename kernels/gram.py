@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..linalg.rows import SampleMap
 from .common import layer_pointer, load_scale
-from .config import SplitConfig, power_of_two
+from .config import SplitConfig, tile_side
 from .kernel import STAGES, TILES, WARPS, Args, Kernel, Parts, Values, blocks, ceil_div
 from .largest import largest_of
 from .launchers import DTYPES, PRECISION, flat_samples
@@ -88,7 +88,7 @@ class GramConfig(SplitConfig):
 
 def gram_config(n: int) -> GramConfig:
     """A single tile up to 64 samples."""
-    return GramConfig(BLOCK_N=min(power_of_two(n), 64))
+    return GramConfig(BLOCK_N=min(tile_side(n), 64))
 
 
 def _parts(args: Args, problems: int, values: Values) -> Parts:

@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import load_scalar, problem_base, sum_of_products
-from .config import Config, power_of_two
+from .common import DAMPING, load_scalar, problem_base, sum_of_products
+from .config import Config, tile_side
 from .kernel import TILES, WARPS, Args, Kernel, Values, blocks, covering
 from .launchers import PRECISION, by_group, stored
-from .tables import Tables
+from .tables import Scalars, Tables
 from .work import Sizes
 
 # Eight roundings of float32, 2^-20. A sum that much below its terms is all rounding.
@@ -82,7 +82,7 @@ def _gram_cg_kernel(
     and Lambda are read again each time to make room.
     """
     problem = tl.program_id(1).to(tl.int64)
-    damping = load_scalar(scalars_ptr, 1)
+    damping = load_scalar(scalars_ptr, DAMPING)
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
     n = tl.arange(0, BLOCK_N)
@@ -198,7 +198,7 @@ def _gram_cg_tiled_kernel(
     barriers order the program's own stores and loads.
     """
     problem = tl.program_id(1).to(tl.int64)
-    damping = load_scalar(scalars_ptr, 1)
+    damping = load_scalar(scalars_ptr, DAMPING)
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
     stride_n = R * GROUPS
@@ -337,7 +337,7 @@ def gram_cg_config(n: int) -> GramCGConfig:
 
     The tiles are the fastest of 11 measured on an H200 that do not spill.
     """
-    block_n = power_of_two(n)
+    block_n = tile_side(n)
     if block_n > RESIDENT_SAMPLES:
         return GramCGConfig(BLOCK_N=128, BLOCK_R=32, BLOCK_K=32, num_warps=8)
     if block_n <= 64:
@@ -366,7 +366,7 @@ def _again(s: Sizes, values: Values) -> float:
 def _rule(values: Values, sizes: Mapping[str, int], kind: str) -> str | None:
     if values["BLOCK_K"] > values["BLOCK_N"]:
         return "BLOCK_K beyond BLOCK_N"
-    if values["BLOCK_N"] > power_of_two(sizes["n"]):
+    if values["BLOCK_N"] > tile_side(sizes["n"]):
         return "BLOCK_N beyond the samples"
     return None
 
@@ -409,7 +409,7 @@ def gram_cg(
     c, weights = stored(c), stored(weights)
     s = torch.empty_like(m_squared)
     u = torch.empty_like(c)
-    tables = Tables([[c]], [0.0, damping])
+    tables = Tables([[c]], Scalars(damping=damping))
     config = GRAM_CG.tuned(
         gram_cg_config(n), {"n": n, "r": rows, "p": layers * groups, "k": iters}
     )

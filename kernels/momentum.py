@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..linalg.rows import Rows, SampleMap
 from .common import (
+    MOMENTUM,
     is_finite,
     layer_pointer,
     load_scalar,
@@ -17,12 +18,11 @@ from .common import (
     power_of_two,
     problem_base,
 )
-from .config import Config
-from .config import power_of_two as next_power_of_two
+from .config import Config, tile_side
 from .kernel import PRODUCT, TILES, Args, Kernel, Parts, Values, blocks
 from .largest import largest_of
 from .launchers import DTYPES, PRECISION, biases, by_group, empty_rows, flat_samples
-from .tables import Tables
+from .tables import Scalars, Tables
 from .work import Sizes
 
 
@@ -99,7 +99,7 @@ def _momentum_project_kernel(
     m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
 
     if UPDATE:
-        beta = load_scalar(scalars_ptr, 0)
+        beta = load_scalar(scalars_ptr, MOMENTUM)
         g_ptr = layer_pointer(g_table_ptr, layer, G_DTYPE, ALIGN)
         if HAS_BIAS:
             g_bias_ptr = layer_pointer(g_bias_table_ptr, layer, G_DTYPE, ALIGN)
@@ -208,7 +208,7 @@ def project_config(n: int) -> ProjectConfig:
     """Up to 128 samples beside a block of rows; without any, long pieces of rows."""
     if n == 0:
         return ProjectConfig(BLOCK_N=16, BLOCK_R=8, BLOCK_D=64)
-    block_n = min(next_power_of_two(n), 128)
+    block_n = min(tile_side(n), 128)
     if block_n <= 32:
         return ProjectConfig(BLOCK_N=block_n, BLOCK_R=16, num_stages=3)
     if block_n == 64:
@@ -319,7 +319,7 @@ def momentum_project_(
             biases(momenta),
             biases(vs),
         ],
-        [momentum],
+        Scalars(momentum=momentum),
     )
     c = m.new_empty(layers, n, rows if xs is not None else 0, dtype=torch.float32)
     m_squared = m.new_empty(layers, rows, dtype=torch.float32)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..linalg.rows import Rows
-from .common import load_scalar, ordered_sum
+from .common import DAMPING, load_scalar, ordered_sum
 from .config import Config
 from .samples import Samples
 
@@ -30,7 +30,7 @@ def step_length(
     scalars_ptr, pap_partial_ptr, pp_ptr, rho_ptr, active_ptr, blocks_n, total, at, mask
 ):
     """Alpha of the current iteration, ``rho`` and which rows still move."""
-    damping = load_scalar(scalars_ptr, 1)
+    damping = load_scalar(scalars_ptr, DAMPING)
     pap = ordered_sum(pap_partial_ptr, blocks_n, total, at, mask)
     pap += damping * tl.load(pp_ptr + at, mask=mask, other=0.0)
     rho = tl.load(rho_ptr + at, mask=mask, other=0.0)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..linalg.rows import SampleMap
 from .common import (
+    DAMPING,
     grouped_program,
     layer_pointer,
     load_scalar,
@@ -20,8 +21,7 @@ from .common import (
     ordered_sum,
     sum_of_products,
 )
-from .config import SplitConfig
-from .config import power_of_two as next_power_of_two
+from .config import SplitConfig, tile_side
 from .kernel import PRODUCT, TILES, Args, Kernel, Parts, Values, blocks, pieces
 from .launchers import DTYPES, biases
 from .primal import PrimalState, step_length
@@ -33,7 +33,7 @@ from .samples import (
     product,
     product_precision,
 )
-from .tables import Tables
+from .tables import Scalars, Tables
 from .work import Sizes
 
 
@@ -254,7 +254,7 @@ def _primal_adjoint_kernel(
             ap,
             ap_bias,
             alpha,
-            load_scalar(scalars_ptr, 1),
+            load_scalar(scalars_ptr, DAMPING),
             m_table_ptr,
             m_bias_table_ptr,
             m_scale_ptr,
@@ -297,9 +297,9 @@ class AdjointConfig(SplitConfig):
 def adjoint_config(n: int, depthwise: bool = False) -> AdjointConfig:
     """Tiles of rows by weights; of a depthwise layer, rows by one weight."""
     if depthwise:
-        block_n = min(next_power_of_two(n), 64)
+        block_n = min(tile_side(n), 64)
         return AdjointConfig(BLOCK_N=block_n, BLOCK_R=32, BLOCK_D=1)
-    return AdjointConfig(BLOCK_N=min(next_power_of_two(n), 32), num_warps=8)
+    return AdjointConfig(BLOCK_N=min(tile_side(n), 32), num_warps=8)
 
 
 def _parts(args: Args, problems: int, values: Values) -> Parts:
@@ -382,7 +382,9 @@ def cg_adjoint_(
     k = state.iteration - 1
     p, r, z = state.directions[k % 2], state.r, state.z
     ms = [m.weight for m in state.ms]
-    tables = Tables([s.tensors, s.largest, ms, biases(state.ms)], [0.0, damping])
+    tables = Tables(
+        [s.tensors, s.largest, ms, biases(state.ms)], Scalars(damping=damping)
+    )
     partial = z if state.ap is None else state.ap
 
     PRIMAL_ADJOINT.launch(

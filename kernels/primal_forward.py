@@ -16,8 +16,7 @@ from .common import (
     ordered_sum,
     sum_of_products,
 )
-from .config import Config
-from .config import power_of_two as next_power_of_two
+from .config import Config, tile_side
 from .kernel import PRODUCT, Kernel, Values, blocks, covering
 from .launchers import DTYPES, biases
 from .outputs import OutputPlace, load_outputs
@@ -224,9 +223,9 @@ def forward_config(n: int, dim: int, kind: str) -> ForwardConfig:
         kind: how samples are addressed: ``"matrix"``, ``"window"`` or ``"depthwise"``.
     """
     if kind == "depthwise":
-        return ForwardConfig(BLOCK_N=min(next_power_of_two(n), 64), BLOCK_D=16)
+        return ForwardConfig(BLOCK_N=min(tile_side(n), 64), BLOCK_D=16)
     if n <= 32:
-        return ForwardConfig(BLOCK_N=next_power_of_two(n), BLOCK_R=16)
+        return ForwardConfig(BLOCK_N=tile_side(n), BLOCK_R=16)
     # Rows that do not begin at multiples of 16 bytes take more registers to load.
     if kind == "matrix":
         return ForwardConfig(BLOCK_N=32 if dim % 16 else 64, num_warps=8)

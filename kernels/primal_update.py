@@ -9,13 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..linalg.rows import Rows
-from .common import count_anomalies, layer_pointer, load_scalar
+from .common import LR, WEIGHT_DECAY, count_anomalies, layer_pointer, load_scalar
 from .config import Config
 from .kernel import WARPS, Kernel, covering
 from .launchers import DTYPES, biases, empty_rows, flat, row_strides, write_back
 from .primal import PrimalState, step_length
 from .samples import Stencil, native_column
-from .tables import Tables
+from .tables import Scalars, Tables
 from .work import Sizes
 
 
@@ -104,8 +104,8 @@ def _primal_update_kernel(
             row_ok & (block_d == 0),
         )
         row_ok = row_ok & (finite != 0)
-        lr = load_scalar(scalars_ptr, 2)
-        decay = 1.0 - lr * load_scalar(scalars_ptr, 3)
+        lr = load_scalar(scalars_ptr, LR)
+        decay = 1.0 - lr * load_scalar(scalars_ptr, WEIGHT_DECAY)
     mask = row_ok[:, None] & (d < D)[None, :]
     z = alpha[:, None] * tl.load(p_rows.weight + stored, mask=mask, other=0.0)
     if not FIRST:
@@ -217,7 +217,7 @@ def _finish(
             biases(state.ms),
             counts or [m.weight for m in state.ms],
         ],
-        [0.0, state.damping, lr, weight_decay],
+        Scalars(0.0, state.damping, lr, weight_decay),
     )
     PRIMAL_UPDATE.launch(
         config,

@@ -19,8 +19,7 @@ from .common import (
     load_scales,
     power_of_two,
 )
-from .config import Config, SplitConfig
-from .config import power_of_two as next_power_of_two
+from .config import Config, SplitConfig, tile_side
 from .kernel import TILES, WARPS, Args, Kernel, Parts, Values, blocks, covering, pieces
 from .launchers import DTYPES
 from .outputs import OutputPlace, load_outputs
@@ -211,7 +210,7 @@ class ScaleConfig(SplitConfig):
 
 def scale_config(n: int) -> ScaleConfig:
     """Tiles of samples by rows, of which a program sees many."""
-    return ScaleConfig(BLOCK_N=min(next_power_of_two(n), 64), num_warps=8)
+    return ScaleConfig(BLOCK_N=min(tile_side(n), 64), num_warps=8)
 
 
 def _count_norms(s: Sizes) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import torch
 
-from .config import Config
+from .config import Config, next_power_of_two
 
 C = TypeVar("C", bound=Config)
 
@@ -110,11 +110,6 @@ def kernel_key(
 ) -> str:
     """A kernel's name, sizes rounded up to powers of two, dtypes and kind."""
     name = kernel.strip("_").removesuffix("_kernel")
-    rounded = [f"{letter}{_rounded(size)}" for letter, size in sizes.items()]
+    rounded = [f"{letter}{next_power_of_two(size)}" for letter, size in sizes.items()]
     types = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     return " ".join([name, *rounded, *types, *([kind] if kind else [])])
-
-
-def _rounded(size: int) -> int:
-    """The next power of two."""
-    return 0 if size <= 0 else 1 << (size - 1).bit_length()

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -60,6 +61,15 @@ FILL_TABLE = Kernel(
     parts=lambda args, problems, values: [((1,), {})],
     count=lambda sizes: (0, 8 * _WORDS),
 )
+
+
+class Scalars(NamedTuple):
+    """What changes from step to step: numbers, or 0-dimensional tensors."""
+
+    momentum: float | Tensor = 0.0
+    damping: float | Tensor = 0.0
+    lr: float | Tensor = 0.0
+    weight_decay: float | Tensor = 0.0
 
 
 class Tables:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..linalg.rows import Rows, SampleMap
 from .common import (
+    LR,
+    WEIGHT_DECAY,
     count_anomalies,
     grouped_program,
     is_finite,
@@ -19,8 +21,7 @@ from .common import (
     load_scale,
     problem_base,
 )
-from .config import Config
-from .config import power_of_two as next_power_of_two
+from .config import Config, tile_side
 from .kernel import PRODUCT, Kernel, Values, blocks, covering
 from .largest import largest_of, near_one
 from .launchers import (
@@ -34,7 +35,7 @@ from .launchers import (
     stored,
     write_back,
 )
-from .tables import Tables
+from .tables import Scalars, Tables
 from .work import Sizes
 
 
@@ -135,8 +136,8 @@ def _update_kernel(
         )
         row_ok = row_ok & (finite != 0)
         mask = mask & (finite != 0)[:, None]
-        lr = load_scalar(scalars_ptr, 2)
-        decay = 1.0 - lr * load_scalar(scalars_ptr, 3)
+        lr = load_scalar(scalars_ptr, LR)
+        decay = 1.0 - lr * load_scalar(scalars_ptr, WEIGHT_DECAY)
         theta = tl.load(theta_ptr + at, mask=mask, other=0.0).to(tl.float32)
         z = decay * theta - lr * z
     tl.store(theta_ptr + at, z.to(THETA_DTYPE), mask=mask)
@@ -167,7 +168,7 @@ class UpdateConfig(Config):
 
 def update_config(n: int) -> UpdateConfig:
     """Samples a piece at a time, to pipeline their loads."""
-    return UpdateConfig(BLOCK_N=min(next_power_of_two(n), 32), num_stages=3)
+    return UpdateConfig(BLOCK_N=min(tile_side(n), 32), num_stages=3)
 
 
 def _count(s: Sizes) -> tuple[int, int]:
@@ -289,7 +290,7 @@ def _gram_step(
             biases(ms),
             counts or samples,
         ],
-        [0.0, 0.0, lr, weight_decay],
+        Scalars(lr=lr, weight_decay=weight_decay),
     )
     config = update_config(n)
     if n:  # without samples there is nothing to tune

@@ -15,8 +15,7 @@ from .common import (
     problem_base,
     sum_of_products,
 )
-from .config import Config
-from .config import power_of_two as next_power_of_two
+from .config import Config, tile_side
 from .kernel import TILES, WARPS, Kernel, covering
 from .launchers import DTYPES
 from .outputs import OutputPlace, load_outputs
@@ -104,7 +103,7 @@ class WeightsConfig(Config):
 
 def weights_config(n: int) -> WeightsConfig:
     """All samples in one block up to 256, so that Y is read once."""
-    block_n = min(next_power_of_two(n), 256)
+    block_n = min(tile_side(n), 256)
     return WeightsConfig(BLOCK_N=block_n, BLOCK_R=max(16, 2048 // block_n))
 
 

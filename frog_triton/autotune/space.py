@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..kernels.config import Config, power_of_two
+from ..kernels.config import Config, tile_side
 from ..kernels.gpu import shared_limit
 from ..kernels.kernel import Kernel
 
@@ -62,7 +62,7 @@ def invalid(
     depthwise = kind.startswith("depthwise")
     for letter, size in sizes.items():
         block = values.get(f"BLOCK_{letter.upper()}")
-        if block is not None and block > 2 * power_of_two(size) and not depthwise:
+        if block is not None and block > 2 * tile_side(size) and not depthwise:
             return f"BLOCK_{letter.upper()} is far beyond its size"
     threads = 32 * values["num_warps"]
     accumulator = 1
