@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from . import layers
+from . import layers as layers  # frog_triton.layers.register
 from .capture.functional import linear
 from .cost import cost
 from .optimizer import FROG
@@ -14,7 +14,6 @@ __all__ = [
     "PAPER",
     "__version__",
     "cost",
-    "layers",
     "linear",
     "precondition",
 ]
@@ -24,4 +23,4 @@ __version__ = version("frog-triton")
 
 def __dir__() -> list[str]:
     """The public names alone: modules inside are no part of the interface."""
-    return __all__
+    return sorted([*__all__, "layers"])

@@ -15,6 +15,7 @@ from .capture.capture import SampleCapture
 from .diagnostics import Diagnostics, memory_usage
 from .gradients import GradientWatch
 from .model.routing import RoutingTable
+from .options import Options
 
 if TYPE_CHECKING:
     from .distributed import World
@@ -30,6 +31,22 @@ class Inspection(Optimizer):
     _solved: dict[str, str]
     _world: World
     _observe: Callable[..., None] | None
+    _options: Options
+
+    @property
+    def formulation(self) -> str:
+        """As given: ``"primal"``, ``"gram"`` or ``"auto"``."""
+        return self._options.formulation
+
+    @property
+    def backend(self) -> str:
+        """As given: ``"torch"``, ``"triton"`` or ``"auto"``."""
+        return self._options.backend
+
+    @property
+    def capturable(self) -> bool:
+        """Whether CUDA graphs can capture steps."""
+        return self._options.capturable
 
     def describe(self, file: Any = None) -> RoutingTable:
         """Print, and return, who updates each parameter and why.

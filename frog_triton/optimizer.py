@@ -233,10 +233,8 @@ class FROG(Inspection):
             "cg_iters": cg_iters,
             "capturable": capturable,
         }
-        self.formulation, self.backend = formulation, backend
-        self.capturable = capturable
-        self._step_supports_amp_scaling = capturable  # asked for by GradScaler
         self._options = options
+        self._step_supports_amp_scaling = capturable  # asked for by GradScaler
         self._tuning = Tuning(autotune, autotune_dir)
         self._gradients, self._anomalies = GradientWatch(), Anomalies()
         self._solved: dict[str, str] = {}  # how, by layer

@@ -101,6 +101,12 @@ ENTRIES = {
 }
 """Of parameter groups."""
 
+FLAGS = ("nesterov", "orthogonalize")
+"""Entries that are true or false."""
+
+MAY_BE_MISSING = ("betas", "eps")
+"""Of groups: those that are not AdamW's have none."""
+
 CHECKS = ENTRIES | {
     "sampling": _one_of(tuple(SAMPLINGS)),
     "sample_size": _COUNT,
@@ -136,6 +142,9 @@ def check_group(group: Mapping[str, Any], places: bool = True) -> None:
         waits = isinstance(value, Tensor) and (group["capturable"] or not value.is_cpu)
         return places or not waits
 
+    for name in (*FLAGS, *ENTRIES):
+        if name not in group and name not in MAY_BE_MISSING:
+            raise ValueError(f"{name} is missing: put it back into the group")
     for name, entry in ENTRIES.items():
         if name in group:
             entry.run(name, group[name], may_read)

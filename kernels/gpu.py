@@ -21,8 +21,8 @@ class GPU:
         bf16: dense bf16 tensor-core operations per second.
         capability: compute capability.
         processors: streaming multiprocessors.
-        launch_us: microseconds from one launch to the next where both are short. An
-            assumption: none has been measured.
+        launch_us: microseconds from one launch to the next where both are short; an
+            assumption.
     """
 
     name: str

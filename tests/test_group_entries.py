@@ -71,6 +71,23 @@ def test_an_entry_set_between_steps_is_checked_before_anything_moves(
     assert all(map(torch.equal, net.parameters(), twin.parameters()))
 
 
+REQUIRED = ["lr", "momentum", "weight_decay", "damping", "cg_iters"]
+
+
+@pytest.mark.parametrize("group", [0, 1])
+@pytest.mark.parametrize("name", [*REQUIRED, "nesterov", "orthogonalize"])
+def test_an_entry_that_was_taken_out_is_asked_for_before_anything_moves(name, group):
+    net, opt = attention()
+    net(batch(1), True).square().sum().backward()
+    good = opt.param_groups[group].pop(name)
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(ValueError, match=rf"param_groups\[{group}\]: {name} is miss"):
+        opt.step()
+    assert all(map(torch.equal, before, net.parameters())) and not opt.state
+    opt.param_groups[group][name] = good
+    opt.step()
+
+
 RATES = {
     "no dimension": lambda: torch.tensor(0.01, dtype=torch.float64),
     "one dimension": lambda: torch.tensor([0.01], dtype=torch.float64),

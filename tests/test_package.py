@@ -44,9 +44,9 @@ def test_version():
 
 
 def test_only_public_names_show():
-    names = ("cost", "layers", "linear", "precondition")
-    public = ["FROG", "PAPER", "__version__", *names]
-    assert dir(frog_triton) == sorted(frog_triton.__all__) == public
+    public = ["FROG", "PAPER", "__version__", "cost", "linear", "precondition"]
+    assert sorted(frog_triton.__all__) == public
+    assert dir(frog_triton) == sorted([*public, "layers"])  # for layers.register
     everything = {}
     exec("from frog_triton import *", everything)
     assert everything.keys() - {"__builtins__"} == {*public}
