@@ -82,7 +82,7 @@ def buckets(lines: Sequence[LayerCost], dtype: torch.dtype) -> list[Bucket]:
     return [Bucket(line.layer, iters=ITERS, dtypes=dtypes) for line in lines]
 
 
-def problem(
+def random_batch(
     shape: LayerShape, dtype: torch.dtype, device: str
 ) -> tuple[Batch, ConvMap]:
     """A random system of one layer's geometry; on the device "meta" without numbers."""
@@ -144,7 +144,7 @@ def measure(
         deadline: of `time.monotonic`, after which `torch.compile` is left out.
         device: to run on.
     """
-    batch, map_ = problem(shape, dtype, device)
+    batch, map_ = random_batch(shape, dtype, device)
     spec, m = shape.conv, batch.ms[0].weight
     assert spec is not None
     weight = m.view(shape.rows, -1, *spec.kernel)

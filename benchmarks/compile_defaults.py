@@ -27,7 +27,7 @@ from ..layers.conv import ConvSpec
 from ..linalg.rows import Window
 from ..ops import triton_ops
 from ..solve import FORMULATIONS
-from ..solve.launches import Bucket, LayerShape, step_launches, step_problem
+from ..solve.launches import Bucket, LayerShape, step_launches, trial_step
 
 DTYPES = {
     "float32": torch.float32,
@@ -97,8 +97,8 @@ def rows(bucket: Bucket, formulation: str) -> list[Launch]:
         bucket: the layers.
         formulation: ``"primal"`` or ``"gram"``.
     """
-    problem = step_problem(bucket, formulation, _empty)
-    batch = problem.batch
+    trial = trial_step(bucket, formulation, _empty)
+    batch = trial.batch
     with recording(run=False) as made, capturable():
         xs, ys = triton_ops.prepare(batch.xs, batch.ys, torch.float32)
         batch = replace(batch, xs=xs, ys=ys)

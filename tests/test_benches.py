@@ -167,7 +167,7 @@ def test_the_tuner_tunes_what_the_kernels_bench_asks_for(name):
     tuned = {a.key for a in keys(tune.buckets("kernels"))}
     found = set()
     for line in bench_kernels.geometries(name, BF16, "h200", "auto").layers:
-        batch, _ = bench_kernels.problem(line.layer, BF16, "meta")
+        batch, _ = bench_kernels.random_batch(line.layer, BF16, "meta")
         with recording(run=False) as launches:
             bench_kernels.solved(batch, line.formulation)
         found |= asked(launches)

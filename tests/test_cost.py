@@ -200,7 +200,7 @@ def test_products_are_timed_from_the_middle_of_a_solve():
     image, spec = (4, 6, 6), ConvSpec((3, 3), (1, 1), (1, 1), (1, 1), 1)
     shape = LayerShape("", 6, 36, 4 * 36, 1, False, image, spec)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch, _ = bench_kernels.problem(shape, torch.float32, device)
+    batch, _ = bench_kernels.random_batch(shape, torch.float32, device)
     for launch in bench_kernels.products(batch).values():
         assert not launch.args["FIRST"]
         launch.run()

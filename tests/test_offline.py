@@ -144,7 +144,7 @@ import sys
 import torch
 from dataclasses import replace
 from frog_triton.autotune.offline import compiled, inexact, resources
-from frog_triton.solve.launches import Bucket, LayerShape, step_problem
+from frog_triton.solve.launches import Bucket, LayerShape, trial_step
 from frog_triton.ops import triton_ops
 from frog_triton.kernels.launch import capturable, recording
 from frog_triton.linalg.rows import Rows, Window
@@ -155,9 +155,9 @@ def meta(size, dtype):
 launches = []
 with capturable(False), recording(run=False) as found:
     for formulation in ("gram", "primal"):
-        problem = step_problem(Bucket(LayerShape("", 768, 768, 256)), formulation, meta)
-        params = [Rows(rows.weight.t(), rows.bias) for rows in problem.params]
-        replace(problem, params=params).step(triton_ops)
+        trial = trial_step(Bucket(LayerShape("", 768, 768, 256)), formulation, meta)
+        params = [Rows(rows.weight.t(), rows.bias) for rows in trial.params]
+        replace(trial, params=params).step(triton_ops)
     window = Window((4, 4), (1, 1), (-1, -1), (-1, -1), "zeros", (2, 2))
     x, index = meta((8, 64, 16, 16), torch.float32), meta((256,), torch.int64)
     triton_ops.gather_patches(x, index, (32, 32), window)
@@ -228,7 +228,7 @@ KEYS = """
 import json, sys, torch
 from triton import knobs
 from frog_triton.autotune.offline import compiling_for
-from frog_triton.solve.launches import LayerShape, Bucket, step_launches, step_problem
+from frog_triton.solve.launches import LayerShape, Bucket, step_launches, trial_step
 from frog_triton.layers.conv import ConvSpec
 from frog_triton.ops import triton_ops
 from frog_triton.kernels.launch import capturable, recording
@@ -275,12 +275,12 @@ for shape in shapes:
         bucket = Bucket(shape, count, 4, nesterov, dtypes)
         for formulation in ("gram", "primal"):
             expected = keys(step_launches(bucket, formulation))
-            problem = step_problem(
+            trial = trial_step(
                 bucket, formulation, lambda size, dtype: torch.zeros(size, dtype=dtype)
             )
             for graph in (False, True):
                 with recording(run=False) as made, capturable(graph):
-                    problem.step(triton_ops)
+                    trial.step(triton_ops)
                 made = [a for a in made if a.name != "_fill_table_kernel"]
                 assert keys(made) == expected, (bucket, formulation)
             counted += len(expected)
@@ -309,17 +309,17 @@ from triton import knobs
 from frog_triton.kernels.gram import GramConfig
 from frog_triton.autotune.offline import compiling_for
 from frog_triton.kernels.table import Table, using
-from frog_triton.solve.launches import Bucket, step_problem
+from frog_triton.solve.launches import Bucket, trial_step
 from frog_triton.ops import triton_ops
 from frog_triton.kernels.launch import recording
 from triton.runtime import driver
 
 bucket, key, values = json.loads(sys.argv[1])
-problem = step_problem(
+trial = trial_step(
     Bucket.from_json(bucket), "gram", lambda size, dtype: torch.zeros(size, dtype=dtype)
 )
 with using(Table({key: GramConfig(**values)})), recording(run=False) as made:
-    problem.step(triton_ops)
+    trial.step(triton_ops)
 hits = []
 knobs.compilation.listener = lambda **what: hits.append(what["cache_hit"])
 before = driver._active

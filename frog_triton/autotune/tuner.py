@@ -23,7 +23,7 @@ from ..ops import torch_ops, triton_ops
 from ..ops.backend import Backend
 from ..solve.formulation import layer_key
 from ..solve.formulation import predict as predict_formulations
-from ..solve.launches import Bucket, Problem, step_problem
+from ..solve.launches import Bucket, Trial, trial_step
 from .model import predict
 from .shortlist import (
     Candidate,
@@ -142,9 +142,9 @@ class Tuner:
             if not verdict:
                 try:
                     exact = self._reference(request.bucket)
-                    problem = self._problem(request.bucket, request.formulation)
+                    trial = self._trial(request.bucket, request.formulation)
                     with using(table), recording() as launches:
-                        error = _error(_results(problem, triton_ops), exact)
+                        error = _error(_results(trial, triton_ops), exact)
                 except Exception as problem_:  # whatever a compiler or driver raises
                     verdict = f"failed: {problem_}"[:200]
                 else:
@@ -184,7 +184,7 @@ class Tuner:
         groups = []
         for name in names:
             with using(self.table), recording() as launches:
-                self._problem(bucket, name).step(triton_ops)
+                self._trial(bucket, name).step(triton_ops)
             groups.append(launches)
         times = self.timer(groups)
         medians = [statistics.median(t) for t in times]
@@ -196,11 +196,11 @@ class Tuner:
         """The step in float64; only the last one asked for is kept."""
         if self._exact is None or self._exact[0] != bucket:
             self._exact = None  # frees its memory first
-            problem = self._problem(bucket, "primal", wide=True)
-            self._exact = bucket, _results(problem, torch_ops)
+            trial = self._trial(bucket, "primal", wide=True)
+            self._exact = bucket, _results(trial, torch_ops)
         return self._exact[1]
 
-    def _problem(self, bucket: Bucket, formulation: str, wide: bool = False) -> Problem:
+    def _trial(self, bucket: Bucket, formulation: str, wide: bool = False) -> Trial:
         """A step on random numbers, the same each time; in float64 if `wide`."""
         generator = torch.Generator(self.device).manual_seed(0)
 
@@ -211,11 +211,11 @@ class Tuner:
             value = value.to(dtype)
             return value.to(torch.float64) if wide else value
 
-        problem = step_problem(bucket, formulation, make)
-        for param in _tensors(problem):
+        trial = trial_step(bucket, formulation, make)
+        for param in _tensors(trial):
             # From zero, so that a step is not lost in the rounding of 16 bits.
             param.zero_()
-        return problem
+        return trial
 
 
 def costliest_first(wanted: Sequence[Request], gpu: GPU) -> list[Request]:
@@ -253,16 +253,16 @@ def _spread(times: Sequence[float]) -> float:
     return high - low
 
 
-def _tensors(problem: Problem) -> list[Tensor]:
+def _tensors(trial: Trial) -> list[Tensor]:
     """All that a step changes."""
-    parts = [part for rows in problem.params for part in (rows.weight, rows.bias)]
+    parts = [part for rows in trial.params for part in (rows.weight, rows.bias)]
     return [part for part in parts if part is not None]
 
 
-def _results(problem: Problem, backend: Backend) -> list[Tensor]:
+def _results(trial: Trial, backend: Backend) -> list[Tensor]:
     """Where a step from zero ends."""
-    problem.step(backend)
-    return _tensors(problem)
+    trial.step(backend)
+    return _tensors(trial)
 
 
 def _error(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:

@@ -161,8 +161,8 @@ Make = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
-class Problem:
-    """All that a step for layers of one geometry takes.
+class Trial:
+    """A step of made-up tensors, to be counted, compiled or timed.
 
     Attributes:
         batch: samples, momentum and gradients.
@@ -192,7 +192,7 @@ class Problem:
             solution.update_(self.params, self.counts, *rates)
 
 
-def step_problem(bucket: Bucket, formulation: str, make: Make) -> Problem:
+def trial_step(bucket: Bucket, formulation: str, make: Make) -> Trial:
     """A step for layers of one geometry.
 
     Args:
@@ -228,7 +228,7 @@ def step_problem(bucket: Bucket, formulation: str, make: Make) -> Problem:
     batch = Batch(xs, ys, rows(momentum_dtype), rows(param_dtype), 0.9, bucket.nesterov)
     params = rows(param_dtype)
     counts = [make((2, r), torch.int32) for _ in range(count)]
-    return Problem(batch, params, counts, formulation, bucket.iters)
+    return Trial(batch, params, counts, formulation, bucket.iters)
 
 
 def step_launches(
@@ -243,11 +243,11 @@ def step_launches(
     """
     from ..ops import triton_ops  # Triton need not be installed for torch's backend
 
-    problem = step_problem(
+    trial = trial_step(
         bucket,
         formulation,
         lambda size, dtype: torch.empty(size, dtype=dtype, device="meta"),
     )
     with capturable(False), recording(run=False) as launches:
-        problem.step(triton_ops, orthogonalize)
+        trial.step(triton_ops, orthogonalize)
     return launches
