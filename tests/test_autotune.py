@@ -242,9 +242,9 @@ def test_wrong_results_cannot_win(monkeypatch):
 def test_one_reference_serves_all_keys_of_a_bucket(monkeypatch):
     """And only one is alive at a time; the costliest bucket comes first."""
     alive, made, order = [], [], []
-    honest, timed = Tuner._problem, Tuner._time
+    honest, timed = Tuner._trial, Tuner._time
 
-    def problem(self, bucket, formulation, wide=False):
+    def trial(self, bucket, formulation, wide=False):
         found = honest(self, bucket, formulation, wide)
         if wide:
             assert not any(ref() is not None for ref in alive)
@@ -256,7 +256,7 @@ def test_one_reference_serves_all_keys_of_a_bucket(monkeypatch):
         order.append(asked)
         timed(self, asked, report)
 
-    monkeypatch.setattr(Tuner, "_problem", problem)
+    monkeypatch.setattr(Tuner, "_trial", trial)
     monkeypatch.setattr(Tuner, "_time", time)
     some = ("gram n", "update", "primal_update")
     monkeypatch.setattr(
@@ -310,11 +310,11 @@ def test_a_wrong_bias_is_an_error_too(part):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = Tuner(H200, device, by_tile)
     bucket = geometry(SMALL, 2, F32)
-    problem = found._problem(bucket, "gram")
+    trial = found._trial(bucket, "gram")
     exact = [t.clone() for t in found._reference(bucket)]
-    results = tuner._results(problem, tuner.triton_ops)
+    results = tuner._results(trial, tuner.triton_ops)
     assert tuner._error(results, exact) < 1e-4  # measured 3e-7
-    getattr(problem.params[1], part).mul_(1.1)
+    getattr(trial.params[1], part).mul_(1.1)
     assert tuner._error(results, exact) > 1e-3
 
 
