@@ -30,6 +30,7 @@ from ..kernels.launch import Launch, recording
 from ..kernels.primal_adjoint import PRIMAL_ADJOINT
 from ..kernels.primal_forward import PRIMAL_FORWARD
 from ..layers import ConvMap
+from ..linalg.numbers import Numbers
 from ..linalg.rows import Rows
 from ..ops import triton_ops
 from ..preconditioner import solve
@@ -101,13 +102,13 @@ def random_batch(
     map_ = ConvMap(x, shape.conv, shape.bias)
     bias = randn(shape.rows) if shape.bias else None
     m = Rows(randn(shape.rows, shape.dim), bias)
-    return Batch([map_], [y.flatten(2)], [m]), map_
+    numbers = Numbers(damping=DAMPING)
+    return Batch([map_], [y.flatten(2)], [m], numbers=numbers), map_
 
 
 def solved(batch: Batch, formulation: str, iters: int = ITERS) -> Tensor:
     """Directions of the kernels' solve."""
-    options: dict[str, Any] = {"damping": DAMPING, "cg_iters": iters}
-    solution = solve(triton_ops, batch, formulation=formulation, **options)
+    solution = solve(triton_ops, batch, cg_iters=iters, formulation=formulation)
     return solution.rows().weight
 
 

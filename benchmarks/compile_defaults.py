@@ -102,11 +102,9 @@ def rows(bucket: Bucket, formulation: str) -> list[Launch]:
     with recording(run=False) as made, capturable():
         xs, ys = triton_ops.prepare(batch.xs, batch.ys, torch.float32)
         batch = replace(batch, xs=xs, ys=ys)
-        solution = FORMULATIONS[formulation](triton_ops, batch, 1e-4, bucket.iters)
+        solution = FORMULATIONS[formulation](triton_ops, batch, bucket.iters)
         solution.rows()
-        FORMULATIONS[formulation](
-            triton_ops, replace(batch, grads=None), 1e-4, bucket.iters
-        )
+        FORMULATIONS[formulation](triton_ops, replace(batch, grads=None), bucket.iters)
         if batch.xs[0].window is not None:
             triton_ops.write_out(batch.xs, batch.ys)
     return made

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from .scaling import moved_to, multiply_, steps_taken
+from .linalg.numbers import moved_to
+from .scaling import multiply_, steps_taken
 from .state import complete, step_counter
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .linalg.numbers import moved_to
 from .linalg.rows import local
-from .scaling import moved_to
 from .warning import warn
 
 RECENT = 10

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from . import ops
 from .layers import Seen, adapter_for
 from .layers.rows import named
+from .linalg.numbers import Numbers
 from .linalg.rows import Rows
 from .ops.backend import Backend
 from .options import check
@@ -19,7 +20,6 @@ def solve(
     backend: Backend,
     batch: Batch,
     *,
-    damping: float | Tensor,
     cg_iters: int,
     formulation: str = "auto",
 ) -> Solution:
@@ -28,14 +28,13 @@ def solve(
     Args:
         backend: a module of `frog_triton.ops`.
         batch: the systems, samples as captured.
-        damping: tau.
         cg_iters: k.
         formulation: ``"primal"``, ``"gram"`` or ``"auto"``.
     """
     batch = prepared(backend, batch)
     if formulation == "auto":
         formulation = choose_formulation(backend, batch, cg_iters)
-    return FORMULATIONS[formulation](backend, batch, damping, cg_iters)
+    return FORMULATIONS[formulation](backend, batch, cg_iters)
 
 
 @torch.no_grad()
@@ -122,13 +121,8 @@ def precondition(
     if x.samples * x.positions == 0:
         raise ValueError(f"{kind}: no samples; inputs has shape {tuple(inputs.shape)}")
     with torch.autocast(momentum.device.type, enabled=False):
-        solution = solve(
-            chosen,
-            Batch([x], [y], [m]),
-            damping=damping,
-            cg_iters=cg_iters,
-            formulation=formulation,
-        )
+        batch = Batch([x], [y], [m], numbers=Numbers(damping=damping))
+        solution = solve(chosen, batch, cg_iters=cg_iters, formulation=formulation)
         z = solution.rows()
     direction = spec.axes.back(z.weight[0], weight)
     return direction, None if z.bias is None else z.bias[0]

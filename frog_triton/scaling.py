@@ -1,9 +1,9 @@
 """Steps of which only the device knows whether they are taken.
 
 To an optimizer that supports it, a GradScaler hands ``grad_scale`` and ``found_inf`` as
-tensors on the device; without one, FROG finds its own. Rows of which no step is to be
-taken get a gradient that is not finite for as long as the step lasts, and the solvers
-leave such rows, and their momentum, as they are.
+tensors on the device; without one, FROG finds its own (`Numbers.skipped`). Experts that
+met no token get a gradient that is not finite for as long as the step lasts, and the
+solvers leave such rows, and their momentum, as they are.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .linalg.numbers import moved_to
 from .linalg.rows import Rows
 
 
@@ -69,11 +70,6 @@ def multiply_(tensors: Iterable[Tensor], factor: float | Tensor) -> None:
         torch._foreach_mul_(there, number)
 
 
-def moved_to(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device. Only a CPU is waited for: it would read too early."""
-    return tensor.to(device, non_blocking=device.type != "cpu")
-
-
 def steps_taken(found_inf: Tensor | None, device: torch.device) -> float | Tensor:
     """1, or a tensor of 0 where the step is to be skipped.
 
@@ -84,35 +80,6 @@ def steps_taken(found_inf: Tensor | None, device: torch.device) -> float | Tenso
     if found_inf is None:
         return 1.0
     return moved_to(found_inf == 0, device).double()
-
-
-@contextmanager
-def skipping(
-    grads: Sequence[Rows], counts: list[Tensor], found_inf: Tensor | None
-) -> Iterator[None]:
-    """Where `found_inf` is not 0, a step taken in this context changes nothing.
-
-    Args:
-        grads: rows that the step will read; whole again afterwards.
-        counts: int32, of anomalies; what is counted in a skipped step is taken back.
-        found_inf: not 0 where the step is to be skipped; None takes every step.
-    """
-    if found_inf is None or not grads:
-        yield
-        return
-    taken = found_inf == 0
-    # One entry that is not finite is enough for a row.
-    entries = [g.weight[:, 0] if g.bias is None else g.bias for g in grads]
-    kept, before = _copies(entries), _copies(counts)
-    multiply_(entries, torch.where(taken, 1.0, float("nan")))
-    try:
-        yield
-    finally:
-        torch._foreach_copy_(entries, kept)
-        held = list(counts)
-        torch._foreach_sub_(held, before)
-        multiply_(held, taken.to(torch.int32))
-        torch._foreach_add_(held, before)
 
 
 class Left(NamedTuple):
@@ -146,18 +113,3 @@ def leaving(layers: Sequence[Left]) -> Iterator[None]:
         for entries, before, rows, counts, counted in kept:
             entries.copy_(before)
             counts.copy_(torch.where(rows, counted, counts))
-
-
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """A copy of each; one launch for all of a device and dtype."""
-    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        alike.setdefault((tensor.device, tensor.dtype), []).append(i)
-    copies: dict[int, Tensor] = {}
-    for places in alike.values():
-        flat = torch.cat([tensors[i].reshape(-1) for i in places])
-        parts = flat.split([tensors[i].numel() for i in places])
-        copies |= {
-            i: p.view(tensors[i].shape) for i, p in zip(places, parts, strict=True)
-        }
-    return [copies[i] for i in range(len(tensors))]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from . import ops
 from .autotune.tuning import Tuning
+from .linalg.numbers import Numbers
 from .linalg.rows import Rows
 from .model.plan import Layer
 from .preconditioner import solve
-from .scaling import Left, leaving, skipping
+from .scaling import Left, leaving
 from .solve import Batch, Solution
 from .solve.launches import Bucket, shape_of, together
 from .solve.orthogonal import orthogonalize
@@ -39,15 +40,12 @@ class Directions(Protocol):
     def rows(self) -> Rows:
         """The directions written out, ``(L, R, D)``."""
 
-    def step_along_(
-        self, rows: Rows, lr: float | Tensor, weight_decay: float | Tensor
-    ) -> None:
+    def step_along_(self, rows: Rows, numbers: Numbers) -> None:
         """Equation (5) along other directions, in place.
 
         Args:
             rows: one for each of these, ``(L, R, D)``.
-            lr: eta.
-            weight_decay: rho.
+            numbers: of the group.
         """
 
 
@@ -80,9 +78,7 @@ class Solved(NamedTuple):
         """See `Directions`."""
         return self.solution.rows()
 
-    def step_along_(
-        self, rows: Rows, lr: float | Tensor, weight_decay: float | Tensor
-    ) -> None:
+    def step_along_(self, rows: Rows, numbers: Numbers) -> None:
         """See `Directions`; counts anomalies, too."""
         params, solution = [step.params for step in self.steps], self.solution
         self.steps[0].backend.direction_update_(
@@ -91,14 +87,13 @@ class Solved(NamedTuple):
             solution.status,
             solution.finite,
             self.counts,
-            lr,
-            weight_decay,
+            numbers,
         )
 
-    def update_(self, lr: float | Tensor, weight_decay: float | Tensor) -> None:
+    def update_(self) -> None:
         """Equation (5) along the directions as they are; counts anomalies, too."""
         params = [step.params for step in self.steps]
-        self.solution.update_(params, self.counts, lr, weight_decay)
+        self.solution.update_(params, self.counts)
 
 
 class Gathered(NamedTuple):
@@ -129,8 +124,7 @@ def step_rows(
 
     Experts that met no token stay as they are; where `found_inf` is not 0, everything.
     """
-    grads = [step.grads for step in steps if step.grads is not None]
-    anomalies = [counts[step.layer.name] for step in steps]
+    numbers = numbers_of(group, found_inf)
     alone = [
         Left(
             step.grads,
@@ -141,17 +135,34 @@ def step_rows(
         for step in steps
         if is_mixture(step.layer)
     ]
-    with skipping(grads, anomalies, found_inf), leaving(alone):
-        how = step_layers(world, steps, group, formulation, counts, observe)
+    with leaving(alone):
+        how = step_layers(world, steps, group, numbers, formulation, counts, observe)
     for step in steps:
         step.write_back()
     return how
+
+
+def numbers_of(group: dict[str, Any], found_inf: Tensor | None = None) -> Numbers:
+    """A group's numbers in this step.
+
+    Args:
+        group: hyperparameters.
+        found_inf: not 0 where the step is to be skipped; None takes every step.
+    """
+    return Numbers(
+        momentum=group["momentum"],
+        damping=group["damping"],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        skipped=0.0 if found_inf is None else found_inf,
+    )
 
 
 def step_layers(
     world: World,
     steps: Sequence[LayerStep],
     group: dict[str, Any],
+    numbers: Numbers,
     formulation: str,
     counts: Mapping[str, Tensor],
     observe: Callable[..., None] | None = None,
@@ -162,6 +173,7 @@ def step_layers(
         world: the ranks that train together.
         steps: from `layer_step`, of all rows that this rank holds.
         group: hyperparameters.
+        numbers: those of them that are numbers.
         formulation: ``"primal"``, ``"gram"`` or ``"auto"``.
         counts: of each layer by name, as in `Solved`; updated in place.
         observe: called with layers, solution and group between solve and update.
@@ -170,15 +182,15 @@ def step_layers(
         How each layer was solved, in words.
     """
     how: dict[str, str] = {}
-    here, lr, weight_decay = world.own(steps, group), group["lr"], group["weight_decay"]
-    solved = solutions(here, group, formulation, counts, observe, how)
+    here = world.own(steps, numbers, group["nesterov"])
+    solved = solutions(here, group, numbers, formulation, counts, observe, how)
     if group["orthogonalize"]:
-        for whole in world.whole(steps, solved):
+        for whole in world.whole(steps, solved, numbers):
             z = orthogonalize(whole.rows(), whole.finite, whole.groups)
-            whole.step_along_(z, lr, weight_decay)
+            whole.step_along_(z, numbers)
     else:
         for some in solved:
-            some.update_(lr, weight_decay)
+            some.update_()
         world.share_rows(steps)
     return how
 
@@ -186,6 +198,7 @@ def step_layers(
 def solutions(
     steps: Iterable[LayerStep],
     group: dict[str, Any],
+    numbers: Numbers,
     formulation: str,
     counts: Mapping[str, Tensor],
     observe: Callable[..., None] | None,
@@ -196,6 +209,7 @@ def solutions(
     Args:
         steps: of the rows that are solved here.
         group: hyperparameters.
+        numbers: those of them that are numbers.
         formulation: of the solver.
         counts: what is counted in `Solved.counts` until the next item arrives here.
         observe: called after each solve.
@@ -209,14 +223,13 @@ def solutions(
             [step.y for step in bucket],
             [step.momentum for step in bucket],
             grads or None,
-            group["momentum"],
+            numbers,
             group["nesterov"],
             torch.stack(finite) if finite else None,
         )
         solution = solve(
             bucket[0].backend,
             batch,
-            damping=group["damping"],
             cg_iters=group["cg_iters"],
             formulation=formulation,
         )
@@ -233,13 +246,14 @@ def solutions(
 
 
 def advance_momentum(
-    steps: Iterable[LayerStep], group: dict[str, Any]
+    steps: Iterable[LayerStep], numbers: Numbers, nesterov: bool
 ) -> list[LayerStep]:
     """``M <- beta M + G`` of all rows, before a solve of some of them.
 
     Args:
         steps: from `layer_step`.
-        group: hyperparameters.
+        numbers: of the group.
+        nesterov: see `Batch`.
 
     Returns:
         The steps, without gradients; their momentum is what to precondition.
@@ -249,8 +263,8 @@ def advance_momentum(
         ms, _, finite = bucket[0].backend.momentum_(
             [step.momentum for step in bucket],
             [step.grads for step in bucket if step.grads is not None],
-            group["momentum"],
-            group["nesterov"],
+            numbers,
+            nesterov,
         )
         advanced += [
             replace(step, momentum=m, grads=None, finite=rows)

@@ -34,13 +34,21 @@ MOMENTUM: tl.constexpr = tl.constexpr(0)
 DAMPING: tl.constexpr = tl.constexpr(1)
 LR: tl.constexpr = tl.constexpr(2)
 WEIGHT_DECAY: tl.constexpr = tl.constexpr(3)
-"""Places of scalars; see `tables.Scalars`."""
+SKIPPED: tl.constexpr = tl.constexpr(4)
+"""Places of a group's numbers; see `frog_triton.linalg.numbers.Numbers`."""
 
 
 @triton.jit
 def load_scalar(scalars_ptr, index):
     """One float32 scalar out of the float64 array."""
     return tl.load(scalars_ptr + index).to(tl.float32)
+
+
+@triton.jit
+def load_taken(scalars_ptr):
+    """Whether the step is taken, to float64's last bit."""
+    # By way of integers: the interpreter's comparisons of float64 are no booleans.
+    return tl.where(tl.load(scalars_ptr + SKIPPED) == 0.0, 1, 0) != 0
 
 
 @triton.jit

@@ -18,11 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..linalg.numbers import Numbers
 from .common import DAMPING, load_scalar, problem_base, sum_of_products
 from .config import Config, tile_side
 from .kernel import TILES, WARPS, Args, Kernel, Values, blocks, covering
 from .launchers import PRECISION, by_group, stored
-from .tables import Scalars, Tables
+from .tables import numbers_on
 from .work import Sizes
 
 # Eight roundings of float32, 2^-20. A sum that much below its terms is all rounding.
@@ -401,7 +402,7 @@ def gram_cg(
     weights: Tensor,
     m_squared: Tensor,
     status: Tensor,
-    damping: float | Tensor,
+    numbers: Numbers,
     iters: int,
 ) -> tuple[Tensor, Tensor]:
     """See `torch_ops.gram_cg`; all iterations in one launch."""
@@ -409,7 +410,6 @@ def gram_cg(
     c, weights = stored(c), stored(weights)
     s = torch.empty_like(m_squared)
     u = torch.empty_like(c)
-    tables = Tables([[c]], Scalars(damping=damping))
     config = GRAM_CG.tuned(
         gram_cg_config(n), {"n": n, "r": rows, "p": layers * groups, "k": iters}
     )
@@ -425,7 +425,7 @@ def gram_cg(
         weights_ptr=weights,
         m_squared_ptr=m_squared,
         status_ptr=status,
-        scalars_ptr=tables.scalars,
+        scalars_ptr=numbers_on(numbers, c.device),
         s_ptr=s,
         u_ptr=u,
         **scratch,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..linalg.numbers import Numbers
 from ..linalg.rows import Rows, SampleMap
 from .common import (
     MOMENTUM,
@@ -15,6 +16,7 @@ from .common import (
     layer_pointer,
     load_scalar,
     load_scale,
+    load_taken,
     power_of_two,
     problem_base,
 )
@@ -22,7 +24,7 @@ from .config import Config, tile_side
 from .kernel import PRODUCT, TILES, Args, Kernel, Parts, Values, blocks
 from .largest import largest_of
 from .launchers import DTYPES, PRECISION, biases, by_group, empty_rows, flat_samples
-from .tables import Scalars, Tables
+from .tables import Tables, numbers_on
 from .work import Sizes
 
 
@@ -83,9 +85,10 @@ def _momentum_project_kernel(
 
     V is M, or with NESTEROV ``G + beta M``, which is then written out; in products it
     is scaled so that no square overflows or vanishes. A row that would not be finite
-    stays as it is: beta and G become 1 and 0. To know both before anything is written,
-    the block's rows are read once ahead (MEASURE); the second read comes from the
-    cache. Without UPDATE, V is read as it is; without MEASURE, so is its scale.
+    stays as it is, as all do in a skipped step: beta and G become 1 and 0. To know both
+    before anything is written, the block's rows are read once ahead (MEASURE); the
+    second read comes from the cache. Without UPDATE, V is read as it is; without
+    MEASURE, so is its scale.
     """
     problem = tl.program_id(1).to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
@@ -130,6 +133,8 @@ def _momentum_project_kernel(
             if UPDATE:
                 _, v_bias = _decayed(m_bias, g_bias, beta, M_DTYPE, NESTEROV)
             largest = tl.maximum(largest, _magnitude(v_bias))
+        if UPDATE:
+            largest = tl.where(load_taken(scalars_ptr), largest, float("inf"))
         m_scale = tl.where(is_finite(largest), power_of_two(largest), 1.0)
         if block_n == 0:
             tl.store(m_scale_ptr + scale_at, m_scale, mask=row_ok)
@@ -276,12 +281,12 @@ MOMENTUM_PROJECT = Kernel(
 def momentum_(
     momenta: Sequence[Rows],
     grads: Sequence[Rows] | None,
-    momentum: float | Tensor,
+    numbers: Numbers,
     nesterov: bool,
 ) -> tuple[Sequence[Rows], Tensor, Tensor]:
     """See `torch_ops.momentum_`; one launch."""
     ms, scales, finite, _, _ = momentum_project_(
-        None, momenta, grads, momentum, nesterov
+        None, momenta, grads, numbers, nesterov
     )
     return ms, scales, finite
 
@@ -290,7 +295,7 @@ def momentum_project_(
     xs: Sequence[SampleMap] | None,
     momenta: Sequence[Rows],
     grads: Sequence[Rows] | None,
-    momentum: float | Tensor,
+    numbers: Numbers,
     nesterov: bool,
 ) -> tuple[list[Rows], Tensor, Tensor, Tensor, Tensor]:
     """See `torch_ops.momentum_project_`; without samples nothing is projected.
@@ -318,8 +323,7 @@ def momentum_project_(
             biases(gs),
             biases(momenta),
             biases(vs),
-        ],
-        Scalars(momentum=momentum),
+        ]
     )
     c = m.new_empty(layers, n, rows if xs is not None else 0, dtype=torch.float32)
     m_squared = m.new_empty(layers, rows, dtype=torch.float32)
@@ -343,7 +347,7 @@ def momentum_project_(
         g_bias_table_ptr=tables[5],
         m_bias_table_ptr=tables[6],
         v_bias_table_ptr=tables[7],
-        scalars_ptr=tables.scalars,
+        scalars_ptr=numbers_on(numbers, m.device),
         c_ptr=c,
         m_squared_ptr=m_squared,
         m_scale_ptr=scales,

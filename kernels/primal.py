@@ -63,7 +63,6 @@ class PrimalState:
         pp: ``|p|^2`` ``(L, R)``.
         zm: ``<z, m>`` so far ``(L, R)``.
         ap: partial ``X^T T`` where the positions are split ``(splits, L, R, D)``.
-        damping: tau of the last iteration, for the last step.
     """
 
     samples: Samples
@@ -84,4 +83,3 @@ class PrimalState:
     pp: Tensor
     zm: Tensor
     ap: Rows | None = None
-    damping: float | Tensor = 0.0

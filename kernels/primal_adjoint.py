@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from ..linalg.numbers import Numbers
 from ..linalg.rows import SampleMap
 from .common import (
     DAMPING,
@@ -33,7 +33,7 @@ from .samples import (
     product,
     product_precision,
 )
-from .tables import Scalars, Tables
+from .tables import Tables, numbers_on
 from .work import Sizes
 
 
@@ -374,17 +374,13 @@ PRIMAL_ADJOINT = Kernel(
 )
 
 
-def cg_adjoint_(
-    xs: Sequence[SampleMap], state: PrimalState, damping: float | Tensor
-) -> None:
+def cg_adjoint_(xs: Sequence[SampleMap], state: PrimalState, numbers: Numbers) -> None:
     """See `torch_ops.cg_adjoint_`; one launch, two where the samples are split."""
     s, m = state.samples, state.ms[0]
     k = state.iteration - 1
     p, r, z = state.directions[k % 2], state.r, state.z
     ms = [m.weight for m in state.ms]
-    tables = Tables(
-        [s.tensors, s.largest, ms, biases(state.ms)], Scalars(damping=damping)
-    )
+    tables = Tables([s.tensors, s.largest, ms, biases(state.ms)])
     partial = z if state.ap is None else state.ap
 
     PRIMAL_ADJOINT.launch(
@@ -395,7 +391,7 @@ def cg_adjoint_(
         m_table_ptr=tables[2],
         m_bias_table_ptr=tables[3],
         m_scale_ptr=state.scales,
-        scalars_ptr=tables.scalars,
+        scalars_ptr=numbers_on(numbers, m.weight.device),
         t_ptr=state.t,
         p_rows=p,
         r_rows=r,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from ..linalg.numbers import Numbers
 from ..linalg.rows import SampleMap
 from .common import (
     grouped_program,
@@ -271,7 +271,7 @@ def cg_forward_(
     xs: Sequence[SampleMap],
     weights: RowWeights,
     state: PrimalState,
-    damping: float | Tensor,
+    numbers: Numbers,
     last: bool,
 ) -> None:
     """See `torch_ops.cg_forward_`; one launch."""
@@ -324,4 +324,3 @@ def cg_forward_(
         PRECISION=product_precision(s),
     )
     state.iteration += 1
-    state.damping = damping

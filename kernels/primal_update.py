@@ -8,14 +8,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..linalg.numbers import Numbers
 from ..linalg.rows import Rows
-from .common import LR, WEIGHT_DECAY, count_anomalies, layer_pointer, load_scalar
+from .common import (
+    LR,
+    WEIGHT_DECAY,
+    count_anomalies,
+    layer_pointer,
+    load_scalar,
+    load_taken,
+)
 from .config import Config
 from .kernel import WARPS, Kernel, covering
 from .launchers import DTYPES, biases, empty_rows, flat, row_strides, write_back
 from .primal import PrimalState, step_length
 from .samples import Stencil, native_column
-from .tables import Scalars, Tables
+from .tables import Tables, numbers_on
 from .work import Sizes
 
 
@@ -93,6 +101,8 @@ def _primal_update_kernel(
     scale = tl.where(usable, tl.div_rn(1.0, root), 0.0)
 
     if STEP:
+        # In a skipped step nothing is written.
+        row_ok = row_ok & load_taken(scalars_ptr)
         finite = tl.load(finite_ptr + at, mask=row_ok, other=0)
         count_anomalies(
             counts_table_ptr,
@@ -169,10 +179,10 @@ PRIMAL_UPDATE = Kernel(
 )
 
 
-def cg_rows(state: PrimalState) -> Rows:
+def cg_rows(state: PrimalState, numbers: Numbers) -> Rows:
     """See `torch_ops.cg_rows`; one launch."""
     z, layers = empty_rows(state.ms)
-    _finish(layers, state, state.status, [], 0.0, 0.0, step=False)
+    _finish(layers, state, state.status, [], numbers, step=False)
     return z
 
 
@@ -181,12 +191,11 @@ def cg_update_(
     state: PrimalState,
     finite: Tensor,
     counts: Sequence[Tensor],
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
+    numbers: Numbers,
 ) -> None:
     """See `torch_ops.cg_update_`; one launch."""
     rows = [flat(p) for p in params]
-    _finish(rows, state, finite, counts, lr, weight_decay, step=True)
+    _finish(rows, state, finite, counts, numbers, step=True)
     write_back(params, rows)
 
 
@@ -195,8 +204,7 @@ def _finish(
     state: PrimalState,
     finite: Tensor,
     counts: Sequence[Tensor],
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
+    numbers: Numbers,
     step: bool,
 ) -> None:
     """Equation (5), or directions written out."""
@@ -216,8 +224,7 @@ def _finish(
             [m.weight for m in state.ms],
             biases(state.ms),
             counts or [m.weight for m in state.ms],
-        ],
-        Scalars(0.0, state.damping, lr, weight_decay),
+        ]
     )
     PRIMAL_UPDATE.launch(
         config,
@@ -228,7 +235,7 @@ def _finish(
         m_bias_table_ptr=tables[3],
         m_scale_ptr=state.scales,
         counts_table_ptr=tables[4],
-        scalars_ptr=tables.scalars,
+        scalars_ptr=numbers_on(numbers, m.weight.device),
         p_rows=p,
         z_rows=z,
         pap_partial_ptr=state.pap,

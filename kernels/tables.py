@@ -1,14 +1,14 @@
-"""Tables of addresses and scalars that kernels of several layers read."""
+"""Tables of addresses, and of numbers, that kernels of several layers read."""
 
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..linalg.numbers import Numbers
 from .config import Config
 from .kernel import Kernel
 from .launch import hold, is_capturable
@@ -63,35 +63,22 @@ FILL_TABLE = Kernel(
 )
 
 
-class Scalars(NamedTuple):
-    """What changes from step to step: numbers, or 0-dimensional tensors."""
-
-    momentum: float | Tensor = 0.0
-    damping: float | Tensor = 0.0
-    lr: float | Tensor = 0.0
-    weight_decay: float | Tensor = 0.0
-
-
 class Tables:
     """Addresses of tensors, one row a kind and one column a layer, on the device.
 
-    All rows, and the scalars, travel together: in one copy from the host's memory, or
-    where a CUDA graph must be able to capture that, as arguments of a kernel. The
-    tensors live as long as these tables do; past the launch, the caching allocator
-    sees to what one stream still reads.
+    All rows travel together: in one copy from the host's memory, or where a CUDA graph
+    must be able to capture that, as arguments of a kernel. The tensors live as long as
+    these tables do; past the launch, the caching allocator sees to what one stream
+    still reads.
 
     Args:
         rows: tensors by kind, each a list of one a layer.
-        scalars: numbers, or 0-dimensional tensors, which are read on the device.
 
     Attributes:
         align: a power of two up to 16 that divides all addresses.
-        scalars: float64, in the order given.
     """
 
-    def __init__(
-        self, rows: Sequence[Sequence[Tensor]], scalars: Sequence[float | Tensor] = ()
-    ) -> None:
+    def __init__(self, rows: Sequence[Sequence[Tensor]]) -> None:
         hold(rows)
         self._tensors = rows
         layers = len(rows[0])
@@ -104,19 +91,35 @@ class Tables:
             (address & -address for address in words if address), default=16
         )
         self.align = min(self.align, 16)
-        for scalar in scalars:
-            words.append(0 if isinstance(scalar, Tensor) else _bits(scalar))
-        upload = _filled if is_capturable() else _copied
-        packed = upload(words, rows[0][0].device)
+        packed = _uploaded(words, rows[0][0].device)
         self._rows = packed[:count].view(len(rows), width)
-        self.scalars = packed[count : len(words)].view(torch.float64)
-        for i, scalar in enumerate(scalars):
-            if isinstance(scalar, Tensor):
-                self.scalars[i].copy_(scalar)
 
     def __getitem__(self, kind: int) -> Tensor:
         """The row of one kind."""
         return self._rows[kind]
+
+
+def numbers_on(numbers: Numbers, device: torch.device) -> Tensor:
+    """A group's numbers as kernels read them: `Numbers.vectors` of a device.
+
+    They travel there once, as addresses do; those that are tensors are copied on the
+    device.
+    """
+    vector = numbers.vectors.get(device)
+    if vector is None:
+        values = numbers.values
+        words = [0 if isinstance(value, Tensor) else _bits(value) for value in values]
+        vector = _uploaded(words, device)[: len(values)].view(torch.float64)
+        for i, value in enumerate(values):
+            if isinstance(value, Tensor):
+                vector[i].copy_(value)
+        numbers.vectors[device] = vector
+    return vector
+
+
+def _uploaded(words: Sequence[int], device: torch.device) -> Tensor:
+    """Words on a device, perhaps with zeros behind them."""
+    return (_filled if is_capturable() else _copied)(words, device)
 
 
 def _bits(number: float) -> int:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..linalg.numbers import Numbers
 from ..linalg.rows import Rows, SampleMap
 from .common import (
     LR,
@@ -19,6 +20,7 @@ from .common import (
     layer_pointer,
     load_scalar,
     load_scale,
+    load_taken,
     problem_base,
 )
 from .config import Config, tile_side
@@ -35,7 +37,7 @@ from .launchers import (
     stored,
     write_back,
 )
-from .tables import Scalars, Tables
+from .tables import Tables, numbers_on
 from .work import Sizes
 
 
@@ -123,6 +125,8 @@ def _update_kernel(
         at = layer_rows[:, None] * stride_theta_r
         at += d[None, :].to(tl.int64) * stride_theta_d
     if STEP:
+        # In a skipped step nothing is written.
+        row_ok = row_ok & load_taken(scalars_ptr)
         finite = tl.load(finite_ptr + problem * R + rows, mask=row_ok, other=0)
         status = tl.load(status_ptr + problem * R + rows, mask=row_ok, other=0)
         count_anomalies(
@@ -204,7 +208,7 @@ def gram_rows(
     """See `torch_ops.gram_rows`; one launch."""
     z, layers = empty_rows(ms)
     x = _Explicit.of(xs)
-    _gram_step(layers, x, ms, scales, s, u, s, s, [], 0.0, 0.0, step=False)
+    _gram_step(layers, x, ms, scales, s, u, s, s, [], None)
     return z
 
 
@@ -218,13 +222,12 @@ def gram_update_(
     status: Tensor,
     finite: Tensor,
     counts: Sequence[Tensor],
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
+    numbers: Numbers,
 ) -> None:
     """See `torch_ops.gram_update_`; one launch."""
     rows = [flat(p) for p in params]
-    rest = (status, finite, counts, lr, weight_decay)
-    _gram_step(rows, _Explicit.of(xs), ms, scales, s, u, *rest, step=True)
+    rest = (status, finite, counts, numbers)
+    _gram_step(rows, _Explicit.of(xs), ms, scales, s, u, *rest)
     write_back(params, rows)
 
 
@@ -234,8 +237,7 @@ def direction_update_(
     status: Tensor,
     finite: Tensor,
     counts: Sequence[Tensor],
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
+    numbers: Numbers,
 ) -> None:
     """See `torch_ops.direction_update_`; one launch: the update ``s z``, no samples."""
     z = direction.weight.contiguous()
@@ -245,9 +247,9 @@ def direction_update_(
     one = z.new_ones(layers, rows)
     none = _Explicit([z.new_empty(0, dim)] * layers, near_one(z, layers, 1), 1)
     thetas = [flat(p) for p in params]
-    rest = (status, finite, counts, lr, weight_decay)
+    rest = (status, finite, counts, numbers)
     u = z.new_empty(layers, 1, 0, rows)
-    _gram_step(thetas, none, zs, one, one, u, *rest, step=True)
+    _gram_step(thetas, none, zs, one, one, u, *rest)
     write_back(params, thetas)
 
 
@@ -274,10 +276,9 @@ def _gram_step(
     status: Tensor,
     finite: Tensor,
     counts: Sequence[Tensor],
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
-    step: bool,
+    numbers: Numbers | None,
 ) -> None:
+    """Equation (5), or without numbers directions written out."""
     (samples, largest, groups), m = xs, ms[0].weight
     (rows, dim), n = m.shape, samples[0].shape[0]
     tables = Tables(
@@ -289,8 +290,7 @@ def _gram_step(
             biases(thetas),
             biases(ms),
             counts or samples,
-        ],
-        Scalars(lr=lr, weight_decay=weight_decay),
+        ]
     )
     config = update_config(n)
     if n:  # without samples there is nothing to tune
@@ -309,12 +309,12 @@ def _gram_step(
         theta_bias_table_ptr=tables[4],
         m_bias_table_ptr=tables[5],
         counts_table_ptr=tables[6],
-        scalars_ptr=tables.scalars,
+        scalars_ptr=scales if numbers is None else numbers_on(numbers, m.device),
         m_scale_ptr=scales,
         s_ptr=s,
         u_ptr=stored(u),
         status_ptr=status,
-        finite_ptr=finite.view(torch.int8) if step else finite,
+        finite_ptr=finite if numbers is None else finite.view(torch.int8),
         N=n,
         R=rows // groups,
         D=dim,
@@ -326,6 +326,6 @@ def _gram_step(
         M_DTYPE=DTYPES[m.dtype],
         X_DTYPE=DTYPES[samples[0].dtype],
         HAS_BIAS=ms[0].bias is not None,
-        STEP=step,
+        STEP=numbers is not None,
         PRECISION=PRECISION,
     )

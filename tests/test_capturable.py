@@ -13,6 +13,7 @@ from frog_triton import FROG
 from frog_triton.fallback import FALLBACKS
 from frog_triton.kernels.launch import capturable as without_host_copies
 from frog_triton.kernels.launch import recording
+from frog_triton.linalg.numbers import Numbers
 from frog_triton.solve.formulation import predict
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,17 +159,36 @@ def test_tables_written_by_a_kernel():
     from frog_triton.kernels.tables import FILL_TABLE, Tables
 
     tensors = [[torch.zeros(3 + i + j) for i in range(5)] for j in range(4)]
-    scalars = [0.1, -2.0, torch.tensor(0.25), 0.0]
-    plain = Tables(tensors, scalars)
+    plain = Tables(tensors)
     with without_host_copies(), recording() as launches:
-        filled = Tables(tensors, scalars)
+        filled = Tables(tensors)
     assert [entry.kernel for entry in launches] == [FILL_TABLE] * 2
     for kind in range(4):
         assert torch.equal(filled[kind], plain[kind])
         addresses = [t.data_ptr() for t in tensors[kind]]
         assert plain[kind][:5].tolist() == addresses
-    assert filled.scalars.tolist() == plain.scalars.tolist() == [0.1, -2.0, 0.25, 0.0]
     assert filled.align == plain.align
+
+
+def test_numbers_travel_once_and_not_where_they_are():
+    pytest.importorskip("triton")
+    from frog_triton.kernels.tables import FILL_TABLE, numbers_on
+
+    device, found_inf = torch.device("cpu"), torch.tensor(1.0)
+    expected = [0.9, -2.0, 0.25, 0.1, 1.0]
+
+    def numbers(**vectors):
+        return Numbers(0.9, -2.0, torch.tensor(0.25), 0.1, found_inf, **vectors)
+
+    plain, filled = numbers(), numbers()
+    assert numbers_on(plain, device).tolist() == expected
+    with without_host_copies(), recording() as launches:
+        assert numbers_on(filled, device).tolist() == expected
+        assert numbers_on(filled, device) is numbers_on(filled, device)
+        given = torch.zeros(5, dtype=torch.float64)
+        assert numbers_on(numbers(vectors={device: given}), device) is given
+    assert [entry.kernel for entry in launches] == [FILL_TABLE]
+    assert plain.vectors.keys() == filled.vectors.keys() == {device}
 
 
 @pytest.mark.parametrize("options", [{}, PAPER])

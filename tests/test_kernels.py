@@ -17,6 +17,7 @@ from frog_triton.kernels.gram import GRAM
 from frog_triton.kernels.launch import recording
 from frog_triton.kernels.splits import SUM_SPLITS
 from frog_triton.layers import MatrixMap
+from frog_triton.linalg.numbers import Numbers
 from frog_triton.linalg.rows import Rows, Window
 from frog_triton.ops import torch_ops, triton_ops
 from frog_triton.solve import FORMULATIONS, Batch
@@ -35,6 +36,7 @@ SIZES = [
     (300, 21, 5, 1),
 ]
 TOLERANCE = {F32: 2e-6, BF16: 1e-2, F16: 2e-3}
+BETA = Numbers(momentum=0.9)
 
 
 def randn(*shape, dtype=F32, seed=0):
@@ -202,15 +204,15 @@ def test_momentum_and_projection(size, nesterov, how):
         gs[1].bias[3] = float("inf")
     originals = [m.clone() for m in ms]
     expected = double(ms)
-    vs, _, finite = torch_ops.momentum_(expected, double(gs), 0.9, nesterov)
+    vs, _, finite = torch_ops.momentum_(expected, double(gs), BETA, nesterov)
     if how == "bfloat16":
         gs = [g.to(BF16) for g in gs]
         rounded = [m.to(F32) for m in originals]
-        vs, _, finite = torch_ops.momentum_(double(rounded), double(gs), 0.9, nesterov)
+        vs, _, finite = torch_ops.momentum_(double(rounded), double(gs), BETA, nesterov)
     elif how != "dense":
         gs = strided(gs, how)
     actual, scales, is_finite, c, squares = triton_ops.momentum_project_(
-        xs, ms, gs, 0.9, nesterov
+        xs, ms, gs, BETA, nesterov
     )
     limit = TOLERANCE[dtype]  # measured: 6e-8, and 4e-3 in bfloat16
     for i, (ours, theirs) in enumerate(zip(actual, vs, strict=True)):
@@ -225,7 +227,7 @@ def test_momentum_and_projection(size, nesterov, how):
             assert torch.equal(ms[i].bias[j], originals[i].bias[j])
     # The projection of what the kernel itself made of M.
     _, scales64, _, c64, squares64 = torch_ops.momentum_project_(
-        wide(xs), double(actual), None, 0.0, False
+        wide(xs), double(actual), None, BETA, False
     )
     assert torch.equal(scales[finite].double(), scales64[finite])
     assert (scales[~finite] == 1).all()
@@ -237,8 +239,8 @@ def test_momentum_and_projection(size, nesterov, how):
 def test_projection_alone_leaves_the_momentum():
     xs, _, ms, *_ = layers(300, 21, 5, 1)
     before = [m.clone() for m in ms]
-    _, _, finite, c, _ = triton_ops.momentum_project_(xs, ms, None, 0.9, False)
-    expected = torch_ops.momentum_project_(wide(xs), double(ms), None, 0.9, False)
+    _, _, finite, c, _ = triton_ops.momentum_project_(xs, ms, None, BETA, False)
+    expected = torch_ops.momentum_project_(wide(xs), double(ms), None, BETA, False)
     assert error(c, expected[3]) < 2e-6 and finite.all()
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(ms, before, strict=True))
 
@@ -251,7 +253,7 @@ def gram_inputs(n, d, r, groups, dtype=torch.float64):
     xs, ms, ys = wide(xs), double(ms), [y.double() for y in ys]
     k = torch_ops.gram(xs)
     weights, status = torch_ops.fisher_weights(ys, norms_of(xs), d + 1)
-    _, _, _, c, squares = torch_ops.momentum_project_(xs, ms, None, 0.0, False)
+    _, _, _, c, squares = torch_ops.momentum_project_(xs, ms, None, BETA, False)
     weights = weights.view(2, n, groups, -1).transpose(1, 2)
     return [t.to(dtype) for t in (k, c, weights, squares)], status
 
@@ -262,10 +264,10 @@ def test_gram_cg(size, iters):
     inputs, status = gram_inputs(*size)
     single = [t.float() for t in inputs]
     # Many iterations amplify rounding in any CG unless the damping is large.
-    damping = 0.1 if iters <= 4 else 5.0
-    expected = torch_ops.gram_cg(*inputs, status, damping, iters)
-    baseline = torch_ops.gram_cg(*single, status, damping, iters)
-    actual = triton_ops.gram_cg(*single, status.int(), damping, iters)
+    numbers = Numbers(damping=0.1 if iters <= 4 else 5.0)
+    expected = torch_ops.gram_cg(*inputs, status, numbers, iters)
+    baseline = torch_ops.gram_cg(*single, status, numbers, iters)
+    actual = triton_ops.gram_cg(*single, status.int(), numbers, iters)
     for ours, torchs, exact in zip(actual, baseline, expected, strict=True):
         # Measured: 1.9 times torch's own error at most where that is 2e-4, else 3e-7;
         # on an H200 2.3 times.
@@ -274,8 +276,8 @@ def test_gram_cg(size, iters):
 
 def test_gram_cg_takes_its_damping_from_the_device():
     inputs, status = gram_inputs(5, 19, 7, 1, F32)
-    number = triton_ops.gram_cg(*inputs, status.int(), 0.25, 3)
-    tensor = torch.tensor(0.25, device=DEVICE)
+    number = triton_ops.gram_cg(*inputs, status.int(), Numbers(damping=0.25), 3)
+    tensor = Numbers(damping=torch.tensor(0.25, device=DEVICE))
     scalar = triton_ops.gram_cg(*inputs, status.int(), tensor, 3)
     assert all(torch.equal(a, b) for a, b in zip(number, scalar, strict=True))
 
@@ -296,8 +298,9 @@ def test_update(size, x_dtype, theta_dtype):
     status = torch.zeros(2, r, dtype=torch.int32, device=DEVICE)
     status[0, 0] = torch_ops.NON_FINITE
     counts = [torch.full((2, r), 3, dtype=torch.int32, device=DEVICE) for _ in xs]
-    rest = (status, finite, counts, 0.1, 0.3)
-    unused: tuple = (status, finite, [], 0.1, 0.3)
+    numbers = Numbers(lr=0.1, weight_decay=0.3)
+    rest = (status, finite, counts, numbers)
+    unused: tuple = (status, finite, [], numbers)
     exact = (scales.double(), s.double(), u.double())
     torch_ops.gram_update_(expected, wide(xs), double(ms), *exact, *unused)
     triton_ops.gram_update_(thetas, xs, ms, scales, s, u, *rest)
@@ -311,6 +314,44 @@ def test_update(size, x_dtype, theta_dtype):
     assert torch.equal(thetas[1].bias[r // 2], before.bias[r // 2])
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("formulation", ["gram", "primal", "directions"])
+@pytest.mark.parametrize("ops", [torch_ops, triton_ops])
+def test_a_skipped_step_changes_nothing(ops, formulation, nesterov):
+    """Finite gradients or not, and no row is counted; with 0 it is a step as ever."""
+
+    def step(skipped):
+        xs, ys, ms, gs, params = layers(5, 19, 7, 1)
+        gs[0].weight[2, 3], xs[1].x[1] = float("nan"), float("inf")
+        if isinstance(skipped, float) and ops is triton_ops:
+            skipped = torch.tensor(skipped, dtype=torch.float64, device=DEVICE)
+        counts = [torch.full((2, 7), 3, dtype=torch.int32, device=DEVICE) for _ in xs]
+        numbers = Numbers(0.9, 1e-2, 0.1, 0.3, skipped)
+        batch = Batch(*ops.prepare(xs, ys, F32), ms, gs, numbers, nesterov)
+        how = "gram" if formulation == "directions" else formulation
+        changed = [t for rows in (*ms, *params) for t in rows] + counts
+        before = [t.clone() for t in changed]
+        solution = FORMULATIONS[how](ops, batch, 3)
+        if formulation == "directions":
+            rows, status = solution.rows(), solution.status
+            finite = torch.ones_like(solution.finite)
+            ops.direction_update_(params, rows, status, finite, counts, numbers)
+        else:
+            solution.update_(params, counts)
+        return changed, before, solution.finite
+
+    for skipped in (1.0, 1e-300, float("nan"), torch.ones((), device=DEVICE)):
+        changed, before, finite = step(skipped)
+        assert not finite.any()
+        assert all(map(torch.equal, changed, before))
+    taken, before, finite = step(torch.zeros((), device=DEVICE))
+    assert finite.sum() == finite.numel() - 1
+    moved = [*taken[4:8], taken[-1]]  # parameters, and counters of bad samples
+    assert not any(map(torch.equal, moved, [*before[4:8], before[-1]]))
+    plain, _, _ = step(0.0)
+    assert all(map(torch.equal, taken, plain))
+
+
 def test_update_of_parameters_in_other_layouts():
     xs, _, ms, *_ = layers(5, 18, 7, 1, bias=False)
     weights = [randn(7, 2, 3, 3, seed=i) for i in range(2)]
@@ -321,7 +362,7 @@ def test_update_of_parameters_in_other_layouts():
     counts = [torch.zeros(2, 7, dtype=torch.int32, device=DEVICE) for _ in weights]
     for some in (weights, strange):
         params = [Rows(w, None) for w in some]
-        rest = (status, finite, counts, 0.1, 0.0)
+        rest = (status, finite, counts, Numbers(lr=0.1))
         triton_ops.gram_update_(params, xs, ms, ones, s, u, *rest)
     for a, b in zip(weights, strange, strict=True):
         assert torch.equal(a, b)
@@ -337,15 +378,14 @@ def test_update_of_rows_on_the_second_axis_is_in_place(formulation, monkeypatch)
     monkeypatch.setattr(Tensor, "copy_", lambda *args: copied.append(args))
     for params in (dense, turned):
         counts = [torch.zeros(2, 7, dtype=torch.int32, device=DEVICE) for _ in params]
-        batch = Batch(*triton_ops.prepare(xs, ys, F32), ms)
-        rest = (params, counts, 0.1, 0.3)
+        numbers = Numbers(damping=1e-2, lr=0.1, weight_decay=0.3)
+        batch = Batch(*triton_ops.prepare(xs, ys, F32), ms, numbers=numbers)
         if formulation == "directions":
-            solution = FORMULATIONS["gram"](triton_ops, batch, 1e-2, 3)
+            solution = FORMULATIONS["gram"](triton_ops, batch, 3)
             rows, done = solution.rows(), (solution.status, solution.finite)
-            triton_ops.direction_update_(params, rows, *done, *rest[1:])
+            triton_ops.direction_update_(params, rows, *done, counts, numbers)
         else:
-            solution = FORMULATIONS[formulation](triton_ops, batch, 1e-2, 3)
-            solution.update_(*rest)
+            FORMULATIONS[formulation](triton_ops, batch, 3).update_(params, counts)
     assert not copied and homes == [p.weight.data_ptr() for p in turned]
     for a, b in zip(dense, turned, strict=True):
         assert torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias)

@@ -11,10 +11,11 @@ from torch import nn
 
 from frog_triton import FROG
 from frog_triton.distributed.directions import collect
+from frog_triton.linalg.numbers import Numbers
 from frog_triton.linalg.rows import Rows
 from frog_triton.ops import torch_ops, triton_ops
 from frog_triton.solve.orthogonal import newton_schulz, orthogonalize
-from frog_triton.update import solutions
+from frog_triton.update import numbers_of, solutions
 
 
 def randn(*shape, dtype=torch.float64, device="cpu"):
@@ -95,7 +96,8 @@ def test_a_step_along_directions(rows, shape, dtype, bias):
         ]
         before = [p.clone() for p in params]
         counts = [torch.zeros_like(status) for _ in range(2)]
-        ops.direction_update_(params, direction, status, finite, counts, 0.1, 0.2)
+        numbers = Numbers(lr=0.1, weight_decay=0.2)
+        ops.direction_update_(params, direction, status, finite, counts, numbers)
         for i in range(2):
             for found, old, z in zip(
                 params[i], before[i], direction.layer(i), strict=True
@@ -149,7 +151,8 @@ def test_pieces_of_a_layer_come_in_the_order_of_its_rows(monkeypatch):
         for a, b in cuts
     ]
     monkeypatch.setattr(torch_ops, "GROUPS_LAYERS", True)
-    solved = solutions(pieces, group, "primal", opt._anomalies.counts, None, {})
+    how = ("primal", opt._anomalies.counts, None, {})
+    solved = solutions(pieces, group, numbers_of(group), *how)
     found = torch.cat([d.rows.weight for d in collect(solved)["0"]])
     expected, _ = oracles.precondition(net[0], *seen, 1e-2, 4)
     expected = expected.reshape(15, -1)[5:10]

@@ -12,6 +12,7 @@ from frog_triton import FROG, ops
 from frog_triton.kernels import common
 from frog_triton.layers import ConvMap, MatrixMap
 from frog_triton.layers.conv import ConvSpec
+from frog_triton.linalg.numbers import Numbers
 from frog_triton.linalg.rows import Rows
 from frog_triton.linalg.scales import REACH, power_of_two
 from frog_triton.ops import torch_ops, triton_ops
@@ -83,14 +84,15 @@ def test_samples_of_any_size(bias, backend, formulation):
     xs = [randn(n, d) * p for p in powers()]
     y, m, mb = randn(n, r, seed=1), randn(r, d, seed=2), randn(r, seed=3)
     mb = mb if bias else None
+    # With a bias beside it, X of some sizes makes an ill-conditioned system.
+    damping = 1.0 if bias else DAMPING
     batch = Batch(
         [MatrixMap(x, bias=bias) for x in xs],
         [y.unsqueeze(-1)] * layers,
         [Rows(m.clone(), mb)] * layers,
+        numbers=Numbers(damping=damping),
     )
-    # With a bias beside it, X of some sizes makes an ill-conditioned system.
-    damping = 1.0 if bias else DAMPING
-    options = {"damping": damping, "cg_iters": iters, "formulation": formulation}
+    options = {"cg_iters": iters, "formulation": formulation}
     rows = solve(BACKENDS[backend], batch, **options).rows()
     module = nn.Linear(d, r, bias=bias)
     worst = 0.0
@@ -128,8 +130,9 @@ def test_groups_have_scales_of_their_own(formulation, backend):
     x[:, :3] *= 2.0**-120
     x[:, 3:] *= 2.0**100
     y, m = randn(3, 4, seed=1), randn(4, 3, seed=2)
-    batch = Batch([MatrixMap(x, 2)], [y.unsqueeze(-1)], [Rows(m, None)])
-    options = {"damping": DAMPING, "cg_iters": ITERS, "formulation": formulation}
+    rows, numbers = [Rows(m, None)], Numbers(damping=DAMPING)
+    batch = Batch([MatrixMap(x, 2)], [y.unsqueeze(-1)], rows, numbers=numbers)
+    options = {"cg_iters": ITERS, "formulation": formulation}
     actual = solve(BACKENDS[backend], batch, **options).rows().weight[0]
     for g in range(2):
         of_x, of_r = slice(3 * g, 3 * g + 3), slice(2 * g, 2 * g + 2)

@@ -18,6 +18,7 @@ from frog_triton.kernels.launch import recording
 from frog_triton.layers.base import MatrixMap, pool_samples
 from frog_triton.layers.bilinear import BilinearAdapter
 from frog_triton.layers.transposed import TransposedConvAdapter
+from frog_triton.linalg.numbers import Numbers
 from frog_triton.linalg.rows import Rows
 from frog_triton.ops import torch_ops, triton_ops
 from frog_triton.preconditioner import solve
@@ -324,8 +325,9 @@ def test_directions(name, backend, dtype, limit, formulation):
             mj = np.append(mj, oracles.as_numpy(m_bias[j]))
         systems.append((oracles.fisher(xj, y_rows[:, j], 0.1), mj))
     expected = oracles.solve_rows(systems, 3)
-    batch = Batch([p.map], [y.contiguous()], [Rows(m, m_bias)])
-    options = {"damping": 0.1, "cg_iters": 3, "formulation": formulation}
+    rows, numbers = [Rows(m, m_bias)], Numbers(damping=0.1)
+    batch = Batch([p.map], [y.contiguous()], rows, numbers=numbers)
+    options = {"cg_iters": 3, "formulation": formulation}
     z = solve(BACKENDS[backend], batch, **options).rows()
     actual = (
         z.weight[0]

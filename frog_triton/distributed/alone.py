@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..capture.capture import SampleCapture
+from ..linalg.numbers import Numbers
 from ..model.plan import Layer
 from ..step import LayerStep, Samples, no_samples
 from ..unhooked import Known
@@ -64,7 +65,7 @@ class Alone:
         return capture.samples(layer, bias) or no_samples(layer, bias, dtype)
 
     def own(
-        self, steps: Sequence[LayerStep], group: dict[str, Any]
+        self, steps: Sequence[LayerStep], numbers: Numbers, nesterov: bool
     ) -> Sequence[LayerStep]:
         """All of them; a solve advances the momentum itself."""
         return steps
@@ -77,7 +78,7 @@ class Alone:
         """Nobody else holds them."""
 
     def whole(
-        self, steps: Sequence[LayerStep], solved: Iterable[Solved]
+        self, steps: Sequence[LayerStep], solved: Iterable[Solved], numbers: Numbers
     ) -> Iterable[Solved]:
         """They are whole as they were solved."""
         return solved

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..linalg.numbers import Numbers
 from ..linalg.rows import Rows, stack_rows
 from ..step import LayerStep, narrow
 from ..update import Solved
@@ -56,16 +57,13 @@ class Whole:
         """The direction ``(1, R, D)``."""
         return stack_rows([self.direction.rows])
 
-    def step_along_(
-        self, rows: Rows, lr: float | Tensor, weight_decay: float | Tensor
-    ) -> None:
+    def step_along_(self, rows: Rows, numbers: Numbers) -> None:
         """Update the rows held here; each rank has counted those that it solved."""
         self.step.backend.step_along_(
             [self.step.params],
             stack_rows([narrow(rows.layer(0), self.held)]),
             self.finite[:, self.held],
-            lr,
-            weight_decay,
+            numbers,
         )
 
 
@@ -79,7 +77,7 @@ def collect(solved: Iterable[Solved]) -> dict[str, list[Direction]]:
     found: dict[str, dict[int, Direction]] = {}
     for steps, solution, counts in solved:
         rows, finite = solution.rows(), solution.finite
-        steps[0].backend.count_(counts, solution.status, finite)
+        steps[0].backend.count_(counts, solution.status, finite, solution.numbers)
         for i, step in enumerate(steps):
             first = 0 if step.counted is None else step.counted.start
             pieces = found.setdefault(step.layer.name, {})

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..capture.capture import SampleCapture
 from ..capture.sampling import counter_key
+from ..linalg.numbers import Numbers
 from ..linalg.rows import local
 from ..model.plan import Layer
 from ..step import LayerStep, Samples, no_samples
@@ -124,10 +125,12 @@ class Ranks:
         found = self._exchange.samples(layer, bias, dtype)
         return found or no_samples(layer, bias, dtype, self.rows_here(layer))
 
-    def own(self, steps: Sequence[LayerStep], group: dict[str, Any]) -> list[LayerStep]:
+    def own(
+        self, steps: Sequence[LayerStep], numbers: Numbers, nesterov: bool
+    ) -> list[LayerStep]:
         """This rank's pieces, after the momentum of all rows that it holds."""
         if self.division.replicas > 1:
-            steps = advance_momentum(steps, group)
+            steps = advance_momentum(steps, numbers, nesterov)
         return self.pieces(steps)
 
     def pieces(self, steps: Iterable[LayerStep]) -> list[LayerStep]:
@@ -201,7 +204,7 @@ class Ranks:
             self._row_bytes[layer.name] = before + sent.nbytes * len(others)
 
     def whole(
-        self, steps: Sequence[LayerStep], solved: Iterable[Solved]
+        self, steps: Sequence[LayerStep], solved: Iterable[Solved], numbers: Numbers
     ) -> Iterator[directions.Whole]:
         """Layer by layer, as each rank sends what it has solved to all ranks."""
         found = directions.collect(solved)

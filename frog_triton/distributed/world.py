@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..capture.capture import SampleCapture
+from ..linalg.numbers import Numbers
 from ..model.plan import Layer
 from ..step import LayerStep, Samples
 from ..unhooked import Known
@@ -107,7 +108,7 @@ class World(Protocol):
         """
 
     def own(
-        self, steps: Sequence[LayerStep], group: dict[str, Any]
+        self, steps: Sequence[LayerStep], numbers: Numbers, nesterov: bool
     ) -> Sequence[LayerStep]:
         """The part of the steps that falls to this rank, ready to be solved.
 
@@ -116,7 +117,8 @@ class World(Protocol):
 
         Args:
             steps: of all rows that this rank holds, Y of those that it solves.
-            group: hyperparameters.
+            numbers: of the group.
+            nesterov: whether ``G + beta M`` is preconditioned.
         """
 
     def pieces(self, steps: Sequence[LayerStep]) -> Sequence[LayerStep]:
@@ -130,7 +132,7 @@ class World(Protocol):
         """
 
     def whole(
-        self, steps: Sequence[LayerStep], solved: Iterable[Solved]
+        self, steps: Sequence[LayerStep], solved: Iterable[Solved], numbers: Numbers
     ) -> Iterable[Directions]:
         """Directions with all rows of their layers, whoever has solved them.
 
@@ -139,6 +141,7 @@ class World(Protocol):
         Args:
             steps: of all rows that this rank holds.
             solved: those that it solves.
+            numbers: of the group.
         """
 
     def describe(self, layer: Layer) -> str:

@@ -8,9 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..linalg.numbers import Numbers
 from ..linalg.rows import Rows, SampleMap, Window
-
-Number = float | Tensor
 
 
 class Backend(Protocol):
@@ -50,7 +49,7 @@ class Backend(Protocol):
         self,
         momenta: Sequence[Rows],
         grads: Sequence[Rows] | None,
-        momentum: Number,
+        numbers: Numbers,
         nesterov: bool,
     ) -> tuple[Sequence[Rows], Tensor, Tensor]:
         """``M <- beta M + G``; what to precondition, scales, finite rows."""
@@ -60,7 +59,7 @@ class Backend(Protocol):
         xs: Sequence[SampleMap],
         momenta: Sequence[Rows],
         grads: Sequence[Rows] | None,
-        momentum: Number,
+        numbers: Numbers,
         nesterov: bool,
     ) -> tuple[Sequence[Rows], Tensor, Tensor, Tensor, Tensor]:
         """The same, with ``X M^T`` and ``|m|^2``."""
@@ -92,15 +91,17 @@ class Backend(Protocol):
         xs: Sequence[SampleMap],
         weights: Any,
         state: Any,
-        damping: Number,
+        numbers: Numbers,
         last: bool,
     ) -> None:
         """``p = r + beta p`` and ``T = Lambda * (X p)``."""
 
-    def cg_adjoint_(self, xs: Sequence[SampleMap], state: Any, damping: Number) -> None:
+    def cg_adjoint_(
+        self, xs: Sequence[SampleMap], state: Any, numbers: Numbers
+    ) -> None:
         """``z += alpha p`` and ``r -= alpha A p``."""
 
-    def cg_rows(self, state: Any) -> Rows:
+    def cg_rows(self, state: Any, numbers: Numbers) -> Rows:
         """Directions written out."""
 
     def cg_update_(
@@ -109,8 +110,7 @@ class Backend(Protocol):
         state: Any,
         finite: Tensor,
         counts: Sequence[Tensor],
-        lr: Number,
-        weight_decay: Number,
+        numbers: Numbers,
     ) -> None:
         """Equation (5)."""
 
@@ -126,7 +126,7 @@ class Backend(Protocol):
         weights: Tensor,
         m_squared: Tensor,
         status: Tensor,
-        damping: Number,
+        numbers: Numbers,
         iters: int,
     ) -> tuple[Tensor, Tensor]:
         """Coordinates s and u of ``z = s m + X^T u``."""
@@ -152,8 +152,7 @@ class Backend(Protocol):
         status: Tensor,
         finite: Tensor,
         counts: Sequence[Tensor],
-        lr: Number,
-        weight_decay: Number,
+        numbers: Numbers,
     ) -> None:
         """Equation (5)."""
 
@@ -164,8 +163,7 @@ class Backend(Protocol):
         params: Sequence[Rows],
         direction: Rows,
         finite: Tensor,
-        lr: Number,
-        weight_decay: Number,
+        numbers: Numbers,
     ) -> None:
         """Equation (5), nothing counted."""
 
@@ -176,10 +174,15 @@ class Backend(Protocol):
         status: Tensor,
         finite: Tensor,
         counts: Sequence[Tensor],
-        lr: Number,
-        weight_decay: Number,
+        numbers: Numbers,
     ) -> None:
         """Equation (5), rows that stay and rows without samples counted."""
 
-    def count_(self, counts: Sequence[Tensor], status: Tensor, finite: Tensor) -> None:
+    def count_(
+        self,
+        counts: Sequence[Tensor],
+        status: Tensor,
+        finite: Tensor,
+        numbers: Numbers,
+    ) -> None:
         """Count such rows alone."""

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..linalg.numbers import Number, Numbers
 from ..linalg.rows import Rows, SampleMap, Window, stack_rows, unravel, written_out
 from ..linalg.scales import row_scales, scaled
 from .backend import Backend
@@ -45,7 +46,7 @@ def prepare(
 def momentum_(
     momenta: Sequence[Rows],
     grads: Sequence[Rows] | None,
-    momentum: float | Tensor,
+    numbers: Numbers,
     nesterov: bool,
 ) -> tuple[Sequence[Rows], Tensor, Tensor]:
     """``M <- beta M + G`` in place, but for rows that would not be finite.
@@ -54,13 +55,14 @@ def momentum_(
         momenta: M of each layer, updated in place.
         grads: G of each layer, any floating dtype and strides; None leaves the momenta
             as they are.
-        momentum: beta.
+        numbers: beta among them.
         nesterov: precondition ``G + beta M`` instead of ``M``.
 
     Returns:
         What to precondition, a layer each; what its rows are to be multiplied by
         ``(L, R)``, see `scales`; and which rows are finite ``(L, R)``. The others, of a
-        gradient that is not finite or a sum that is too large, stay as they are.
+        gradient that is not finite or a sum that is too large, stay as they are; all do
+        where the step is skipped.
     """
     if grads is None:
         shape = (len(momenta), momenta[0].weight.shape[0])
@@ -71,13 +73,14 @@ def momentum_(
     for m, g in zip(momenta, grads, strict=True):
         wide = torch.promote_types(m.weight.dtype, torch.float32)
         grad = g.to(wide)
-        updated = _decayed(m.to(wide), momentum, grad).to(m.weight.dtype)
+        updated = _decayed(m.to(wide), numbers.momentum, grad).to(m.weight.dtype)
         v = updated.to(wide)
         if nesterov:
-            v = _decayed(v, momentum, grad)
+            v = _decayed(v, numbers.momentum, grad)
         finite = torch.isfinite(v.weight).all(1)
         if v.bias is not None:
             finite = finite & torch.isfinite(v.bias)
+        finite = numbers.moving(finite)
         v = v.select(finite, m.to(wide))
         m.copy_(updated.select(finite, m))
         effective.append(v)
@@ -86,7 +89,7 @@ def momentum_(
     return effective, torch.stack(scales), torch.stack(finite_rows)
 
 
-def _decayed(m: Rows, momentum: float | Tensor, grad: Rows) -> Rows:
+def _decayed(m: Rows, momentum: Number, grad: Rows) -> Rows:
     """``beta M + G``."""
     if m.bias is None or grad.bias is None:
         return Rows(m.weight * momentum + grad.weight, None)
@@ -97,7 +100,7 @@ def momentum_project_(
     xs: Sequence[SampleMap],
     momenta: Sequence[Rows],
     grads: Sequence[Rows] | None,
-    momentum: float | Tensor,
+    numbers: Numbers,
     nesterov: bool,
 ) -> tuple[Sequence[Rows], Tensor, Tensor, Tensor, Tensor]:
     """`momentum_`, and the projection of its result, scaled, on the samples.
@@ -106,7 +109,7 @@ def momentum_project_(
         xs: samples of each layer.
         momenta: M of each layer, updated in place.
         grads: G of each layer; None leaves the momenta as they are.
-        momentum: beta.
+        numbers: beta among them.
         nesterov: precondition ``G + beta M`` instead of ``M``.
 
     Returns:
@@ -114,7 +117,7 @@ def momentum_project_(
         product; which rows are finite ``(L, R)``; ``C = X V^T``
         ``(L, groups, N, R / groups)``; and ``|v|^2`` ``(L, R)``.
     """
-    ms, scales, finite = momentum_(momenta, grads, momentum, nesterov)
+    ms, scales, finite = momentum_(momenta, grads, numbers, nesterov)
     vs = [m.times(scale) for m, scale in zip(ms, scales, strict=True)]
     c = [
         x.apply(v).view(x.samples, x.groups, -1).transpose(0, 1)
@@ -244,7 +247,7 @@ def cg_forward_(
     xs: Sequence[SampleMap],
     weights: Tensor,
     state: CGState,
-    damping: float | Tensor,
+    numbers: Numbers,
     last: bool,
 ) -> None:
     """``T = Lambda * (X p)``; out of the same product ``p^T A p`` and ``z += alpha p``.
@@ -255,21 +258,19 @@ def cg_forward_(
         xs: samples of each layer.
         weights: Lambda ``(L, n, R, P)``.
         state: updated in place.
-        damping: tau.
+        numbers: tau among them.
         last: whether no `cg_adjoint_` follows.
     """
     p = state.p
     xp = torch.stack([x.apply(p.layer(i)) for i, x in enumerate(xs)])
     state.t = weights * xp
-    pap = (state.t * xp).sum((1, 3)) + damping * p.dot(p)
+    pap = (state.t * xp).sum((1, 3)) + numbers.damping * p.dot(p)
     state.active = state.active & (pap > 0)
     state.alpha = torch.where(state.active, state.rho / pap, 0)
     state.z.add_(p, state.alpha)
 
 
-def cg_adjoint_(
-    xs: Sequence[SampleMap], state: CGState, damping: float | Tensor
-) -> None:
+def cg_adjoint_(xs: Sequence[SampleMap], state: CGState, numbers: Numbers) -> None:
     """``r -= alpha A p`` with ``A p = X^T T + tau p``, then ``p = r + beta p``.
 
     A row whose residual has come down to rounding keeps its last iterate.
@@ -277,13 +278,13 @@ def cg_adjoint_(
     Args:
         xs: samples of each layer.
         state: updated in place.
-        damping: tau.
+        numbers: tau among them.
     """
     assert state.t is not None
     r, p = state.r, state.p
     for i, x in enumerate(xs):
         r.layer(i).add_(x.apply_adjoint(state.t[i]), -state.alpha[i])
-    r.add_(p, -state.alpha * damping)
+    r.add_(p, -state.alpha * numbers.damping)
     rho = r.dot(r)
     # What is left of an exactly solved row is a few roundings of m.
     floor = state.first * (4 * torch.finfo(rho.dtype).eps) ** 2
@@ -293,7 +294,7 @@ def cg_adjoint_(
     state.rho = rho
 
 
-def cg_rows(state: CGState) -> Rows:
+def cg_rows(state: CGState, numbers: Numbers) -> Rows:
     """Directions ``z / sqrt(<z, m>)``, equation (2): rows ``(L, R, D)``."""
     z = state.m.select(state.status != FISHER, state.z)
     return z.scale_(_normalizer(z.dot(state.m)))
@@ -304,12 +305,11 @@ def cg_update_(
     state: CGState,
     finite: Tensor,
     counts: Sequence[Tensor],
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
+    numbers: Numbers,
 ) -> None:
     """Equation (5) with the directions of `cg_rows`; see `gram_update_`."""
-    count_(counts, state.status, finite)
-    step_along_(params, cg_rows(state), finite, lr, weight_decay)
+    count_(counts, state.status, finite, numbers)
+    step_along_(params, cg_rows(state, numbers), finite, numbers)
 
 
 def gram(xs: Sequence[SampleMap]) -> Tensor:
@@ -330,7 +330,7 @@ def gram_cg(
     weights: Tensor,
     m_squared: Tensor,
     status: Tensor,
-    damping: float | Tensor,
+    numbers: Numbers,
     iters: int,
 ) -> tuple[Tensor, Tensor]:
     """CG in the coordinates ``v = s m + X^T u``, of all rows at once.
@@ -348,14 +348,14 @@ def gram_cg(
         weights: Lambda in the shape of ``c``.
         m_squared: ``|m|^2`` ``(L, R)``.
         status: of the rows, from `fisher_weights`, ``(L, R)``.
-        damping: tau.
+        numbers: tau among them.
         iters: k of the paper.
 
     Returns:
         ``s`` ``(L, R)`` and ``u`` (the shape of ``c``) of the normalized direction
         ``z / sqrt(<z, m>)``, equation (2).
     """
-    groups = c.shape[1]
+    groups, damping = c.shape[1], numbers.damping
     mm = m_squared.unflatten(1, (groups, -1))
     rounding = 8 * torch.finfo(c.dtype).eps
     s, u = torch.zeros_like(mm), torch.zeros_like(c)
@@ -423,8 +423,7 @@ def gram_update_(
     status: Tensor,
     finite: Tensor,
     counts: Sequence[Tensor],
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
+    numbers: Numbers,
 ) -> None:
     """Equation (5): ``theta <- (1 - rho eta) theta - eta z``, where rows are finite.
 
@@ -439,19 +438,17 @@ def gram_update_(
         finite: rows to update ``(L, R)``; the others stay as they are.
         counts: of each layer, int32 ``(2, R)``: how often a row has met samples, and a
             gradient, that are not finite; updated in place.
-        lr: eta.
-        weight_decay: rho.
+        numbers: eta and rho among them.
     """
-    count_(counts, status, finite)
-    step_along_(params, gram_rows(xs, ms, scales, s, u), finite, lr, weight_decay)
+    count_(counts, status, finite, numbers)
+    step_along_(params, gram_rows(xs, ms, scales, s, u), finite, numbers)
 
 
 def step_along_(
     params: Sequence[Rows],
     direction: Rows,
     finite: Tensor,
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
+    numbers: Numbers,
 ) -> None:
     """Equation (5): ``theta <- (1 - rho eta) theta - eta z``, where rows are finite.
 
@@ -459,11 +456,11 @@ def step_along_(
         params: theta of each layer, in the parameter's own shape, updated in place.
         direction: z ``(L, R, D)``.
         finite: rows to update ``(L, R)``; the others stay as they are.
-        lr: eta.
-        weight_decay: rho.
+        numbers: eta and rho among them.
     """
-    dtype = direction.weight.dtype
-    decay = _by_row(finite, 1 - lr * weight_decay, 1, dtype)
+    dtype, lr = direction.weight.dtype, numbers.lr
+    finite = numbers.moving(finite)
+    decay = _by_row(finite, 1 - lr * numbers.weight_decay, 1, dtype)
     step = _by_row(finite, -lr, 0, dtype)
     for i, param in enumerate(params):
         for theta, z in zip(param, direction.layer(i), strict=True):
@@ -484,8 +481,7 @@ def direction_update_(
     status: Tensor,
     finite: Tensor,
     counts: Sequence[Tensor],
-    lr: float | Tensor,
-    weight_decay: float | Tensor,
+    numbers: Numbers,
 ) -> None:
     """Equation (5) along directions that are written out; see `gram_update_`.
 
@@ -495,18 +491,21 @@ def direction_update_(
         status: of the rows, from `fisher_weights`, ``(L, R)``.
         finite: rows to update ``(L, R)``; the others stay as they are.
         counts: of each layer, int32 ``(2, R)``.
-        lr: eta.
-        weight_decay: rho.
+        numbers: eta and rho among them.
     """
-    count_(counts, status, finite)
-    step_along_(params, direction, finite, lr, weight_decay)
+    count_(counts, status, finite, numbers)
+    step_along_(params, direction, finite, numbers)
 
 
-def count_(counts: Sequence[Tensor], status: Tensor, finite: Tensor) -> None:
-    """Count rows that were not finite; see `gram_update_`."""
+def count_(
+    counts: Sequence[Tensor], status: Tensor, finite: Tensor, numbers: Numbers
+) -> None:
+    """Count rows that were not finite; see `gram_update_`. None in a skipped step."""
+    samples = numbers.moving(status == NON_FINITE)
+    gradients = numbers.moving(~finite)
     for i, count in enumerate(counts):
-        count[0] += status[i] == NON_FINITE
-        count[1] += ~finite[i]
+        count[0] += samples[i]
+        count[1] += gradients[i]
 
 
 def gather_patches(
@@ -571,7 +570,7 @@ def _normalizer(zm: Tensor) -> Tensor:
 
 
 def _by_row(
-    condition: Tensor, value: float | Tensor, otherwise: float, dtype: torch.dtype
+    condition: Tensor, value: Number, otherwise: float, dtype: torch.dtype
 ) -> Tensor:
     """One factor a row, exact in `dtype`, without asking the device anything."""
     return condition.to(dtype) * value + (~condition).to(dtype) * otherwise

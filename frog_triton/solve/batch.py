@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..linalg.numbers import Numbers
 from ..linalg.rows import Rows, SampleMap
 from ..ops.backend import Backend
 
@@ -22,7 +23,7 @@ class Batch:
         ys: their output gradients ``(n, R, P)``.
         ms: momentum of each layer ``(R, D)``, the right-hand sides.
         grads: gradients to be added to the momentum first, in place; None for none.
-        momentum: beta.
+        numbers: of the group.
         nesterov: whether ``G + beta M`` is the right-hand side instead.
         finite: without `grads`, rows that may move ``(L, R)``; None for all.
     """
@@ -31,7 +32,7 @@ class Batch:
     ys: Sequence[Tensor]
     ms: Sequence[Rows]
     grads: Sequence[Rows] | None = None
-    momentum: float | Tensor = 0.0
+    numbers: Numbers = field(default_factory=Numbers)
     nesterov: bool = False
     finite: Tensor | None = None
 
@@ -60,6 +61,7 @@ class Solution(Protocol):
         formulation: ``"primal"`` or ``"gram"``.
         status: how each row was solved ``(L, R)``; see `torch_ops.FISHER`.
         finite: rows whose gradient is finite ``(L, R)``; the others do not move.
+        numbers: of the batch.
     """
 
     @property
@@ -74,21 +76,17 @@ class Solution(Protocol):
     def finite(self) -> Tensor:
         """Rows whose gradient is finite ``(L, R)``."""
 
+    @property
+    def numbers(self) -> Numbers:
+        """Of the batch."""
+
     def rows(self) -> Rows:
         """The directions written out, ``(L, R, D)``."""
 
-    def update_(
-        self,
-        params: Sequence[Rows],
-        counts: Sequence[Tensor],
-        lr: float | Tensor,
-        weight_decay: float | Tensor,
-    ) -> None:
+    def update_(self, params: Sequence[Rows], counts: Sequence[Tensor]) -> None:
         """Equation (5), in place, on the rows that are finite; the others are counted.
 
         Args:
             params: theta of each layer.
             counts: of each layer, int32 ``(2, R)``; see `torch_ops.gram_update_`.
-            lr: eta.
-            weight_decay: rho.
         """

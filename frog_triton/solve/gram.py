@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..linalg.numbers import Numbers
 from ..linalg.rows import Rows, SampleMap
 from ..ops.backend import Backend
 from .batch import Batch
@@ -29,6 +30,7 @@ class GramSolution:
         u: ``(L, groups, N, R / groups)``.
         status: how each row was solved ``(L, R)``; see `torch_ops.FISHER`.
         finite: rows whose gradient is finite ``(L, R)``.
+        numbers: of the batch.
         formulation: ``"gram"``.
     """
 
@@ -40,26 +42,19 @@ class GramSolution:
     u: Tensor
     status: Tensor
     finite: Tensor
+    numbers: Numbers
     formulation: str = "gram"
 
     def rows(self) -> Rows:
         """The directions, ``(L, R, D)``."""
         return self.ops.gram_rows(self.xs, self.ms, self.scales, self.s, self.u)
 
-    def update_(
-        self,
-        params: Sequence[Rows],
-        counts: Sequence[Tensor],
-        lr: float | Tensor,
-        weight_decay: float | Tensor,
-    ) -> None:
+    def update_(self, params: Sequence[Rows], counts: Sequence[Tensor]) -> None:
         """Equation (5), in place, on the rows that are finite; the others are counted.
 
         Args:
             params: theta of each layer.
             counts: of each layer, int32 ``(2, R)``; see `torch_ops.gram_update_`.
-            lr: eta.
-            weight_decay: rho.
         """
         self.ops.gram_update_(
             params,
@@ -71,24 +66,22 @@ class GramSolution:
             self.status,
             self.finite,
             counts,
-            lr,
-            weight_decay,
+            self.numbers,
         )
 
 
-def solve(
-    ops: Backend, batch: Batch, damping: float | Tensor, iters: int
-) -> GramSolution:
+def solve(ops: Backend, batch: Batch, iters: int) -> GramSolution:
     """Coordinates of ``z / sqrt(<z, m>)`` after `iters` iterations from zero."""
+    numbers = batch.numbers
     xs, ys = ops.write_out(batch.xs, batch.ys)
     k = ops.gram(xs)
     # The diagonal of K is the |x|^2 of the trace, equation (3).
     norms = k.diagonal(dim1=-2, dim2=-1).mT.unsqueeze(-1)
     weights, status = ops.fisher_weights(ys, list(norms), batch.row_length)
     ms, scales, finite, c, m_squared = ops.momentum_project_(
-        xs, batch.ms, batch.grads, batch.momentum, batch.nesterov
+        xs, batch.ms, batch.grads, numbers, batch.nesterov
     )
     finite = finite if batch.finite is None else batch.finite
     weights = weights.view(*weights.shape[:2], c.shape[1], -1).transpose(1, 2)
-    s, u = ops.gram_cg(k, c, weights, m_squared, status, damping, iters)
-    return GramSolution(ops, xs, ms, scales, s, u, status, finite)
+    s, u = ops.gram_cg(k, c, weights, m_squared, status, numbers, iters)
+    return GramSolution(ops, xs, ms, scales, s, u, status, finite, numbers)

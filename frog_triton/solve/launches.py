@@ -12,6 +12,7 @@ from torch import Tensor
 from ..kernels.launch import Launch, capturable, recording
 from ..layers import ConvMap, LinearMap, MatrixMap
 from ..layers.conv import ConvSpec
+from ..linalg.numbers import Numbers
 from ..linalg.rows import Rows
 from ..ops.backend import Backend
 from . import FORMULATIONS, Batch, prepared
@@ -180,16 +181,16 @@ class Trial:
 
     def step(self, backend: Backend, orthogonalize: bool = False) -> None:
         """Momentum, solve and update, as `FROG.step` makes them."""
-        batch = prepared(backend, self.batch)
-        solution = FORMULATIONS[self.formulation](backend, batch, 1e-4, self.iters)
-        rates = (2e-2, 1e-2)
+        numbers = Numbers(momentum=0.9, damping=1e-4, lr=2e-2, weight_decay=1e-2)
+        batch = prepared(backend, replace(self.batch, numbers=numbers))
+        solution = FORMULATIONS[self.formulation](backend, batch, self.iters)
         if orthogonalize:
             status, finite = solution.status, solution.finite
             z = directions(solution.rows(), finite, batch.xs[0].groups)
-            how = (status, finite, self.counts)
-            backend.direction_update_(self.params, z, *how, *rates)
+            how = (status, finite, self.counts, numbers)
+            backend.direction_update_(self.params, z, *how)
         else:
-            solution.update_(self.params, self.counts, *rates)
+            solution.update_(self.params, self.counts)
 
 
 def trial_step(bucket: Bucket, formulation: str, make: Make) -> Trial:
@@ -225,7 +226,8 @@ def trial_step(bucket: Bucket, formulation: str, make: Make) -> Trial:
         if len(shape.image) == 3:  # as fast training has them
             images = [x.to(memory_format=torch.channels_last) for x in images]
         xs = [ConvMap(x, shape.conv, shape.bias) for x in images]
-    batch = Batch(xs, ys, rows(momentum_dtype), rows(param_dtype), 0.9, bucket.nesterov)
+    momenta, grads = rows(momentum_dtype), rows(param_dtype)
+    batch = Batch(xs, ys, momenta, grads, nesterov=bucket.nesterov)
     params = rows(param_dtype)
     counts = [make((2, r), torch.int32) for _ in range(count)]
     return Trial(batch, params, counts, formulation, bucket.iters)

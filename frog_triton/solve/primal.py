@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..linalg.numbers import Numbers
 from ..linalg.rows import Rows
 from ..ops.backend import Backend
 from .batch import Batch
@@ -26,6 +27,7 @@ class PrimalSolution:
         state: from its ``cg_start``.
         status: how each row was solved ``(L, R)``; see `torch_ops.FISHER`.
         finite: rows whose gradient is finite ``(L, R)``.
+        numbers: of the batch.
         formulation: ``"primal"``.
     """
 
@@ -33,44 +35,34 @@ class PrimalSolution:
     state: Any
     status: Tensor
     finite: Tensor
+    numbers: Numbers
     formulation: str = "primal"
 
     def rows(self) -> Rows:
         """The directions, ``(L, R, D)``."""
-        return self.ops.cg_rows(self.state)
+        return self.ops.cg_rows(self.state, self.numbers)
 
-    def update_(
-        self,
-        params: Sequence[Rows],
-        counts: Sequence[Tensor],
-        lr: float | Tensor,
-        weight_decay: float | Tensor,
-    ) -> None:
+    def update_(self, params: Sequence[Rows], counts: Sequence[Tensor]) -> None:
         """Equation (5), in place, on the rows that are finite; the others are counted.
 
         Args:
             params: theta of each layer.
             counts: of each layer, int32 ``(2, R)``; see `torch_ops.gram_update_`.
-            lr: eta.
-            weight_decay: rho.
         """
-        self.ops.cg_update_(params, self.state, self.finite, counts, lr, weight_decay)
+        self.ops.cg_update_(params, self.state, self.finite, counts, self.numbers)
 
 
-def solve(
-    ops: Backend, batch: Batch, damping: float | Tensor, iters: int
-) -> PrimalSolution:
+def solve(ops: Backend, batch: Batch, iters: int) -> PrimalSolution:
     """Directions ``z / sqrt(<z, m>)`` after `iters` iterations from zero."""
-    ms, scales, finite = ops.momentum_(
-        batch.ms, batch.grads, batch.momentum, batch.nesterov
-    )
+    numbers = batch.numbers
+    ms, scales, finite = ops.momentum_(batch.ms, batch.grads, numbers, batch.nesterov)
     finite = finite if batch.finite is None else batch.finite
     ops = ops.on_rows(batch.xs)
     weights, status = ops.row_weights(batch.xs, batch.ys, batch.row_length)
     state = ops.cg_start(batch.xs, ms, scales, status, iters)
     for iteration in range(iters):
         last = iteration + 1 == iters
-        ops.cg_forward_(batch.xs, weights, state, damping, last)
+        ops.cg_forward_(batch.xs, weights, state, numbers, last)
         if not last:
-            ops.cg_adjoint_(batch.xs, state, damping)
-    return PrimalSolution(ops, state, status, finite)
+            ops.cg_adjoint_(batch.xs, state, numbers)
+    return PrimalSolution(ops, state, status, finite, numbers)
