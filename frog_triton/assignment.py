@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import (
     Callable,
+    Hashable,
     Iterable,
     Iterator,
     Mapping,
@@ -113,6 +114,12 @@ class Assignment:
         known = self.unhooked.look(layers, self._capture, may_wait)
         decided, outputs = self.outputs.look(known.sampled)
         return known._replace(decided=decided, outputs=outputs)
+
+    def settled(self) -> Hashable | None:
+        """Who updates what, where nothing suggests that a step might change that."""
+        if self.unhooked.misses or self.outputs.seeking:
+            return None
+        return tuple(self.unhooked.reasons.items())
 
     def review(self, known: Known, state: State) -> Callable[[], None]:
         """Give layers without samples to the fallback, and take back who has some.

@@ -204,6 +204,8 @@ def _dense(param: Tensor) -> Tensor:
 
     torch's fused step wants parameter, gradient and moments dense and laid out alike.
     """
+    if param.is_contiguous():
+        return param
     like = torch.empty_like(param)
     return param if like.stride() == param.stride() else like.copy_(param)
 

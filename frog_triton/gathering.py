@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .anomalies import Anomalies
@@ -108,6 +109,9 @@ class Gathering:
                 calls: they do not wait to hear of it.
         """
         skipped = found_inf if self._options.capturable else None
+        alike: dict[torch.device, list[Tensor]] = {}
         for step in steps:
             counter = state[step.layer.weight]["step"]
-            counter += steps_taken(skipped, counter.device)
+            alike.setdefault(counter.device, []).append(counter)
+        for device, counters in alike.items():
+            torch._foreach_add_(counters, steps_taken(skipped, device))

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .linalg.numbers import moved_to
 from .linalg.rows import local
 from .warning import warn
@@ -46,9 +47,12 @@ def local_grads(
 class GradientWatch:
     """Looks at the gradients of each step, and remembers what was wrong with them."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "auto") -> None:
+        self._backend = backend
         self._skipped: dict[torch.device, Tensor] = {}
         self._nonfinite: dict[tuple[torch.device, str], Tensor] = {}
+        self._together: dict[tuple[torch.device, tuple[str, ...]], Tensor] = {}
+        self._kept: dict[Hashable, Any] = {}  # by the backend, for looks to come
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._peak = 0.0
         self._warned = False
@@ -64,9 +68,10 @@ class GradientWatch:
             if (param.device, name) not in self._nonfinite:
                 by_device.setdefault(param.device, []).append(name)
         for device, names in by_device.items():
-            counts = torch.zeros(len(names), dtype=torch.int32, device=device).unbind()
+            counts = torch.zeros(len(names), dtype=torch.int32, device=device)
             places = ((device, name) for name in names)
-            self._nonfinite |= zip(places, counts, strict=True)
+            self._nonfinite |= zip(places, counts.unbind(), strict=True)
+            self._together[device, tuple(names)] = counts
             if device not in self._skipped:
                 self._skipped[device] = torch.zeros_like(counts[0])
 
@@ -109,15 +114,33 @@ class GradientWatch:
                 by_device.setdefault(grad.device, {})[name] = grad
         found = []
         for device, there in by_device.items():
-            sizes = _magnitudes(list(there.values()))
+            sizes = self._magnitudes(list(there.values()))
             bad = (~torch.isfinite(sizes)).to(torch.int32)
-            counts = [self._nonfinite[device, name] for name in there]
-            torch._foreach_add_(counts, list(bad.unbind()))
+            together = self._together.get((device, tuple(there)))
+            if together is None:
+                counts = [self._nonfinite[device, name] for name in there]
+                torch._foreach_add_(counts, list(bad.unbind()))
+            else:
+                together += bad
             found.append(sizes.amax())
         if not found:
             return None
         moved = [moved_to(size, found[0].device) for size in found]
         return torch.stack(moved).amax() if len(moved) > 1 else moved[0]
+
+    def _magnitudes(self, grads: Sequence[Tensor]) -> Tensor:
+        """Largest magnitude of each, not finite if it holds one; all on one device."""
+        try:
+            backend = ops.resolve(self._backend, grads[0].device, torch.float32)
+        except ValueError:  # Triton's is asked for, elsewhere than on a GPU
+            backend = ops.resolve("torch", grads[0].device, torch.float32)
+        return backend.magnitudes(grads, self._kept)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that looks read and write beside gradients."""
+        yield from self.counters()
+        for kept in self._kept.values():
+            yield kept.fixed()
 
     def count_skipped(self, skipped: Tensor | None) -> None:
         """Count a step.
@@ -169,21 +192,6 @@ class GradientWatch:
                 entry = found.setdefault(name, {})
                 entry[key] = entry.get(key, 0) + count
         return found
-
-
-def _magnitudes(grads: Sequence[Tensor]) -> Tensor:
-    """Largest magnitude of each, NaN if it holds one; all on one device."""
-    grads = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
-    if grads[0].is_cuda:
-        norms = torch._foreach_norm(list(grads), math.inf)
-        dtypes = {n.dtype for n in norms}
-        wide = torch.float64 if torch.float64 in dtypes else torch.float32
-        return torch.stack([n.to(wide) for n in norms])
-    # On a CPU torch's largest norm takes fifteen times as long.
-    ends = [end for grad in grads for end in torch.aminmax(grad)]
-    wide = max((end.dtype for end in ends), key=lambda dtype: dtype.itemsize)
-    wide = torch.promote_types(wide, torch.float32)
-    return torch.stack([end.to(wide) for end in ends]).abs().view(-1, 2).amax(1)
 
 
 class _Mail:

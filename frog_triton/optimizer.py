@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
@@ -31,6 +31,7 @@ from .model.plan import Plan
 from .model.routing import Exclusion
 from .options import Options, check, check_model, scalar
 from .partition import Partition
+from .routines import Circumstances, Recording, Routines
 from .scaling import unscaled
 from .state import STATE_VERSION
 from .unhooked import Known
@@ -236,7 +237,7 @@ class FROG(Inspection):
         self._options = options
         self._step_supports_amp_scaling = capturable  # asked for by GradScaler
         self._tuning = Tuning(autotune, autotune_dir)
-        self._gradients, self._anomalies = GradientWatch(), Anomalies()
+        self._gradients, self._anomalies = GradientWatch(backend), Anomalies()
         self._solved: dict[str, str] = {}  # how, by layer
         self._stepped = False
         self._observe: Callable[..., None] | None = None
@@ -255,6 +256,13 @@ class FROG(Inspection):
         )
         self._gathering = Gathering(
             self._assignment, self._world, self.capture, self._anomalies, options
+        )
+        self._routines = Routines(
+            self.capture,
+            self._gradients,
+            self._anomalies,
+            self._world,
+            formulation,
         )
         self._fused = FusedInference(model)
         for part in (self._assignment.outputs, self._fused, self.capture):
@@ -326,18 +334,39 @@ class FROG(Inspection):
         self._world.verify(settings, self.param_groups, problem)
         if problem is not None:
             raise RuntimeError(problem)
-        known, found_inf = self._agree()
-        on_host = found_inf is not None and may_read(found_inf, self.capturable)
-        if on_host and found_inf:  # the step is skipped
-            self._assignment.outputs.forget()
+        now = self._routines.look(self.param_groups, self.state, self._decided())
+        recording = None if now is None else self._routines.find(now)
+        if now is not None and recording is not None:
+            self._play(recording, now)
         else:
-            self._step(known, None if on_host else found_inf)
-            self._assignment.learn(known, self._world.leads, self.routes)
+            self._take(now)
         self.capture.next_step()  # drops its samples
         self._stepped = True
         return loss
 
-    def _step(self, known: Known, found_inf: Tensor | None) -> None:
+    def _play(self, recording: Recording, now: Circumstances) -> None:
+        """Step as was recorded."""
+        found_inf: Tensor | None = self._routines.play(recording, now)
+        if found_inf is not None and may_read(found_inf, self.capturable):
+            if found_inf:
+                return
+            found_inf = None
+        for group, beside in zip(self.param_groups, recording.beside, strict=True):
+            beside.step(group, self.state, found_inf)
+
+    def _take(self, now: Circumstances | None) -> None:
+        """Step launch by launch; record that if it will come again."""
+        known, found_inf = self._agree()
+        on_host = found_inf is not None and may_read(found_inf, self.capturable)
+        if on_host and found_inf:  # the step is skipped
+            self._assignment.outputs.forget()
+            return
+        self._step(known, None if on_host else found_inf, now)
+        self._assignment.learn(known, self._world.leads, self.routes)
+
+    def _step(
+        self, known: Known, found_inf: Tensor | None, now: Circumstances | None
+    ) -> None:
         """Step; where `found_inf` is not 0, change nothing."""
         groups, state, world = self.param_groups, self.state, self._world
         layers, counts = self._plan.layers.values(), self._anomalies.counts
@@ -353,6 +382,16 @@ class FROG(Inspection):
                         fallback = FALLBACKS[group["updated_by"]]
                         own = [state[p] for p in params]
                         fallback.step(params, own, group, found_inf)
+                if now is not None:
+                    grads = local_grads(groups, self._plan.names)
+                    self._routines.meet(now, gathered, grads, self._decided())
+
+    def _decided(self) -> Hashable | None:
+        """See `Routines`."""
+        scaled = isinstance(getattr(self, "found_inf", None), Tensor)
+        if self.capturable or scaled or self._observe or not self._world.alone:
+            return None
+        return self._assignment.settled()
 
     def _agree(self) -> tuple[Known, Tensor | None]:
         """What all ranks know; and not 0 where the step is to be skipped."""

@@ -215,7 +215,7 @@ def solutions(
         observe: called after each solve.
         how: is told how each layer was solved.
     """
-    for bucket in _buckets(steps):
+    for bucket in alike(steps):
         grads = [step.grads for step in bucket if step.grads is not None]
         finite = [step.finite for step in bucket if step.finite is not None]
         batch = Batch(
@@ -259,7 +259,7 @@ def advance_momentum(
         The steps, without gradients; their momentum is what to precondition.
     """
     advanced = []
-    for bucket in _buckets(steps):
+    for bucket in alike(steps):
         ms, _, finite = bucket[0].backend.momentum_(
             [step.momentum for step in bucket],
             [step.grads for step in bucket if step.grads is not None],
@@ -314,7 +314,7 @@ def buckets_of(steps: Iterable[LayerStep], group: dict[str, Any]) -> list[Bucket
         group: hyperparameters.
     """
     found = []
-    for bucket in _buckets(step for step in steps if step.backend.GROUPS_LAYERS):
+    for bucket in alike(step for step in steps if step.backend.GROUPS_LAYERS):
         first = bucket[0]
         shape = shape_of(Batch([first.x], [first.y], [first.momentum]))
         param, momentum = first.params.weight.dtype, first.momentum.weight.dtype
@@ -325,7 +325,7 @@ def buckets_of(steps: Iterable[LayerStep], group: dict[str, Any]) -> list[Bucket
     return found
 
 
-def _buckets(steps: Iterable[LayerStep]) -> list[list[LayerStep]]:
+def alike(steps: Iterable[LayerStep]) -> list[list[LayerStep]]:
     """Those that can share launches together, as many as a launch can hold."""
     return together(steps, lambda step: step.key, lambda step: step.x.groups)
 

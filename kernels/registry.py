@@ -7,6 +7,7 @@ from .gram import GRAM
 from .gram_cg import GRAM_CG, GRAM_CG_TILED
 from .kernel import Kernel
 from .largest import LARGEST
+from .magnitudes import LARGEST_PARTS, MAGNITUDES
 from .momentum import MOMENTUM_PROJECT
 from .primal_adjoint import PRIMAL_ADJOINT
 from .primal_forward import PRIMAL_FORWARD
@@ -28,6 +29,8 @@ KERNELS = MappingProxyType(
             GRAM_CG,
             GRAM_CG_TILED,
             LARGEST,
+            LARGEST_PARTS,
+            MAGNITUDES,
             MOMENTUM_PROJECT,
             PRIMAL_ADJOINT,
             PRIMAL_FORWARD,

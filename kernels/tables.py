@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..linalg.numbers import Numbers
+from .board import board_in_use
 from .config import Config
 from .kernel import Kernel
 from .launch import hold, is_capturable
@@ -67,9 +68,9 @@ class Tables:
     """Addresses of tensors, one row a kind and one column a layer, on the device.
 
     All rows travel together: in one copy from the host's memory, or where a CUDA graph
-    must be able to capture that, as arguments of a kernel. The tensors live as long as
-    these tables do; past the launch, the caching allocator sees to what one stream
-    still reads.
+    must be able to capture that, as arguments of a kernel; or they are part of a
+    board. The tensors live as long as these tables do; past the launch, the caching
+    allocator sees to what one stream still reads.
 
     Args:
         rows: tensors by kind, each a list of one a layer.
@@ -83,15 +84,21 @@ class Tables:
         self._tensors = rows
         layers = len(rows[0])
         width = layers + layers % 2  # rows begin at multiples of 16 bytes
-        words = []
+        words: list[int] = []
+        tensors: list[Tensor | None] = []
         for row in rows:
             words += [tensor.data_ptr() for tensor in row] + [0] * (width - layers)
+            tensors += [*row, *[None] * (width - layers)]
         count = len(words)
         self.align = min(
             (address & -address for address in words if address), default=16
         )
         self.align = min(self.align, 16)
-        packed = _uploaded(words, rows[0][0].device)
+        board = board_in_use()
+        if board is None:
+            packed = _uploaded(words, rows[0][0].device)
+        else:
+            packed = board.place(words, tensors)
         self._rows = packed[:count].view(len(rows), width)
 
     def __getitem__(self, kind: int) -> Tensor:

@@ -207,6 +207,21 @@ class SampleCapture:
         pool = self._pools.get(name)
         return [] if pool is None else pool.calls
 
+    def matrices(self) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
+        """Samples of all layers that have some, by name: rows of X and of Y.
+
+        None where they are no rows of one call.
+        """
+        for name, pool in self._pools.items():
+            calls = pool.calls
+            if not calls:
+                continue
+            call = calls[0]
+            if len(calls) > 1 or call.adapter is not None or call.part is not None:
+                yield name, None, None
+            else:
+                yield name, call.x, call.y
+
     def samples(self, layer: Layer, bias: bool) -> tuple[LinearMap, Tensor] | None:
         """The layer's samples as a map and gradients ``(n, R, P)``, or None."""
         calls = self.calls(layer.name)

@@ -48,6 +48,11 @@ class Outputs:
             self._stilled += self._seeker.close()
             self._seeker = None
 
+    @property
+    def seeking(self) -> bool:
+        """Whether calls are watched."""
+        return self._seeker is not None
+
     def forget(self) -> None:
         """Gradients so far are dropped: see `OutputSearch.forget`."""
         if self._seeker is not None:

@@ -20,6 +20,7 @@ class Alone:
     """One rank: there is nobody to ask or to tell. See `World` for all methods."""
 
     group = None
+    alone = True
     leads = True
 
     def share(self, sample_size: int, seed: int) -> tuple[int, int]:

@@ -27,6 +27,10 @@ class World(Protocol):
         """Of the ranks; None where there is one."""
 
     @property
+    def alone(self) -> bool:
+        """Whether this is the only rank, so that a step waits for nobody."""
+
+    @property
     def leads(self) -> bool:
         """Whether this is the rank that speaks to the user."""
 

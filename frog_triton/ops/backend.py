@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,11 @@ class Backend(Protocol):
 
     NAME: str
     GROUPS_LAYERS: bool
+
+    def magnitudes(
+        self, tensors: Sequence[Tensor], kept: dict[Hashable, Any]
+    ) -> Tensor:
+        """Largest magnitude of each tensor."""
 
     # -- what is given ---------------------------------------------------------------
 

@@ -9,12 +9,13 @@ weights and the vectors of CG are float32. Arrays over samples and rows are stor
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Hashable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ..kernels import magnitudes as measured
 from ..kernels import weights
 from ..kernels.gather import gather
 from ..kernels.gram import gram
@@ -60,6 +61,7 @@ __all__ = [
     "gram_cg",
     "gram_rows",
     "gram_update_",
+    "magnitudes",
     "momentum_",
     "momentum_project_",
     "on_rows",
@@ -71,6 +73,16 @@ __all__ = [
 
 NAME = "triton_ops"
 GROUPS_LAYERS = True
+
+
+def magnitudes(tensors: Sequence[Tensor], kept: dict[Hashable, Any]) -> Tensor:
+    """See `torch_ops.magnitudes`; two launches, one more for each further dtype."""
+    if not measured.serves(tensors):
+        return torch_ops.magnitudes(tensors, kept)
+    key = tensors[0].device, *((t.numel(), t.dtype) for t in tensors)
+    if key not in kept:
+        kept[key] = measured.Magnitudes(tensors)
+    return kept[key].of(tensors)
 
 
 def prepare(

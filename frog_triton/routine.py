@@ -1,0 +1,220 @@
+"""A step's launches, recorded once and played again with other addresses and numbers.
+
+What a step launches follows from shapes, dtypes, strides and options; from one step to
+the next only gradients and samples lie elsewhere, and rates change. So the launches are
+recorded, as a CUDA graph, and each later step of the same circumstances brings the new
+addresses and numbers to the device in one copy and plays the recording.
+
+Nothing recorded may read an address that can change but through a table of the board:
+`_Watch` refuses operations of torch on such memory, `Board.place` tables of tensors
+that are neither known to move nor to lie still, and `_check` arguments of launches. A
+step that was refused is taken launch by launch, as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .kernels.board import Board, Refused, placing_on
+from .kernels.launch import Launches, recording
+
+MOST_MEMORY = 1 / 16
+"""Of a GPU's memory that one recording may hold for what its launches hand on."""
+
+
+SIZES_ALONE = frozenset(
+    f"aten::{name}"
+    for what in ("empty", "zeros", "ones", "full")
+    for name in (f"new_{what}", f"{what}_like")
+) | {"aten::new_empty_strided"}
+"""Operations that read nothing of a tensor that they are given."""
+
+BRANCHES = 4
+"""Streams that geometries are spread over."""
+
+
+class Graph(Protocol):
+    """Records what runs on a device, and plays it again."""
+
+    def recording(self) -> Any:
+        """A context whose work is recorded, not done."""
+
+    def branch(self) -> AbstractContextManager[Any]:
+        """A context whose work need not wait for that of other branches."""
+
+    def replay(self) -> None:
+        """Do the recorded work, at the same addresses."""
+
+    @property
+    def held(self) -> int:
+        """Bytes that it keeps for what the work hands on."""
+
+
+class CudaGraph:
+    """A CUDA graph.
+
+    Args:
+        device: whose work is recorded.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._graph = torch.cuda.CUDAGraph()
+        self._trunk: torch.cuda.Stream | None = None
+        self._branches: list[torch.cuda.Stream] = []
+        self._begun = 0
+        self.held = 0
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """See `Graph`. Other threads may use the GPU meanwhile."""
+        here = torch.cuda.current_stream(self._device)
+        trunk = torch.cuda.Stream(self._device)
+        trunk.wait_stream(here)
+        before = torch.cuda.memory_reserved(self._device)
+        with torch.cuda.device(self._device), torch.cuda.stream(trunk):
+            self._graph.capture_begin(capture_error_mode="thread_local")
+            self._trunk = trunk
+            try:
+                yield
+            finally:
+                for branch in self._branches:
+                    trunk.wait_stream(branch)
+                self._branches.clear()
+                self._graph.capture_end()
+        here.wait_stream(trunk)
+        self.held = torch.cuda.memory_reserved(self._device) - before
+
+    @contextmanager
+    def branch(self) -> Iterator[None]:
+        """See `Graph`: the next of `BRANCHES` streams, after what the trunk has done.
+
+        Kernels of small layers leave most of a GPU idle: those of several geometries
+        run side by side.
+        """
+        assert self._trunk is not None
+        if len(self._branches) < BRANCHES:
+            self._branches.append(torch.cuda.Stream(self._device))
+        branch = self._branches[self._begun % BRANCHES]
+        self._begun += 1
+        branch.wait_stream(self._trunk)
+        with torch.cuda.stream(branch):
+            yield
+
+    def replay(self) -> None:
+        """See `Graph`."""
+        with torch.cuda.device(self._device):
+            self._graph.replay()
+
+
+class Routine:
+    """Recorded launches, and where their addresses come from.
+
+    Attributes:
+        found: what the recorded function has returned: tensors that each `play` fills.
+        launches: of Triton kernels in a `play`.
+        operations: of torch in a `play`.
+    """
+
+    def __init__(self, graph: Graph, board: Board) -> None:
+        self._graph = graph
+        self._board = board
+        self.found: Any = None
+        self.launches = 0
+        self.operations = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes that it keeps for what its launches hand on."""
+        return self._graph.held
+
+    def play(
+        self, moving: Sequence[Tensor], numbers: Sequence[Sequence[float]]
+    ) -> Any:
+        """Do it all, with these tensors and numbers; returns `found`.
+
+        Args:
+            moving: of the same sizes, dtypes, strides and alignment as those that it
+                was recorded with, in the same order.
+            numbers: of each group.
+        """
+        self._board.write([t.data_ptr() for t in moving], numbers)
+        self._graph.replay()
+        return self.found
+
+
+def record(
+    graph: Graph,
+    work: Callable[[Graph, Board], Any],
+    moving: Sequence[Tensor],
+    still: Iterable[Tensor],
+    words: int,
+    groups: int,
+    device: torch.device,
+) -> Routine:
+    """Record what a function launches; nothing is done.
+
+    Args:
+        graph: a new one.
+        work: makes launches, given graph and board; never waits for the device.
+        moving: dense tensors that will be others the next time.
+        still: all other tensors that `work` is given.
+        words: of its tables together, at most.
+        groups: that have numbers.
+        device: of everything.
+
+    Raises:
+        Refused: it cannot be played again.
+    """
+    board = Board(moving, still, words, groups, device)
+    routine, watch = Routine(graph, board), _Watch(board)
+    with recording(run=True) as launches:
+        with graph.recording(), placing_on(board), watch:
+            routine.found = work(graph, board)
+    _check(launches, board)
+    routine.launches, routine.operations = len(launches), watch.operations
+    return routine
+
+
+class _Watch(TorchDispatchMode):
+    """Refuses operations on memory that may lie elsewhere the next time."""
+
+    def __init__(self, board: Board) -> None:
+        super().__init__()
+        self._board = board
+        self.operations = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not func.is_view and func._schema.name not in SIZES_ALONE:
+            for tensor in tree_leaves((args, kwargs)):
+                if isinstance(tensor, Tensor) and not self._board.lies_still(tensor):
+                    raise Refused(f"{func} of a tensor that may lie elsewhere")
+        made = func(*args, **kwargs)
+        if not func.is_view:
+            self.operations += 1
+            for tensor in tree_leaves(made):
+                if isinstance(tensor, Tensor):
+                    self._board.bear(tensor)
+        return made
+
+
+def _check(launches: Launches, board: Board) -> None:
+    """Raise Refused if a launch has got an address that may change."""
+    for launch in launches:
+        for tensor in launch.args.values():
+            if isinstance(tensor, Tensor) and not board.lies_still(tensor):
+                raise Refused(f"{launch.name} of a tensor that may lie elsewhere")

@@ -1,0 +1,339 @@
+"""Which steps are recorded, and when a recording may be played.
+
+A step's *circumstances* are all that decides what it launches: parameters, state and
+counters with their addresses, sizes, dtypes and strides of gradients and samples,
+options that are no plain numbers, who updates which layer. A step whose circumstances
+were met before is recorded, and played from then on; the least change, and the step is
+taken launch by launch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .fallback import FALLBACKS
+from .kernels.board import Board, Refused
+from .linalg.precision import tf32_convolutions
+from .routine import MOST_MEMORY, CudaGraph, Graph, Routine, record
+from .step import LayerStep
+from .update import Gathered, alike, numbers_of, step_layers
+
+if TYPE_CHECKING:
+    from .anomalies import Anomalies
+    from .capture.capture import SampleCapture
+    from .distributed import World
+    from .gradients import GradientWatch
+
+KEPT = 2
+"""Recordings that are kept: two sets of circumstances may take turns."""
+
+REMEMBERED = 16
+"""Circumstances that are remembered without a recording."""
+
+NUMBERS = ("momentum", "damping", "lr", "weight_decay")
+"""Entries of a group that may differ from step to step; all others may not.
+
+In the order of `Numbers`, where whether the step is skipped comes next."""
+
+WORDS_A_LAYER = 512
+"""Of tables: ten of a step, each with up to eight rows and what fills them up."""
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """Of one step.
+
+    Attributes:
+        key: equal for steps that launch the same.
+        decided: of these, what a step may change itself.
+        moving: gradients and samples, which may lie elsewhere the next time.
+        numbers: of each group.
+    """
+
+    key: Hashable
+    decided: Hashable
+    moving: list[Tensor]
+    numbers: list[tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a group's step does beside the recorded launches.
+
+    Attributes:
+        counted: weights of layers whose steps are counted.
+        params: that the fallback updates.
+    """
+
+    counted: Sequence[nn.Parameter]
+    params: Sequence[nn.Parameter]
+
+    def step(
+        self,
+        group: dict[str, Any],
+        state: Mapping[Any, dict[str, Any]],
+        found_inf: Tensor | None,
+    ) -> None:
+        """Do it; see `Fallback.step`."""
+        if self.counted:
+            torch._foreach_add_([state[w]["step"] for w in self.counted], 1)
+        if self.params:
+            own = [state[p] for p in self.params]
+            fallback = FALLBACKS[group["updated_by"]]
+            fallback.step(self.params, own, group, found_inf)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A step that can be played.
+
+    Attributes:
+        routine: look at the gradients, solve, update; it finds whether the step was to
+            be skipped, and the largest gradient.
+        beside: of each group.
+        held: what the routine reads and writes, and who else holds it may let go.
+    """
+
+    routine: Routine
+    beside: Sequence[Beside]
+    held: Sequence[Tensor]
+
+
+def graphs(device: torch.device) -> Callable[[], Graph] | None:
+    """What makes recordings of work on a device; None where nothing can."""
+    return (lambda: CudaGraph(device)) if device.type == "cuda" else None
+
+
+class Routines:
+    """Recordings of an optimizer's steps.
+
+    Args:
+        capture: of samples.
+        gradients: looks at them.
+        anomalies: counters of the layers' rows.
+        world: of one rank.
+        formulation: of the solver.
+
+    Attributes:
+        graphs: see the function.
+        refused: why the last step that could not be recorded was not; empty if none.
+    """
+
+    def __init__(
+        self,
+        capture: SampleCapture,
+        gradients: GradientWatch,
+        anomalies: Anomalies,
+        world: World,
+        formulation: str,
+    ) -> None:
+        self._capture = capture
+        self._gradients = gradients
+        self._anomalies = anomalies
+        self._world = world
+        self._formulation = formulation
+        self._kept: OrderedDict[Hashable, Recording] = OrderedDict()
+        self._met: OrderedDict[Hashable, bool] = OrderedDict()  # may it be recorded?
+        self.graphs = graphs
+        self.refused = ""
+
+    def clear(self) -> None:
+        """Forget everything, and free its memory."""
+        self._kept.clear()
+        self._met.clear()
+
+    def look(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: Mapping[Any, dict[str, Any]],
+        decided: Hashable | None,
+    ) -> Circumstances | None:
+        """The circumstances of the step that is due; None if it cannot be recorded.
+
+        Args:
+            groups: parameter groups.
+            state: of the parameters.
+            decided: circumstances beyond parameters and samples; None where a step must
+                be thought through, whatever was before.
+        """
+        device = next((p.device for g in groups for p in g["params"]), None)
+        if decided is None or device is None or self.graphs(device) is None:
+            return None
+        keys: list[Hashable] = [tf32_convolutions()]
+        moving: list[Tensor] = []
+        numbers = []
+        for group in groups:
+            keys.append(_options(group))
+            ours = group["updated_by"] == "frog"
+            if ours:
+                values = tuple(group[name] for name in NUMBERS)
+                if any(isinstance(v, Tensor) and not v.is_cpu for v in values):
+                    return None
+                numbers.append(tuple(map(float, values)))
+            if not _look_at(group["params"], ours, state, keys, moving):
+                return None
+        for name, x, y in self._capture.matrices():
+            if x is None or y is None:
+                return None
+            keys.append(name)
+            keys += _layout(x) + _layout(y)
+            moving += (x, y)
+        if any(t.device != device for t in moving):
+            return None
+        keys += ((n, c.data_ptr()) for n, c in self._anomalies.counts.items())
+        return Circumstances((decided, *keys), decided, moving, numbers)
+
+    def find(self, now: Circumstances) -> Recording | None:
+        """What was recorded in such circumstances."""
+        found = self._kept.get(now.key)
+        if found is not None:
+            self._kept.move_to_end(now.key)
+        return found
+
+    def play(self, recording: Recording, now: Circumstances) -> Tensor:
+        """Do what was recorded.
+
+        Returns:
+            Not 0 where the step was skipped.
+        """
+        found_inf, largest = recording.routine.play(now.moving, now.numbers)
+        self._gradients.warn_of_growth(largest)
+        return found_inf
+
+    def meet(
+        self,
+        now: Circumstances,
+        gathered: Sequence[Gathered],
+        grads: Mapping[str, Tensor],
+        decided: Hashable | None,
+    ) -> None:
+        """A step was taken launch by launch: record it if such a one was met before.
+
+        Args:
+            now: its circumstances.
+            gathered: what each group brought.
+            grads: all gradients by parameter.
+            decided: as for `look`, now that it was taken.
+        """
+        due = self._met.pop(now.key, None)
+        self._met[now.key] = True if due is None else due
+        if len(self._met) > REMEMBERED:
+            self._met.popitem(last=False)
+        if not due or decided != now.decided:
+            return
+        device = now.moving[0].device
+        make = self.graphs(device)
+        assert make is not None
+        steps = [step for some in gathered for step in some.steps]
+        counters = [*self._anomalies.counts.values(), *self._gradients.tensors()]
+        words = WORDS_A_LAYER * (8 + len(steps)) + 2 * len(grads)
+        work = partial(self._work, gathered, grads)
+        still = [*counters, *_own(steps)]
+        how = (now.moving, still, words, len(now.numbers), device)
+        try:
+            routine = record(make(), work, *how)
+            _check_memory(routine, device)
+        except (Refused, RuntimeError) as error:  # torch's, of what cannot be captured
+            self._met[now.key] = False
+            self.refused = str(error) or type(error).__name__
+            return
+        beside = [
+            Beside([], some.params)
+            if some.group["updated_by"] != "frog"
+            else Beside([step.layer.weight for step in some.steps], [])
+            for some in gathered
+        ]
+        self._kept[now.key] = Recording(routine, beside, counters)
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+
+    def _work(
+        self,
+        gathered: Sequence[Gathered],
+        grads: Mapping[str, Tensor],
+        graph: Graph,
+        board: Board,
+    ) -> tuple[Tensor, Tensor]:
+        """All that is recorded of a step."""
+        largest = self._gradients.look(grads)
+        assert largest is not None
+        found_inf = (~torch.isfinite(largest)).float()
+        self._gradients.count_skipped(found_inf)
+        ours = [some for some in gathered if some.group["updated_by"] == "frog"]
+        for (group, _, steps), vector in zip(ours, board.numbers, strict=True):
+            vector[len(NUMBERS)].copy_(found_inf)
+            numbers = numbers_of(group, found_inf)
+            numbers.vectors[vector.device] = vector
+            how = (group, numbers, self._formulation, self._anomalies.counts)
+            for some in alike(steps):
+                with graph.branch():
+                    step_layers(self._world, some, *how)
+                    for step in some:
+                        step.write_back()
+        return found_inf, largest
+
+
+def _own(steps: Iterable[LayerStep]) -> Iterator[Tensor]:
+    """Parameters and momentum of layers."""
+    for step in steps:
+        for rows in (step.params, step.momentum):
+            yield from (t for t in rows if t is not None)
+        yield from (home for home, _ in step.homes)
+
+
+def _check_memory(routine: Routine, device: torch.device) -> None:
+    if device.type != "cuda":
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    if routine.held > MOST_MEMORY * total:
+        raise Refused(f"it would hold {routine.held / 2**20:.0f} MiB")
+
+
+def _options(group: Mapping[str, Any]) -> Hashable:
+    """Entries of a group that decide what is launched."""
+    return tuple(
+        (name, value)
+        for name, value in group.items()
+        if name not in NUMBERS and name != "params" and isinstance(value, Hashable)
+    )
+
+
+def _look_at(
+    params: Sequence[Tensor],
+    ours: bool,
+    state: Mapping[Any, dict[str, Any]],
+    keys: list[Hashable],
+    moving: list[Tensor],
+) -> bool:
+    """Add what parameters bring; whether the step can be recorded with them."""
+    for param in params:
+        grad = param.grad
+        keys.append(id(param))
+        if grad is None:
+            keys.append(None)
+            continue
+        if type(grad) is not Tensor or grad.layout != torch.strided:
+            return False
+        keys += _layout(grad)
+        moving.append(grad)
+        keys.append(param.data_ptr())
+        if ours:
+            own = state.get(param)
+            if own is None:
+                return False
+            keys += (param.dtype, param.stride())
+            for value in own.values():
+                keys += (value.data_ptr(), value.dtype, value.stride())
+    return True
+
+
+def _layout(tensor: Tensor) -> tuple[Hashable, ...]:
+    """What a launch is made for; of an address its alignment."""
+    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15)

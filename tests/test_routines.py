@@ -1,0 +1,271 @@
+"""Steps that are recorded and played are the steps that launches one by one make."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tape import Tape
+from torch import nn
+
+from frog_triton import FROG
+from frog_triton.kernels.board import Board, Refused
+from frog_triton.kernels.splits import sum_splits
+from frog_triton.kernels.tables import Tables
+from frog_triton.routine import CudaGraph, record
+
+CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.conv(x))).mean((2, 3))
+        return self.head(x + self.down(torch.tanh(self.up(x))))
+
+
+def batch(seed, size=6):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 2, 4, 4, generator=generator)
+    y = torch.randint(0, 3, (size,), generator=generator)
+    return x.to(DEVICE), y.to(DEVICE)
+
+
+class Counted:
+    """A graph that counts how often it is played."""
+
+    def __init__(self, graph):
+        self._graph = graph
+        self.plays = 0
+
+    def __getattr__(self, name):
+        return getattr(self._graph, name)
+
+    def replay(self):
+        self.plays += 1
+        self._graph.replay()
+
+
+class Pair:
+    """A net whose steps are recorded, beside its twin's, which are not."""
+
+    def __init__(self, **options):
+        options = {"sample_size": 5, "backend": "triton", "lr": 1e-2} | options
+        nets = [Net().to(DEVICE)]
+        nets.append(copy.deepcopy(nets[0]))
+        self.nets = nets
+        self.opts = [FROG(net, **options) for net in nets]
+        self.tapes = []
+        self.opts[0]._routines.graphs = lambda device: self.tape
+        self.opts[1]._routines.graphs = lambda device: None
+        self.hold = []  # old gradients, so that new ones lie elsewhere
+        self.steps = 0
+
+    def tape(self):
+        made = CudaGraph(DEVICE) if DEVICE.type == "cuda" else Tape()
+        self.tapes.append(Counted(made))
+        return self.tapes[-1]
+
+    @property
+    def plays(self):
+        return sum(tape.plays for tape in self.tapes)
+
+    def each(self, change):
+        for net, opt in zip(self.nets, self.opts, strict=True):
+            change(net, opt)
+
+    def step(self, times=1, size=6, spoil=lambda net: None):
+        """Step both; equal, bit for bit."""
+        for _ in range(times):
+            for net, opt in zip(self.nets, self.opts, strict=True):
+                self.hold += [p.grad for p in net.parameters()]
+                opt.zero_grad()
+                x, y = batch(self.steps, size)
+                x = x.to(next(net.parameters()).dtype)
+                F.cross_entropy(net(x).float(), y).backward()
+                spoil(net)
+                opt.step()
+            self.steps += 1
+            self.compare()
+
+    def compare(self):
+        for a, b in zip(*(net.parameters() for net in self.nets), strict=True):
+            assert torch.equal(a, b)
+        states = [opt.state_dict()["state"] for opt in self.opts]
+        assert states[0].keys() == states[1].keys()
+        for key, own in states[0].items():
+            for name, value in own.items():
+                assert torch.equal(value, states[1][key][name]), name
+        assert self.opts[0].anomalies() == self.opts[1].anomalies()
+
+
+@pytest.mark.parametrize("formulation", ["primal", "gram"])
+@pytest.mark.parametrize("orthogonalize", [False, True])
+def test_played_steps_are_the_steps(orthogonalize, formulation):
+    pair = Pair(orthogonalize=orthogonalize, formulation=formulation)
+    pair.step(6)
+    assert len(pair.tapes) == 1
+    # The first step shows the output layer, two more are alike, the rest is played.
+    assert pair.plays == 3, pair.opts[0]._routines.refused
+
+
+def test_numbers_change_without_a_new_recording():
+    pair = Pair(nesterov=True)
+    pair.step(4)
+    for i in range(3):
+
+        def change(net, opt, i=i):
+            for group in opt.param_groups:
+                group["lr"] = 1e-2 / (i + 1)
+                group["weight_decay"] = 1e-2 * i
+            opt.param_groups[0]["damping"] = 0.5 + i
+            opt.param_groups[0]["momentum"] = 0.9 - 0.2 * i
+
+        pair.each(change)
+        pair.step()
+    assert len(pair.tapes) == 1
+    assert pair.plays == 4
+
+
+def test_a_step_with_a_bad_gradient_changes_nothing():
+    pair = Pair()
+    pair.step(4)
+
+    def spoil(net):
+        net.up.weight.grad[0, 0] = float("nan")
+
+    before = copy.deepcopy(pair.nets[0].state_dict())
+    pair.step(spoil=spoil)
+    assert pair.plays == 2
+    for name, value in pair.nets[0].named_parameters():
+        assert torch.equal(value, before[name]), name
+    assert pair.opts[0].anomalies()["model"] == {"skipped_steps": 1}
+    pair.step(2)
+    assert pair.plays == 4
+
+
+def _other_option(name, value):
+    def change(net, opt):
+        opt.param_groups[0][name] = value
+
+    return change
+
+
+def _reload(net, opt):
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+
+
+def _other_data(net, opt):
+    for param in net.parameters():
+        param.data = param.data.clone()
+
+
+def _other_layout(net, opt):
+    net.to(memory_format=torch.channels_last)
+
+
+def _other_momentum(net, opt):
+    own = opt.state[net.up.weight]
+    own["momentum_buffer"] = own["momentum_buffer"].clone()
+
+
+def _freeze(net, opt):
+    net.down.weight.requires_grad_(False)
+    net.down.weight.grad = None
+
+
+def _swap_gradients(net, opt):
+    params = [net.up.weight, net.conv.weight]
+    for param in params:
+        param.grad = param.grad.clone() if param.grad is not None else None
+
+
+CHANGES = {
+    "iters": _other_option("cg_iters", 2),
+    "nesterov": _other_option("nesterov", False),
+    "plain": _other_option("orthogonalize", False),
+    "loaded": _reload,
+    "data": _other_data,
+    "layout": _other_layout,
+    "momentum": _other_momentum,
+    "frozen": _freeze,
+    "dtype": lambda net, opt: net.to(torch.bfloat16),
+    "eval": lambda net, opt: net.up.eval(),
+    "gradients": _swap_gradients,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_no_address_is_ever_stale(change):
+    pair = Pair()
+    pair.step(4)
+    assert pair.plays == 1, pair.opts[0]._routines.refused
+    pair.each(change)
+    pair.step(5)
+    pair.step(2, size=3)
+    pair.step(3)
+
+
+def test_old_memory_is_not_read():
+    """What a recording read before is spoilt, so that reading it again would show."""
+    pair = Pair()
+    pair.step(4)
+    for grad in pair.hold:
+        if grad is not None:
+            grad.fill_(float("nan"))
+    pair.step(2)
+    assert pair.plays == 3
+
+
+def test_nothing_is_copied_where_nothing_has_changed():
+    x = torch.ones(8)
+    board = Board([x], [], 64, 1, CPU)
+    board.place([x.data_ptr()], [x])
+    assert board.write([x.data_ptr()], [(0.5, 1.0)])
+    assert not board.write([x.data_ptr()], [(0.5, 1.0)])
+    assert board.write([x.data_ptr()], [(0.5, 2.0)])
+    assert board.write([x.data_ptr() + 64], [(0.5, 2.0)])
+
+
+class TestWhatIsRefused:
+    def record(self, work, moving=(), still=()):
+        return record(Tape(), work, moving, still, 64, 1, CPU)
+
+    def test_an_operation_on_memory_that_moves(self):
+        x = torch.ones(8)
+        with pytest.raises(Refused, match="lie elsewhere"):
+            self.record(lambda graph, board: x.view(2, 4) + 1, moving=[x])
+
+    def test_an_operation_on_memory_of_nobody(self):
+        x = torch.ones(8)
+        with pytest.raises(Refused, match="lie elsewhere"):
+            self.record(lambda graph, board: x + 1)
+        self.record(lambda graph, board: x + 1, still=[x])
+
+    def test_a_table_of_memory_of_nobody(self):
+        x = torch.ones(8)
+        with pytest.raises(Refused, match="neither here nor there"):
+            self.record(lambda graph, board: Tables([[x]]))
+
+    def test_a_launch_on_memory_that_moves(self):
+        x = torch.ones(2, 8)
+
+        with pytest.raises(Refused, match="lie elsewhere"):
+            self.record(lambda graph, board: sum_splits(x), moving=[x])
+
+    def test_gradients_that_share_memory(self):
+        x = torch.ones(8)
+        with pytest.raises(Refused, match="share memory"):
+            self.record(lambda graph, board: None, moving=[x, x[4:]])
+
+    def test_too_many_tables(self):
+        x = torch.ones(8)
+        with pytest.raises(Refused, match="more tables"):
+            self.record(lambda graph, board: Tables([[x] * 100]), still=[x])
