@@ -289,6 +289,7 @@ class FROG(Inspection):
         if "updated_by" in param_group:  # one of ours, already split
             super().add_param_group(param_group)
             return
+        self._routines.clear()
         known, group = self._plan.layers, user_group(param_group)
         check_names(group, self.param_groups)
         for half in self._partition.split([group], self.defaults):
@@ -365,7 +366,10 @@ class FROG(Inspection):
         self._assignment.learn(known, self._world.leads, self.routes)
 
     def _step(
-        self, known: Known, found_inf: Tensor | None, now: Circumstances | None
+        self,
+        known: Known,
+        found_inf: Tensor | None,
+        now: Circumstances | None = None,
     ) -> None:
         """Step; where `found_inf` is not 0, change nothing."""
         groups, state, world = self.param_groups, self.state, self._world
@@ -432,6 +436,7 @@ class FROG(Inspection):
         loading.run(self, super().load_state_dict, state_dict)
 
     def _take_over(self, loaded: Mapping[str, Any]) -> None:
+        self._routines.clear()
         self._assignment.take_over(loaded, self.param_groups, self.state)
         self._stepped = any(
             bool(state["step"] > 0) for state in self.state.values() if "step" in state
@@ -479,6 +484,7 @@ class FROG(Inspection):
         self._assignment.outputs.close()
         self._fused.close()
         self.capture.close()
+        self._routines.clear()
 
     def __enter__(self) -> Self:
         """Nothing to do; `close` is called at the end of the block."""

@@ -36,7 +36,7 @@ SIZES_ALONE = frozenset(
 ) | {"aten::new_empty_strided"}
 """Operations that read nothing of a tensor that they are given."""
 
-BRANCHES = 4
+BRANCHES = 8
 """Streams that geometries are spread over."""
 
 
@@ -135,9 +135,7 @@ class Routine:
         """Bytes that it keeps for what its launches hand on."""
         return self._graph.held
 
-    def play(
-        self, moving: Sequence[Tensor], numbers: Sequence[Sequence[float]]
-    ) -> Any:
+    def play(self, moving: Sequence[Tensor], numbers: Sequence[Sequence[float]]) -> Any:
         """Do it all, with these tensors and numbers; returns `found`.
 
         Args:
