@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from .kernels.work import PRICES, Work
 
@@ -50,6 +49,8 @@ def _work(
     written: list[Tensor],
     out: Any,
 ) -> Work:
+    from torch.utils.flop_counter import flop_registry  # which imports Triton
+
     operations = 0
     if func.overloadpacket in flop_registry:
         operations = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
