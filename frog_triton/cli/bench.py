@@ -2,6 +2,7 @@
 
     frog-triton bench kernels --model resnet18 --json kernels.json --plot kernels.png
     frog-triton bench step --model gpt2-small --samples 64
+    frog-triton bench host
     frog-triton bench train cifar10-small --data DIR
     frog-triton bench stability
     frog-triton bench stability --case overfit-mlp gan
@@ -22,6 +23,10 @@ COMMANDS = {
     ),
     "step": Command(
         "FROG's step beside other optimizers'", f"{_BENCHMARKS}.bench_step"
+    ),
+    "host": Command(
+        "what a training step costs the host, beside AdamW's",
+        f"{_BENCHMARKS}.bench_host",
     ),
     "train": Command(
         "optimizers on a workload",
