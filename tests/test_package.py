@@ -102,14 +102,14 @@ FLOORS = (
     {"layers"},
     {"model", "solve", "state"},
     {"anomalies", "autotune", "capture", "fallback", "step"},
-    {"costs", "diagnostics", "options", "unhooked"},
-    {"cli", "groups", "preconditioner"},
+    {"diagnostics", "options", "unhooked"},
+    {"groups", "preconditioner"},
     {"loading", "update"},
     {"distributed"},
-    {"partition"},
-    {"assignment"},
+    {"counting", "partition"},
+    {"assignment", "costs"},
     {"gathering", "inspection"},
-    {"optimizer"},
+    {"cli", "optimizer"},
 )
 """What there is, from the ground up: a module knows only those on floors below."""
 
