@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .capture.capture import SAMPLINGS
 from .counting import CountedStep, sampled, stand_ins, without_memory
+from .eager import Launched
 from .kernels.gpu import GPUS
 from .kernels.work import Work
 from .layers import ConvMap, LinearMap, Seen, adapter_for
@@ -181,25 +182,19 @@ def cost(
         "cg_iters": cg_iters,
         "orthogonalize": orthogonalize,
     }
-    step = CountedStep(
-        [(s, without_memory(x, param_dtype)) for s, x in served], dtypes, group
-    )
-    beside = step.beside()
-    launched = Counter(c.name for c in chain(*beside.values()))
+    shaped = [(shape, without_memory(x, param_dtype)) for shape, x in served]
+    step = CountedStep(shaped, dtypes, group)
     lines: dict[str, LayerCost] = {}
-    total = sum((c.work for c in chain(*beside.values())), Work())
-    floor = sum(c.work.floor(GPUS[gpu]) for c in chain(*beside.values()))
+    everything: list[Launched] = []
     for members in step.geometries():
-        count, shape = len(members), members[0].shape
+        count, shape = len(members), step.shape(members[0])
         bucket = Bucket(shape, count, cg_iters, nesterov, dtypes)
         chosen = choose(bucket, GPUS[gpu]) if formulation == "auto" else formulation
-        counted = step.solve(members, chosen)
-        launched.update(c.name for c in counted)
-        done = sum((c.work for c in counted), Work())
-        time = sum(c.work.floor(GPUS[gpu]) for c in counted)
-        total, floor = total + done, floor + time
+        launched = step.solve(members, chosen)
+        everything += launched
+        done, floor = _summed(launched, gpu)
         for member in members:
-            shape = member.shape
+            shape = step.shape(member)
             lines[shape.name] = LayerCost(
                 shape,
                 chosen,
@@ -209,20 +204,29 @@ def cost(
                 done.bytes // count,
                 shape.rows * shape.row_length * momentum_dtype.itemsize,
                 sum(sampled(shape)) * sample_dtype.itemsize,
-                time / count,
+                floor / count,
             )
+    beside = step.beside()
+    everything += chain(*beside.values())
+    total, floor = _summed(everything, gpu)
     ordered = tuple(lines[shape.name] for shape in shapes)
     return Cost(
         ordered,
         gpu,
-        launched,
-        {what: len(counted) for what, counted in beside.items()},
+        Counter(launched.name for launched in everything),
+        {what: len(launched) for what, launched in beside.items()},
         total.operations,
         total.bytes,
         sum(line.state_bytes for line in ordered),
         sum(line.sample_bytes for line in ordered),
         floor,
     )
+
+
+def _summed(everything: Sequence[Launched], gpu: str) -> tuple[Work, float]:
+    """All launches together, and the sum of their floors."""
+    works = [launched.work for launched in everything]
+    return sum(works, Work()), sum(work.floor(GPUS[gpu]) for work in works)
 
 
 def _shapes(

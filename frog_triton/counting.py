@@ -8,23 +8,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .distributed.alone import Alone
-from .eager import Launched, eager_operations
+from .eager import FROM_HOST, Launched, eager_operations
 from .gradients import GradientWatch
 from .kernels.launch import capturable, recording
 from .kernels.work import Work, work
 from .layers import ConvMap
 from .layers.conv import ConvSpec
+from .linalg.numbers import Numbers
 from .model.plan import Layer
 from .model.routing import route
-from .solve.launches import Bucket, DTypes, LayerShape, together, trial_step
+from .solve.launches import Bucket, DTypes, LayerShape, trial_step
 from .step import LayerStep, Samples, layer_step
-from .update import numbers_of, step_layers
+from .update import alike, numbers_of, step_layers
 
 META = torch.device("meta")
 
@@ -44,15 +45,11 @@ class _Alone(Alone):
         return batch.xs[0], batch.ys[0]
 
 
-class Member(NamedTuple):
-    """A layer, and what it brings to a step."""
-
-    shape: LayerShape
-    step: LayerStep
-
-
 class CountedStep:
     """A training step of layers whose tensors have no memory.
+
+    It is counted as it is once its launches are recorded (`Routine`): all addresses and
+    numbers come from the host in one copy.
 
     Args:
         layers: with their shapes.
@@ -66,50 +63,51 @@ class CountedStep:
         dtypes: DTypes,
         group: dict[str, Any],
     ) -> None:
-        self._itemsize = dtypes[0].itemsize
+        from .kernels.tables import numbers_on  # Triton need not be there for torch's
+
         self._group = group
-        named = {layer.name: shape for shape, layer in layers}
-        self._world = _Alone(named, dtypes[0])
-        params = [param for _, layer in layers for param in layer.params]
-        self._grads = {str(i): p.grad for i, p in enumerate(params)}
-        state = {
-            p: {"momentum_buffer": torch.empty_like(p, dtype=dtypes[2])} for p in params
-        }
-        how: tuple[Any, ...] = (state, self._world, None, "triton")
-        self._members = [Member(s, layer_step(x, *how)) for s, x in layers]
+        self._shapes = {layer.name: shape for shape, layer in layers}
+        self._world = _Alone(self._shapes, dtypes[0])
+        self._itemsize = dtypes[0].itemsize
         self._counts = {
             layer.name: _empty((2, layer.geometry.rows), torch.int32)
             for _, layer in layers
         }
-        self._numbers = numbers_of(group)
+        params = [param for _, layer in layers for param in layer.params]
+        momenta = (torch.empty_like(p, dtype=dtypes[2]) for p in params)
+        state = {
+            p: {"momentum_buffer": m} for p, m in zip(params, momenta, strict=True)
+        }
+        how: tuple[Any, ...] = (state, self._world, None, "triton")
+        self._steps = [layer_step(layer, *how) for _, layer in layers]
+        self._from_host = Work(launches=1)
+        grads = {str(i): p.grad for i, p in enumerate(params) if p.grad is not None}
+        self._numbers, self._gradients = self._look(grads)
+        self._skip = self._counted(lambda: numbers_on(self._numbers, META))
 
-    def beside(self) -> dict[str, list[Launched]]:
-        """What belongs to no geometry; to be called first."""
-        from .kernels.tables import numbers_on  # Triton need not be there for torch's
-
-        drawn = [n * self._itemsize for m in self._members for n in sampled(m.shape)]
-        samples = [
-            Launched("_draw_kernel", Work(bytes=2 * n, launches=1)) for n in drawn
-        ]
-        watch = GradientWatch()
-        watch.expect(self._grads)
+    def _look(self, grads: Mapping[str, Tensor]) -> tuple[Numbers, list[Launched]]:
+        """The look at gradients, and the numbers of a step that may be skipped."""
+        watch, found = GradientWatch("triton"), []
+        with torch.no_grad(), recording(run=False):
+            watch.look(grads)  # makes what it keeps for the next time
 
         def look() -> None:
-            found_inf = watch.found_inf(self._grads, may_wait=True)
-            watch.count_skipped(found_inf)
-            self._numbers = numbers_of(self._group, found_inf)
+            found.append(watch.found_inf(grads, may_wait=True))
+            watch.count_skipped(found[0])
 
-        gradients = _counted(look)
-        numbers = _counted(lambda: numbers_on(self._numbers, META))
-        return {"samples": samples, "gradients": gradients, "numbers": numbers}
+        launched = self._counted(look)
+        return numbers_of(self._group, *found), launched
 
-    def geometries(self) -> list[list[Member]]:
+    def geometries(self) -> list[list[LayerStep]]:
         """Layers that share launches."""
-        return together(self._members, lambda m: m.step.key, lambda m: m.shape.groups)
+        return alike(self._steps)
 
-    def solve(self, members: Sequence[Member], formulation: str) -> list[Launched]:
+    def shape(self, step: LayerStep) -> LayerShape:
+        """Of a layer."""
+        return self._shapes[step.layer.name]
+
+    def solve(self, steps: Sequence[LayerStep], formulation: str) -> list[Launched]:
         """Momentum, solve and update of layers of one geometry."""
-        steps = [member.step for member in members]
 
         def run() -> None:
             how = (self._group, self._numbers, formulation, self._counts)
@@ -117,15 +115,30 @@ class CountedStep:
             for step in steps:
                 step.write_back()
 
-        return _counted(run)
+        return self._counted(run)
 
+    def beside(self) -> dict[str, list[Launched]]:
+        """What belongs to no geometry; to be called when all are solved."""
+        drawn = [n for shape in self._shapes.values() for n in sampled(shape)]
+        samples = [
+            Launched("_draw_kernel", Work(bytes=2 * n * self._itemsize, launches=1))
+            for n in drawn
+        ]
+        numbers = [Launched(FROM_HOST, self._from_host), *self._skip]
+        return {"samples": samples, "gradients": self._gradients, "numbers": numbers}
 
-@torch.no_grad()
-def _counted(run: Callable[[], Any]) -> list[Launched]:
-    """Launches of kernels and of torch's operations, nothing of which runs."""
-    with capturable(False), recording(run=False) as launches:
-        operations = eager_operations(run, META)
-    return [*(Launched(made.name, work(made)) for made in launches), *operations]
+    @torch.no_grad()
+    def _counted(self, run: Callable[[], Any]) -> list[Launched]:
+        """Launches of kernels and of torch's operations, nothing of which runs.
+
+        What comes from the host is put to the one copy.
+        """
+        with capturable(False), recording(run=False) as launches:
+            operations = eager_operations(run, META)
+        brought = [o.work.bytes for o in operations if o.name == FROM_HOST]
+        self._from_host += Work(bytes=sum(brought) // 2)  # the host's is no traffic
+        there = [o for o in operations if o.name != FROM_HOST]
+        return [*(Launched(made.name, work(made)) for made in launches), *there]
 
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -135,9 +135,7 @@ class Routine:
         """Bytes that it keeps for what its launches hand on."""
         return self._graph.held
 
-    def play(
-        self, moving: Sequence[Tensor], numbers: Sequence[Sequence[float]]
-    ) -> Any:
+    def play(self, moving: Sequence[Tensor], numbers: Sequence[Sequence[float]]) -> Any:
         """Do it all, with these tensors and numbers; returns `found`.
 
         Args:

@@ -99,13 +99,17 @@ class Board:
                 continue
             at = bisect_right(self._begins, word) - 1
             if at >= 0 and word < self._ends[at]:
-                self._moves.append((first + i, self._which[at], word - self._begins[at]))
+                self._moves.append(
+                    (first + i, self._which[at], word - self._begins[at])
+                )
             elif place_of(tensor) not in self._still:
                 raise Refused("a tensor that is neither here nor there")
             self._words[first + i] = word
         return self._block[first : self._used]
 
-    def write(self, addresses: Sequence[int], numbers: Sequence[Sequence[float]]) -> bool:
+    def write(
+        self, addresses: Sequence[int], numbers: Sequence[Sequence[float]]
+    ) -> bool:
         """Bring the tables up to date, in one copy if anything has changed.
 
         Args:

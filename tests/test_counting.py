@@ -4,13 +4,15 @@ from collections import Counter
 
 import pytest
 import torch
+from tape import Tape
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 import frog_triton
 from frog_triton import optimizer
 from frog_triton.eager import FROM_HOST, eager_operations
-from frog_triton.kernels import tables
 from frog_triton.kernels.launch import recording
+from frog_triton.solve import orthogonal
 
 
 def net():
@@ -26,34 +28,40 @@ def net():
     )
 
 
-def a_step(model, monkeypatch, **options):
-    """Launches of the second step, by name; kernels do not run."""
+def steps(model, monkeypatch, **options):
+    """Launches of the second step, by name, and how many kernels were recorded of the
+    third; nothing of them runs."""
     opt = frog_triton.FROG(
         model, backend="triton", exclude_output_layer=False, **options
     )
-    uploads = []
-    copied = tables._copied
-
-    def copy(words, device):
-        uploads.append(len(words))
-        return copied(words, device)
-
-    monkeypatch.setattr(tables, "_copied", copy)
-    # As on a GPU, where the host does not know whether a step is skipped.
+    # As on a GPU, where the host does not know whether a step is skipped, matrices are
+    # in bfloat16, and steps are recorded.
     monkeypatch.setattr(optimizer, "may_read", lambda *_: False)
-    for _ in range(2):
-        uploads.clear()
+    monkeypatch.setattr(orthogonal, "_workspace", on_a_gpu(orthogonal._workspace))
+    opt._routines.graphs = lambda device: Tape
+    found = []
+    for _ in range(3):
         opt.zero_grad()
         with recording(run=False):
             model(torch.randn(48, 3, 6, 6)).square().sum().backward()
         with recording(run=False) as kernels:
             operations = eager_operations(opt.step)
-    found = Counter(kernel.name for kernel in kernels)
-    found.update(operation.name for operation in operations)
-    found[FROM_HOST] += len(uploads)
+        found.append(Counter(made.name for made in (*kernels, *operations)))
     # Of state, which lies on the host.
-    found["add_"] -= sum("step" in state for state in opt.state.values())
-    return +found
+    found[1]["_foreach_add_"] -= 1
+    (recorded,) = opt._routines._kept.values()
+    return +found[1], recorded.routine.launches
+
+
+def on_a_gpu(workspace):
+    """What makes on a CPU, and counts as, what is made on a GPU."""
+
+    def make(x):
+        with _disable_current_modes():
+            made = workspace(x.to("meta"))
+        return torch.zeros(made.shape, dtype=made.dtype)
+
+    return make
 
 
 @pytest.mark.parametrize("orthogonalize", [True, False])
@@ -71,9 +79,11 @@ def test_a_step_launches_what_is_counted(
     counted = frog_triton.cost(model, exclude_output_layer=False, **options)
     expected = Counter(counted.launched)
     expected["_draw_kernel"] -= counted.beside["samples"]  # in forward and backward
-    found = a_step(model, monkeypatch, **options)
+    assert expected.pop(FROM_HOST) == 1
+    found, played = steps(model, monkeypatch, **options)
     assert found == +expected
-    assert counted.launches == found.total() + counted.beside["samples"]
-    assert sum(counted.beside.values()) + sum(
-        line.launches / line.shared_by for line in counted.layers
-    ) == pytest.approx(counted.launches)
+    assert played == sum(n for name, n in found.items() if name.endswith("_kernel"))
+    assert counted.launches == found.total() + counted.beside["samples"] + 1
+    lines = sum(line.launches / line.shared_by for line in counted.layers)
+    beside = sum(counted.beside.values())
+    assert lines + beside == pytest.approx(counted.launches)
