@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import cost
 from ..autotune.tuning import Tuning
-from ..cost import Cost, LayerCost
+from ..costs import Cost, LayerCost
 from ..kernels.gpu import GPUS, name_here
 from ..kernels.launch import Launch, recording
 from ..kernels.primal_adjoint import PRIMAL_ADJOINT

@@ -4,7 +4,8 @@
 
 On a GPU: FROG's step, orthogonalized as by default and plain, beside fused AdamW, SGD
 and Muon on the same tensors, with random gradients and samples, medians and spread; the
-plain step is checked first. Anywhere else:
+plain step is checked first; then forward and backward passes of the model itself, with
+FROG's hooks and without, and what of that is the host's. Anywhere else:
 launches, bytes, operations and the floor they imply, and no time.
 """
 
@@ -26,6 +27,8 @@ from ..autotune.tuning import Tuning
 from ..capture.capture import SAMPLINGS
 from ..kernels.gpu import GPUS, name_here
 from ..solve.launches import LayerShape
+from .passes import MODELS as MODELLED
+from .passes import hook_times
 from .plot import try_to_draw
 from .records import Results
 from .shapes import MODELS, REAL, grouped
@@ -209,6 +212,11 @@ def bench(name: str, args: argparse.Namespace) -> dict[str, Any]:
         raise RuntimeError(f"{error}: nothing is timed")
     if timed:
         add_times(result, step, args.repeats)
+        if name in MODELLED:
+            del step  # its tensors
+            how = {"autotune": args.autotune, "autotune_dir": args.cache_dir}
+            here = torch.device(device)
+            result["passes"] = hook_times(name, here, args.repeats, **how)
     return result
 
 
@@ -251,7 +259,7 @@ def show(result: Mapping[str, Any]) -> None:
         print(f"FROG's step is off by {result['relative_error']:.1e}")
     print(f"{'':14} {'launches':>8} {'MB':>8} {'passes':>7} {'floor us':>9} {'us':>18}")
     for name, entry in result.items():
-        if not isinstance(entry, dict):
+        if not isinstance(entry, dict) or name == "passes":
             continue
         timed = "not measured"
         if "median_us" in entry:
@@ -260,10 +268,15 @@ def show(result: Mapping[str, Any]) -> None:
                 f"({entry['min_us']:.0f} - {entry['max_us']:.0f})"
             )
         moved = f"{entry['bytes'] / 1e6:.0f}" if "bytes" in entry else "-"
-        passes = f"{entry['passes']:.2f}" if "passes" in entry else "-"
+        over = f"{entry['passes']:.2f}" if "passes" in entry else "-"
         floor = f"{entry['floor_us']:.0f}" if "floor_us" in entry else "-"
         launches = entry.get("launches", "-")
-        print(f"{name:14} {launches:>8} {moved:>8} {passes:>7} {floor:>9} {timed:>18}")
+        print(f"{name:14} {launches:>8} {moved:>8} {over:>7} {floor:>9} {timed:>18}")
+    for part, time in result.get("passes", {}).items():
+        print(
+            f"forward and backward {part}: host {time['host']:.0f} us, "
+            f"device {time['device']:.0f} us"
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -46,29 +46,32 @@ class Block(nn.Module):
         return out
 
 
-def resnet(depth: int, classes: int = 10, small_images: bool = True) -> nn.Sequential:
+def resnet(
+    depth: int, classes: int = 10, small_images: bool = True, width: int = 64
+) -> nn.Sequential:
     """A residual network.
 
     Args:
         depth: 18 or 50.
         classes: number of outputs.
         small_images: the CIFAR form.
+        width: of the first stage.
     """
     blocks = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}[depth]
     bottleneck = depth == 50
-    stem: list[nn.Module] = [nn.Conv2d(3, 64, 3, padding=1, bias=False)]
+    stem: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1, bias=False)]
     if not small_images:
-        stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False)]
-    stem += [nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
+        stem = [nn.Conv2d(3, width, 7, 2, 3, bias=False)]
+    stem += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
     if not small_images:
         stem.append(nn.MaxPool2d(3, 2, 1))
     layers: list[nn.Module] = stem
-    c_in = 64
+    c_in = width
     for stage, count in enumerate(blocks):
-        width = 64 * 2**stage
+        inside = width * 2**stage
         for i in range(count):
             stride = 2 if i == 0 and stage > 0 else 1
-            layers.append(Block(c_in, width, stride, bottleneck))
-            c_in = 4 * width if bottleneck else width
+            layers.append(Block(c_in, inside, stride, bottleneck))
+            c_in = 4 * inside if bottleneck else inside
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, classes)]
     return nn.Sequential(*layers)

@@ -23,7 +23,7 @@ from ..autotune.shortlist import KeyReport, keys
 from ..autotune.tuner import CudaTimer, Timer, Tuner, costliest_first
 from ..autotune.tuning import machine_of
 from ..capture.capture import SAMPLINGS
-from ..cli.autotune import show, to_json
+from ..cli.candidates import show, to_json
 from ..kernels.gpu import GPU, GPUS, detect
 from ..kernels.launch import Launch
 from ..kernels.table import Table

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from .kernels.work import PRICES, Work
 
@@ -20,11 +19,27 @@ _PRICES = {torch.bfloat16: PRICES["bf16"], torch.float16: PRICES["bf16"]}
 
 _FREE = ("empty", "new_empty", "scalar_tensor")
 
+FROM_HOST = "copy from the host"
+"""The name of a copy that brings numbers of the host's to the device."""
+
+
+class Launched(NamedTuple):
+    """What a device has something to do for.
+
+    Attributes:
+        name: of a kernel, of torch's operation, or `FROM_HOST`.
+        work: what there is to do.
+    """
+
+    name: str
+    work: Work
+
 
 class _Counter(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, on: str | None) -> None:
         super().__init__()
-        self.work = Work()
+        self.on = on
+        self.found: list[Launched] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -37,8 +52,14 @@ class _Counter(TorchDispatchMode):
         only_a_view = not func._schema.is_mutable and all(
             t.untyped_storage()._cdata in held for t in written
         )
-        if not only_a_view and not func.__name__.startswith(_FREE):
-            self.work += _work(func, args, kwargs or {}, read, written, out)
+        devices = {t.device.type for t in (*read, *written)}
+        elsewhere = self.on is not None and self.on not in devices
+        if not (only_a_view or elsewhere or func.__name__.startswith(_FREE)):
+            work = _work(func, args, kwargs or {}, read, written, out)
+            copies = func.__name__.startswith(("_to_copy", "copy_"))
+            from_host = copies and len(devices) > 1 and "cpu" in devices
+            name = FROM_HOST if from_host else func.__name__.partition(".")[0]
+            self.found.append(Launched(name, work))
         return out
 
 
@@ -50,6 +71,8 @@ def _work(
     written: list[Tensor],
     out: Any,
 ) -> Work:
+    from torch.utils.flop_counter import flop_registry  # which imports Triton
+
     operations = 0
     if func.overloadpacket in flop_registry:
         operations = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
@@ -59,13 +82,21 @@ def _work(
     return Work(operations, price * operations, moved, 1)
 
 
-def eager_work(run: Callable[[], Any]) -> Work:
-    """Count the operations of a function; those on meta tensors take no time.
+def eager_operations(
+    run: Callable[[], Any], on: torch.device | None = None
+) -> list[Launched]:
+    """The operations of a function; those on meta tensors take no time.
 
     Args:
         run: views and allocations in it are free, every other operation is a launch.
+        on: what happens elsewhere alone is not counted; None counts all.
     """
-    with _Counter() as counter:
+    with _Counter(None if on is None else on.type) as counter:
         run()
-    work: Work = counter.work
-    return work
+    found: list[Launched] = counter.found
+    return found
+
+
+def eager_work(run: Callable[[], Any]) -> Work:
+    """All of `eager_operations` together."""
+    return sum((operation.work for operation in eager_operations(run)), Work())

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+SAMPLINGS: Mapping[str, int] = MappingProxyType({"examples": 32, "positions": 256})
+"""Ways to sample, each with its default size."""
+
 PAPER: Mapping[str, Any] = MappingProxyType(
     {
         "orthogonalize": False,

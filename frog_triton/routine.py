@@ -173,9 +173,13 @@ def record(
     """
     board = Board(moving, still, words, groups, device)
     routine, watch = Routine(graph, board), _Watch(board)
-    with recording(run=True) as launches:
-        with graph.recording(), placing_on(board), watch:
-            routine.found = work(graph, board)
+    with (
+        recording(run=True) as launches,
+        graph.recording(),
+        placing_on(board),
+        watch,
+    ):
+        routine.found = work(graph, board)
     _check(launches, board)
     routine.launches, routine.operations = len(launches), watch.operations
     return routine

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818
     """What was to be recorded would not be right the next time."""
 
 

@@ -6,8 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ def detect(device: torch.device) -> GPU | None:
     """
     if device.type != "cuda":
         return None
+    import torch  # not needed for the names alone
+
     found = torch.cuda.get_device_properties(device)
     for gpu in GPUS.values():
         if re.search(rf"\b{gpu.name}\b", found.name):
@@ -67,6 +71,8 @@ def detect(device: torch.device) -> GPU | None:
 
 def name_here() -> str:
     """The name in `GPUS` of the GPU here, or of the one most like it; else h200."""
+    import torch
+
     found = detect(torch.device("cuda")) if torch.cuda.is_available() else None
     if found is None:
         return "h200"

@@ -184,7 +184,7 @@ def serves(tensors: Sequence[Tensor]) -> bool:
 
 
 def _dense(tensor: Tensor) -> bool:
-    """Whether the entries lie together, in whatever order, each in a place of its own."""
+    """Whether the entries lie together, in whatever order, each by itself."""
     if tensor.is_contiguous():
         return True
     step = 1

@@ -36,7 +36,7 @@ from frog_triton.autotune.shortlist import (
 )
 from frog_triton.autotune.tuner import Tuner, winner
 from frog_triton.autotune.tuning import Tuning
-from frog_triton.cli.autotune import to_json
+from frog_triton.cli.candidates import to_json
 from frog_triton.kernels.gpu import GPUS, detect
 from frog_triton.kernels.gram import GramConfig
 from frog_triton.kernels.launch import recording

@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 
+import frog_triton
 from frog_triton.autotune.shortlist import keys
 from frog_triton.benchmarks import (
+    bench_host,
     bench_kernels,
     bench_step,
+    passes,
     profile_step,
     shapes,
     tune,
@@ -199,6 +202,36 @@ def test_warming_up_costs_no_result(monkeypatch, capsys):
     monkeypatch.setattr(warm, "compile_jobs", lambda jobs, timeout: 1 / 0)
     warm.warm(buckets)
     assert "nothing was compiled beforehand" in capsys.readouterr().out
+
+
+@no_gpu
+def test_the_host_bench_counts_and_times_every_part(tmp_path, capsys):
+    path = tmp_path / "host.json"
+    words = ["--model", "gpt2-small", "resnet18", "--repeats", "1", "--json", str(path)]
+    assert bench_host.main(words) == 0
+    printed = capsys.readouterr().out
+    for entry in json.loads(path.read_text())["results"]:
+        assert entry["times_us"].keys() == bench_host.SHOWN.keys()
+        assert all(time["host"] > 0 for time in entry["times_us"].values())
+        counts = entry["counts"]
+        assert counts["FROG"]["kernels"] > 0 == counts["AdamW"]["kernels"]
+        assert 0 < counts["AdamW"]["launches"] < counts["FROG"]["launches"]
+        assert counts["hooks"]["operations"] > 0
+        for part in counts.values():
+            assert 0 <= part["launches"] <= part["operations"]
+        assert f"{entry['layers']} layers" in printed
+    assert bench_host.main(["--repeats", "0"]) == 2
+
+
+@pytest.mark.parametrize("name", ["gpt2-small", "resnet18"])
+def test_narrow_models_are_solved_as_those_in_full(name):
+    narrow = passes.workload(name, torch.device("cpu"))
+    with torch.device("meta"):
+        model, _, _ = passes.MODELS[name](False)
+    assert len(list(model.parameters())) == len(list(narrow.model.parameters()))
+    full = frog_triton.cost(model).layers
+    small = frog_triton.cost(narrow.model, sample_size=narrow.sample_size).layers
+    assert [c.formulation for c in full] == [c.formulation for c in small]
 
 
 class TestTune:

@@ -1,10 +1,13 @@
 """The house: what is installed under which name, and the direction of the arrows."""
 
 import ast
+import pickle
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+import pytest
 
 import frog_triton
 
@@ -53,6 +56,45 @@ def test_only_public_names_show():
     assert all(thing.__doc__ for thing in everything.values() if callable(thing))
 
 
+def modules_after(code):
+    """What is imported in a new process once it has run some code."""
+    code += "\nimport sys; print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return set(result.stdout.splitlines()[-1].split())
+
+
+def test_importing_the_optimizer_imports_no_compiler():
+    names = "FROG, PAPER, cost, layers, linear, precondition"
+    ours = modules_after(f"import frog_triton; from frog_triton import {names}")
+    torchs = modules_after("import torch")
+    assert "frog_triton.optimizer" in ours and "torch" in torchs
+    for heavy in ("torch._dynamo", "torch._inductor", "triton", "sympy"):
+        assert heavy not in ours - torchs
+
+
+def test_importing_the_package_and_asking_the_command_line_imports_no_torch():
+    assert "torch" not in modules_after("import frog_triton")
+    asked = ("--version", "--help", "bench --help", "autotune --help", "describe -h")
+    for words in asked:
+        call = f"from frog_triton.cli import main\ntry: main({words.split()})"
+        found = modules_after(f"{call}\nexcept SystemExit as end: assert not end.code")
+        assert "frog_triton.cli" in found and "torch" not in found, words
+
+
+def test_public_names_are_found_however_they_are_asked_for():
+    """No module of the package may hide one that is called like it."""
+    for name in set(frog_triton.__all__) - {"__version__"}:
+        assert not (ROOT / "frog_triton" / f"{name}.py").exists()
+    homes = frog_triton._HOMES
+    assert homes.keys() == set(frog_triton.__all__) - {"__version__"}
+    assert frog_triton.layers.register and frog_triton.cost is frog_triton.cost
+    assert pickle.loads(pickle.dumps(frog_triton.FROG)) is frog_triton.FROG
+    with pytest.raises(AttributeError, match="no attribute 'frog'"):
+        frog_triton.frog  # noqa: B018
+
+
 FLOORS = (
     {"__version__", "linalg", "warning"},
     {"kernels", "scaling"},
@@ -60,14 +102,14 @@ FLOORS = (
     {"gradients", "layers"},
     {"model", "solve", "state"},
     {"anomalies", "autotune", "capture", "fallback", "step"},
-    {"cost", "diagnostics", "options", "unhooked"},
-    {"cli", "groups", "preconditioner"},
+    {"diagnostics", "options", "unhooked"},
+    {"groups", "preconditioner"},
     {"loading", "update"},
     {"distributed", "routines"},
-    {"partition"},
-    {"assignment"},
+    {"counting", "partition"},
+    {"assignment", "costs"},
     {"gathering", "inspection"},
-    {"optimizer"},
+    {"cli", "optimizer"},
 )
 """What there is, from the ground up: a module knows only those on floors below."""
 

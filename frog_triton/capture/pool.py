@@ -9,13 +9,13 @@ whatever hand, so are its samples.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, count, pairwise
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import compiled_autograd
 from torch.utils.hooks import RemovableHandle
 
 from ..linalg.rows import local
@@ -300,8 +300,11 @@ def current_pass() -> int | None:
 
     None under compiled autograd, which keeps passes to itself: all samples count then.
     """
-    compiled = compiled_autograd
-    if compiled.compiled_autograd_enabled or compiled.in_compiled_autograd_region:
+    # Importing it takes a second, and who uses it has it.
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    if compiled is not None and (
+        compiled.compiled_autograd_enabled or compiled.in_compiled_autograd_region
+    ):
         return None
     number = torch._C._current_graph_task_id()
     return None if number < 0 else number

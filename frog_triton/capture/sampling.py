@@ -14,8 +14,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-SAMPLINGS = {"examples": 32, "positions": 256}
-"""Ways to sample, each with its default size."""
+from ..presets import SAMPLINGS as SAMPLINGS
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment and multipliers

@@ -13,8 +13,8 @@ Operators take tensors and numbers only: a hook is known to them by its number.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -52,6 +52,7 @@ class Noted(Protocol):
 _RECEIVERS: WeakValueDictionary[int, Receiver] = WeakValueDictionary()
 _NOTED: WeakValueDictionary[int, Noted] = WeakValueDictionary()
 _numbers = itertools.count()
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Replaying a graph would leave out what these do on the host.
 _TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
@@ -76,21 +77,27 @@ def make_anchor() -> Tensor:
     return torch.zeros(1, device="cpu", requires_grad=True)
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: F) -> F:
+    """`torch.compiler.assume_constant_result`, which would import Dynamo at once."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def refuse(number: int) -> str:
     """At the time of tracing: why no call of the layer can be sampled, if none can."""
     receiver = _RECEIVERS.get(number)
     return "" if receiver is None else receiver.refuse()
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def note(number: int) -> bool:
     """At the time of tracing: a hook is part of the graph. Whether it does anything."""
     installed = _NOTED.get(number)
     return installed is not None and installed.noted()
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def mark(number: int, reason: str) -> bool:
     """At the time of tracing: the layer is not sampled in this graph."""
     receiver = _RECEIVERS.get(number)

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .. import __version__
@@ -24,7 +24,8 @@ class Command:
 
     Attributes:
         help: in a line.
-        module: with ``add_arguments(parser)`` and ``run(args) -> int``.
+        module: with ``add_arguments(parser)`` and ``run(args) -> int``, or with more
+            `COMMANDS` of its own.
         needs: packages beyond the plain install, by the module they provide.
         extra: of this package that brings them.
     """
@@ -59,18 +60,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=__doc__.split("\n\n")[1],
     )
     parser.add_argument("--version", action="version", version=__version__)
-    found = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    asked = next((word for word in words if not word.startswith("-")), None)
+    try:
+        run = add_commands(parser, COMMANDS, words)
+        args = parser.parse_args(words)
+        assert run is not None
+        told = logging.getLogger("frog_triton")
+        if not told.hasHandlers():  # commands tell by themselves what they are to tell
+            told.addHandler(logging.NullHandler())
+        return run(args)
+    except CommandError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+
+
+def add_commands(
+    parser: argparse.ArgumentParser,
+    commands: Mapping[str, Command],
+    words: Sequence[str],
+    before: str = "",
+) -> Callable[[argparse.Namespace], int] | None:
+    """Give a parser its commands; returns what runs the one asked for.
+
+    Only that one is imported: the others may take long, or need more packages.
+
+    Args:
+        parser: of what stands before the commands.
+        commands: by name.
+        words: of the command line, from there on.
+        before: names of the commands that these are words of.
+
+    Raises:
+        CommandError: packages are missing.
+    """
+    found = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    asked = next((i for i, word in enumerate(words) if not word.startswith("-")), None)
     run = None
-    for name, command in COMMANDS.items():
-        # Only the command that is run is imported: the others may need more packages.
-        if name != asked:
+    for name, command in commands.items():
+        if asked is None or name != words[asked]:
             found.add_parser(name, help=command.help)
             continue
         missing = missing_packages(command.needs)
         if missing:
-            print(needed(name, missing, command.extra), file=sys.stderr)
-            return 2
+            raise CommandError(
+                f"{before}{name} needs {', '.join(missing)}; "
+                f"install them with: pip install 'frog-triton[{command.extra}]'"
+            )
         module = importlib.import_module(command.module, __name__)
         own = found.add_parser(
             name,
@@ -78,28 +112,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        module.add_arguments(own)
-        run = module.run
-    args = parser.parse_args(words)
-    assert run is not None
-    told = logging.getLogger("frog_triton")
-    if not told.hasHandlers():  # commands tell by themselves what they are to tell
-        told.addHandler(logging.NullHandler())
-    try:
-        return int(run(args))
-    except CommandError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
+        if hasattr(module, "COMMANDS"):
+            rest = words[asked + 1 :]
+            run = add_commands(own, module.COMMANDS, rest, f"{before}{name} ")
+        else:
+            module.add_arguments(own)
+            run = module.run
+    return run
 
 
 def missing_packages(modules: Sequence[str]) -> list[str]:
     """Those that cannot be imported."""
     return [m for m in modules if importlib.util.find_spec(m) is None]
-
-
-def needed(name: str, missing: Sequence[str], extra: str) -> str:
-    """What to say where packages are missing."""
-    return (
-        f"error: {name} needs {', '.join(missing)}; "
-        f"install them with: pip install 'frog-triton[{extra}]'"
-    )

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-import torch
-
-from ..capture.capture import SAMPLINGS
-from ..cost import Cost, cost
 from ..kernels.gpu import GPUS
-from ..model.table import RoutingTable
+from ..presets import SAMPLINGS
 from . import models
 from .errors import CommandError
 from .output import add_outputs, console, print_table, write_json
+
+if TYPE_CHECKING:
+    from ..costs import Cost
+    from ..model.table import RoutingTable
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -49,6 +50,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def count(args: argparse.Namespace, loaded: models.Loaded, gpu: str) -> Cost:
     """The cost of a model's step with the options of `add_model`."""
+    import torch
+
+    from ..costs import cost
+
     size = args.sample_size
     if size is not None and size < 1:
         raise CommandError(f"--sample-size must be positive, got {size}")

@@ -1,4 +1,7 @@
-"""Models by name, or by a factory in a file."""
+"""Models by name, or by a factory in a file.
+
+The names are there at once; torch is imported with the first model.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from ..benchmarks.models import resnet
-from ..benchmarks.train.models import GPT
-from ..model.routing import route
-from ..model.table import Route, RoutingTable
 from .errors import CommandError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..model.table import RoutingTable
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,30 @@ class Loaded:
     inputs: Tensor | None
 
 
-def _gpt2_small() -> tuple[nn.Module, Tensor]:
+Built = tuple["nn.Module", "Tensor"]
+
+
+def _resnet(depth: int, classes: int, pixels: int) -> Built:
+    import torch
+
+    from ..benchmarks.models import resnet
+
+    model = resnet(depth, classes, small_images=pixels < 64)
+    return model, torch.zeros(1, 3, pixels, pixels)
+
+
+def _gpt2_small() -> Built:
+    import torch
+
+    from ..benchmarks.train.models import GPT
+
     model = GPT(50257, context=1024, depth=12, width=768, heads=12)
     return model, torch.zeros(1, 1024, dtype=torch.int64)
 
 
-BUILT_IN: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
-    "resnet18": lambda: (resnet(18), torch.zeros(1, 3, 32, 32)),
-    "resnet50": lambda: (
-        resnet(50, 1000, small_images=False),
-        torch.zeros(1, 3, 224, 224),
-    ),
+BUILT_IN: dict[str, Callable[[], Built]] = {
+    "resnet18": lambda: _resnet(18, 10, 32),
+    "resnet50": lambda: _resnet(50, 1000, 224),
     "gpt2-small": _gpt2_small,
 }
 """Factories: ResNet-18 for CIFAR, ResNet-50 for 224 pixels."""
@@ -58,6 +72,8 @@ def load(name: str) -> Loaded:
     Raises:
         CommandError: no such model, file or factory, or the factory fails.
     """
+    import torch
+
     if name in BUILT_IN:
         with torch.device("meta"):
             return Loaded(name, *BUILT_IN[name]())
@@ -85,6 +101,9 @@ def _from_file(name: str) -> tuple[nn.Module, Tensor | None]:
     build = getattr(module, factory, None)
     if not callable(build):
         raise CommandError(f"{path} has no function called {factory!r}")
+    import torch
+    from torch import nn
+
     try:
         with torch.device("meta"):
             made: Any = build()
@@ -101,6 +120,9 @@ def _from_file(name: str) -> tuple[nn.Module, Tensor | None]:
 
 def routing(model: nn.Module) -> RoutingTable:
     """Who would update each parameter, and why, with FROG's defaults."""
+    from ..model.routing import route
+    from ..model.table import Route, RoutingTable
+
     plan = route(model, dict.fromkeys(model.parameters(), 0))
     layered = plan.preconditioned()
     reasons = dict(plan.reasons)

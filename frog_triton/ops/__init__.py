@@ -42,7 +42,8 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> Backend:
     if not available:
         raise ValueError("backend='triton' needs triton: pip install triton")
     interpreter = importlib.import_module("..kernels.interpreter", __name__)
-    if device.type != "cuda" and not interpreter.interpreted():
+    # Tensors without memory launch nothing, and may be counted with.
+    if device.type not in ("cuda", "meta") and not interpreter.interpreted():
         raise ValueError(
             f"the Triton backend takes CUDA tensors, got {device.type}; use "
             "backend='torch', or set TRITON_INTERPRET=1 before Python starts to run "

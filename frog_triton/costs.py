@@ -1,25 +1,26 @@
-"""What a step costs, counted from the very launches it would make."""
+"""What FROG costs in a training step, counted from what it would launch."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .capture.capture import SAMPLINGS
-from .eager import eager_work
+from .counting import CountedStep, sampled, stand_ins, without_memory
+from .eager import Launched
 from .kernels.gpu import GPUS
 from .kernels.work import Work
 from .layers import ConvMap, LinearMap, Seen, adapter_for
-from .linalg.rows import Rows
+from .model.plan import Layer
 from .model.routing import Exclusion, route
-from .solve.formulation import choose, count_works
-from .solve.launches import Bucket, LayerShape, together
-from .solve.orthogonal import orthogonalize as directions
+from .solve.formulation import choose
+from .solve.launches import Bucket, LayerShape
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,16 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the preconditioned layers of a model cost in a step.
+    """What the preconditioned layers of a model cost in a training step.
 
     Attributes:
-        layers: a line each.
+        layers: a line each, for their solve and update.
         gpu: whose rates the floor is for.
-        launches: in all.
+        launched: launches by name: of kernels, of torch's operations, and copies from
+            the host. Those of `layers` are among them, and those of `beside`.
+        beside: launches that belong to no geometry: that draw ``"samples"`` in forward
+            and backward passes, look at the ``"gradients"``, and bring ``"numbers"``
+            such as the rate to the device.
         operations: in all.
         bytes: in all.
         state_bytes: in all.
@@ -66,15 +71,21 @@ class Cost:
 
     layers: tuple[LayerCost, ...]
     gpu: str
-    launches: int
+    launched: Mapping[str, int]
+    beside: Mapping[str, int]
     operations: int
     bytes: int
     state_bytes: int
     sample_bytes: int
     floor_us: float
 
+    @property
+    def launches(self) -> int:
+        """In all."""
+        return sum(self.launched.values())
+
     def __str__(self) -> str:
-        """A table, with the totals in the last line."""
+        """A table, with what there is beside the layers, and the totals at last."""
         lines = [
             f"{'layer':28} {'R':>6} {'D':>6} {'N':>6}  {'solve':7} "
             f"{'GFLOP':>8} {'MB':>8} {'floor us':>9}"
@@ -85,12 +96,14 @@ class Cost:
                 f"{s.name:28} {s.rows:6} {s.dim:6} {s.samples:6}  {c.formulation:7} "
                 f"{c.operations / 1e9:8.2f} {c.bytes / 1e6:8.2f} {c.floor_us:9.1f}"
             )
-        lines.append(
+        beside = ", ".join(f"{count} for {what}" for what, count in self.beside.items())
+        lines += [
+            f"beside the layers: {beside}; the fallback is not counted",
             f"total: {self.launches} launches, {self.operations / 1e9:.2f} GFLOP, "
             f"{self.bytes / 1e6:.1f} MB moved, {self.state_bytes / 1e6:.1f} MB state, "
             f"{self.sample_bytes / 1e6:.1f} MB samples, floor {self.floor_us:.0f} us "
-            f"on {self.gpu} (datasheet rates; nothing was timed)"
-        )
+            f"on {self.gpu} (datasheet rates; nothing was timed)",
+        ]
         return "\n".join(lines)
 
 
@@ -111,11 +124,14 @@ def cost(
     exclude_output_layer: bool = True,
     gpu: str = "h200",
 ) -> Cost:
-    """Count what `FROG`'s step costs with the Triton backend; needs no GPU.
+    """Count what `FROG` costs a training step with the Triton backend; needs no GPU.
 
-    The look at the gradients before a step is counted, and so are the operations of
-    `orthogonalize`, which are torch's. The parameters of the fallback are not, nor is
-    drawing the samples, which happens in the forward and backward passes.
+    What is counted is a step itself, on tensors without memory: samples as hooks draw
+    them in forward and backward, the look at the gradients, numbers and addresses that
+    come from the host, and momentum, solve, orthogonalization and update of each
+    geometry, with all that torch does between the kernels. The parameters of the
+    fallback are not counted, nor is what is done once: state, and checks of the first
+    calls.
 
     Args:
         model_or_layers: a model, or shapes of layers.
@@ -144,6 +160,7 @@ def cost(
         raise ValueError(
             f"sampling must be one of {tuple(SAMPLINGS)}, got {sampling!r}"
         )
+    served: Iterable[tuple[LayerShape, Layer]]
     if isinstance(model_or_layers, nn.Module):
         size = sample_size or SAMPLINGS[sampling]
         model = model_or_layers
@@ -151,26 +168,33 @@ def cost(
             model, dict.fromkeys(model.parameters(), 0), exclude, exclude_output_layer
         )
         shapes = _shapes(model, plan.served(), inputs, size, sampling)
+        served = [(shape, plan.layers[shape.name]) for shape in shapes]
     else:
         shapes = list(model_or_layers)
-    lines: dict[str, LayerCost] = {}
+        served = zip(shapes, stand_ins(shapes), strict=True)
     dtypes = (sample_dtype, param_dtype, momentum_dtype)
-    total = Work()
-    floor = 0.0
-    for members in together(shapes, lambda shape: shape, lambda shape: shape.groups):
-        bucket = Bucket(members[0], len(members), cg_iters, nesterov, dtypes)
+    group = {
+        "momentum": 0.9,
+        "damping": 1.0,
+        "lr": 2e-2,
+        "weight_decay": 1e-2,
+        "nesterov": nesterov,
+        "cg_iters": cg_iters,
+        "orthogonalize": orthogonalize,
+    }
+    shaped = [(shape, without_memory(x, param_dtype)) for shape, x in served]
+    step = CountedStep(shaped, dtypes, group)
+    lines: dict[str, LayerCost] = {}
+    everything: list[Launched] = []
+    for members in step.geometries():
+        count, shape = len(members), step.shape(members[0])
+        bucket = Bucket(shape, count, cg_iters, nesterov, dtypes)
         chosen = choose(bucket, GPUS[gpu]) if formulation == "auto" else formulation
-        works = count_works(bucket, chosen, orthogonalize)
-        works += _beside_the_kernels(bucket, orthogonalize)
-        done = sum(works, Work())
-        time = sum(w.floor(GPUS[gpu]) for w in works)
-        total, floor = total + done, floor + time
-        count = len(members)
-        for shape in members:
-            entries = shape.rows * (shape.dim + shape.bias)
-            kept = shape.samples * (shape.rows + shape.dim * shape.groups)
-            if shape.image is not None and shape.conv is not None:
-                kept = shape.samples * shape.rows + _images(shape)
+        launched = step.solve(members, chosen)
+        everything += launched
+        done, floor = _summed(launched, gpu)
+        for member in members:
+            shape = step.shape(member)
             lines[shape.name] = LayerCost(
                 shape,
                 chosen,
@@ -178,15 +202,19 @@ def cost(
                 done.launches,
                 done.operations // count,
                 done.bytes // count,
-                entries * momentum_dtype.itemsize,
-                kept * sample_dtype.itemsize,
-                time / count,
+                shape.rows * shape.row_length * momentum_dtype.itemsize,
+                sum(sampled(shape)) * sample_dtype.itemsize,
+                floor / count,
             )
+    beside = step.beside()
+    everything += chain(*beside.values())
+    total, floor = _summed(everything, gpu)
     ordered = tuple(lines[shape.name] for shape in shapes)
     return Cost(
         ordered,
         gpu,
-        total.launches,
+        Counter(launched.name for launched in everything),
+        {what: len(launched) for what, launched in beside.items()},
         total.operations,
         total.bytes,
         sum(line.state_bytes for line in ordered),
@@ -195,29 +223,10 @@ def cost(
     )
 
 
-def _beside_the_kernels(bucket: Bucket, orthogonalize: bool) -> list[Work]:
-    """Torch's operations: the look at gradients, and orthogonalization."""
-    shape, (_, param, momentum) = bucket.shape, bucket.dtypes
-
-    def rows(*sizes: int, dtype: torch.dtype) -> Rows:
-        weight = torch.empty(*sizes, shape.dim, dtype=dtype, device="meta")
-        return Rows(weight, weight.new_empty(sizes) if shape.bias else None)
-
-    entries = bucket.count * shape.rows * shape.row_length
-    works = [Work(bytes=entries * param.itemsize, launches=1)]
-    if orthogonalize:
-        wide = torch.promote_types(momentum, torch.float32)
-        z = rows(bucket.count, shape.rows, dtype=wide)
-        finite = z.weight.new_empty(z.weight.shape[:2], dtype=torch.bool)
-        works.append(eager_work(lambda: directions(z, finite, shape.groups)))
-    return works
-
-
-def _images(shape: LayerShape) -> int:
-    """Entries of the sampled images."""
-    assert shape.image is not None and shape.conv is not None
-    one = ConvMap(torch.empty(1, *shape.image, device="meta"), shape.conv, False)
-    return shape.samples // one.positions * math.prod(shape.image)
+def _summed(everything: Sequence[Launched], gpu: str) -> tuple[Work, float]:
+    """All launches together, and the sum of their floors."""
+    works = [launched.work for launched in everything]
+    return sum(works, Work()), sum(work.floor(GPUS[gpu]) for work in works)
 
 
 def _shapes(

@@ -1,0 +1,89 @@
+"""What `cost` counts is what a real step launches, launch for launch."""
+
+from collections import Counter
+
+import pytest
+import torch
+from tape import Tape
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+import frog_triton
+from frog_triton import optimizer
+from frog_triton.eager import FROM_HOST, eager_operations
+from frog_triton.kernels.launch import recording
+from frog_triton.solve import orthogonal
+
+
+def net():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.Conv2d(8, 8, 3, padding=1, groups=2),
+        nn.Flatten(),
+        nn.Linear(8 * 16, 24),
+        nn.Linear(24, 24),
+        nn.Linear(24, 24, bias=False),
+        nn.Linear(24, 24, bias=False),
+    )
+
+
+def steps(model, monkeypatch, **options):
+    """Launches of the second step, by name, and how many kernels were recorded of the
+    third; nothing of them runs."""
+    opt = frog_triton.FROG(
+        model, backend="triton", exclude_output_layer=False, **options
+    )
+    # As on a GPU, where the host does not know whether a step is skipped, matrices are
+    # in bfloat16, and steps are recorded.
+    monkeypatch.setattr(optimizer, "may_read", lambda *_: False)
+    monkeypatch.setattr(orthogonal, "_workspace", on_a_gpu(orthogonal._workspace))
+    opt._routines.graphs = lambda device: Tape
+    found = []
+    for _ in range(3):
+        opt.zero_grad()
+        with recording(run=False):
+            model(torch.randn(48, 3, 6, 6)).square().sum().backward()
+        with recording(run=False) as kernels:
+            operations = eager_operations(opt.step)
+        found.append(Counter(made.name for made in (*kernels, *operations)))
+    # Of state, which lies on the host.
+    found[1]["_foreach_add_"] -= 1
+    (recorded,) = opt._routines._kept.values()
+    return +found[1], recorded.routine.launches
+
+
+def on_a_gpu(workspace):
+    """What makes on a CPU, and counts as, what is made on a GPU."""
+
+    def make(x):
+        with _disable_current_modes():
+            made = workspace(x.to("meta"))
+        return torch.zeros(made.shape, dtype=made.dtype)
+
+    return make
+
+
+@pytest.mark.parametrize("orthogonalize", [True, False])
+@pytest.mark.parametrize("samples", [8, 40])  # below and above most rows' length
+@pytest.mark.parametrize("formulation", ["auto", "gram", "primal"])
+def test_a_step_launches_what_is_counted(
+    monkeypatch, orthogonalize, samples, formulation
+):
+    options = {
+        "orthogonalize": orthogonalize,
+        "sample_size": samples,
+        "formulation": formulation,
+    }
+    model = net()
+    counted = frog_triton.cost(model, exclude_output_layer=False, **options)
+    expected = Counter(counted.launched)
+    expected["_draw_kernel"] -= counted.beside["samples"]  # in forward and backward
+    assert expected.pop(FROM_HOST) == 1
+    found, played = steps(model, monkeypatch, **options)
+    assert found == +expected
+    assert played == sum(n for name, n in found.items() if name.endswith("_kernel"))
+    assert counted.launches == found.total() + counted.beside["samples"] + 1
+    lines = sum(line.launches / line.shared_by for line in counted.layers)
+    beside = sum(counted.beside.values())
+    assert lines + beside == pytest.approx(counted.launches)
