@@ -22,7 +22,7 @@ import torch
 import triton
 
 from ..autotune.offline import compiled, inexact, resources
-from ..kernels.launch import Launch, capturable, recording
+from ..kernels.launch import Launch, recording
 from ..layers.conv import ConvSpec
 from ..linalg.rows import Window
 from ..ops import triton_ops
@@ -91,7 +91,7 @@ def launches(
 
 
 def rows(bucket: Bucket, formulation: str) -> list[Launch]:
-    """Of directions that are written out, in a CUDA graph, and of what else there is.
+    """Of directions that are written out, and of what else there is.
 
     Args:
         bucket: the layers.
@@ -99,7 +99,7 @@ def rows(bucket: Bucket, formulation: str) -> list[Launch]:
     """
     trial = trial_step(bucket, formulation, _empty)
     batch = trial.batch
-    with recording(run=False) as made, capturable():
+    with recording(run=False) as made:
         xs, ys = triton_ops.prepare(batch.xs, batch.ys, torch.float32)
         batch = replace(batch, xs=xs, ys=ys)
         solution = FORMULATIONS[formulation](triton_ops, batch, bucket.iters)

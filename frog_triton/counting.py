@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .distributed.alone import Alone
 from .eager import FROM_HOST, Launched, eager_operations
 from .gradients import GradientWatch
-from .kernels.launch import capturable, recording
+from .kernels.launch import recording
 from .kernels.work import Work, work
 from .layers import ConvMap
 from .layers.conv import ConvSpec
@@ -133,7 +133,7 @@ class CountedStep:
 
         What comes from the host is put to the one copy.
         """
-        with capturable(False), recording(run=False) as launches:
+        with recording(run=False) as launches:
             operations = eager_operations(run, META)
         brought = [o.work.bytes for o in operations if o.name == FROM_HOST]
         self._from_host += Work(bytes=sum(brought) // 2)  # the host's is no traffic

@@ -114,4 +114,8 @@ class Gathering:
             counter = state[step.layer.weight]["step"]
             alike.setdefault(counter.device, []).append(counter)
         for device, counters in alike.items():
-            torch._foreach_add_(counters, steps_taken(skipped, device))
+            taken = steps_taken(skipped, device)
+            if isinstance(taken, Tensor):
+                torch._foreach_add_(counters, [taken] * len(counters))
+            else:
+                torch._foreach_add_(counters, taken)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .kernels.launch import capturable as without_host_copies
+from .kernels.board import Pages, paging
 
 
 def problem_with_grads(
@@ -41,20 +41,19 @@ def problem_with_grads(
 
 
 def modes(
-    groups: Iterable[Mapping[str, Any]], capturable: bool
+    groups: Iterable[Mapping[str, Any]], pages: Pages
 ) -> AbstractContextManager[Any]:
     """What a step runs in, whatever modes are on outside.
 
-    Products in a lower precision are for the model, not for its optimizer; and where
-    nothing may wait for the device, launches copy nothing from the host.
+    Products in a lower precision are for the model, not for its optimizer; and a CUDA
+    graph that captures the step copies what it needs of the host in one piece.
 
     Args:
         groups: parameter groups; autocast is off on the devices of their parameters.
-        capturable: whether nothing may wait.
+        pages: the host's memory for such graphs.
     """
     stack = ExitStack()
-    if capturable:
-        stack.enter_context(without_host_copies())
+    stack.enter_context(paging(pages))
     devices = {p.device.type for group in groups for p in group["params"]}
     for device in sorted(devices & {"cpu", "cuda"}):
         stack.enter_context(torch.autocast(device, enabled=False))

@@ -26,6 +26,7 @@ from .gradients import GradientWatch, local_grads
 from .groups import check_groups, check_names, own_tensors, user_group, user_groups
 from .guards import may_read, modes, problem_with_grads, refuse_to_step
 from .inspection import Inspection
+from .kernels.board import Pages
 from .loading import Loading, adding
 from .model.plan import Plan
 from .model.routing import Exclusion
@@ -240,6 +241,7 @@ class FROG(Inspection):
         self._gradients, self._anomalies = GradientWatch(backend), Anomalies()
         self._solved: dict[str, str] = {}  # how, by layer
         self._stepped = False
+        self._pages = Pages()  # of CUDA graphs that capture a step
         self._observe: Callable[..., None] | None = None
         self._partition = Partition(model, options, scalar(options.own_fallback_lr(lr)))
         groups = self._partition.split(user_groups(model, params), defaults)
@@ -357,13 +359,16 @@ class FROG(Inspection):
 
     def _take(self, now: Circumstances | None) -> None:
         """Step launch by launch; record that if it will come again."""
-        known, found_inf = self._agree()
-        on_host = found_inf is not None and may_read(found_inf, self.capturable)
-        if on_host and found_inf:  # the step is skipped
-            self._assignment.outputs.forget()
-            return
-        self._step(known, None if on_host else found_inf, now)
-        self._assignment.learn(known, self._world.leads, self.routes)
+        with modes(self.param_groups, self._pages):
+            known, found_inf = self._agree()
+            on_host = found_inf is not None and may_read(found_inf, self.capturable)
+            if on_host and found_inf:  # the step is skipped
+                self._assignment.outputs.forget()
+                return
+            self._step(known, None if on_host else found_inf, now)
+            self._assignment.learn(known, self._world.leads, self.routes)
+        if self.capturable:
+            self._pages.prepare()
 
     def _step(
         self,
@@ -374,21 +379,20 @@ class FROG(Inspection):
         """Step; where `found_inf` is not 0, change nothing."""
         groups, state, world = self.param_groups, self.state, self._world
         layers, counts = self._plan.layers.values(), self._anomalies.counts
-        with modes(groups, self.capturable):
-            gathered = self._gathering.gather(known, groups, state)
-            with tuned(self._tuning, layers, self.backend, world, gathered):
-                for group, params, steps in gathered:
-                    if group["updated_by"] == "frog":
-                        how = (self.formulation, counts, self._observe, found_inf)
-                        self._solved |= step_rows(world, steps, group, *how)
-                        self._gathering.count_steps(steps, state, found_inf)
-                    else:
-                        fallback = FALLBACKS[group["updated_by"]]
-                        own = [state[p] for p in params]
-                        fallback.step(params, own, group, found_inf)
-                if now is not None:
-                    grads = local_grads(groups, self._plan.names)
-                    self._routines.meet(now, gathered, grads, self._decided())
+        gathered = self._gathering.gather(known, groups, state)
+        with tuned(self._tuning, layers, self.backend, world, gathered):
+            for group, params, steps in gathered:
+                if group["updated_by"] == "frog":
+                    how = (self.formulation, counts, self._observe, found_inf)
+                    self._solved |= step_rows(world, steps, group, *how)
+                    self._gathering.count_steps(steps, state, found_inf)
+                else:
+                    fallback = FALLBACKS[group["updated_by"]]
+                    own = [state[p] for p in params]
+                    fallback.step(params, own, group, found_inf)
+            if now is not None:
+                grads = local_grads(groups, self._plan.names)
+                self._routines.meet(now, gathered, grads, self._decided())
 
     def _decided(self) -> Hashable | None:
         """See `Routines`."""

@@ -1,4 +1,7 @@
-"""Tables of a routine: one block on the device, brought up to date in one copy.
+"""How words (addresses, numbers) of the host's come to the device.
+
+A table is one copy. With a *page* all that a captured CUDA graph reads from the host is
+one; a *board* is brought up to date, where anything has changed, in one as well.
 
 Launches that a CUDA graph has captured read addresses from tables on the device. A
 board holds all tables of such launches, and knows which of their addresses belong to
@@ -16,6 +19,101 @@ from contextvars import ContextVar
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class Pages:
+    """Memory of the host for CUDA graphs that a user captures.
+
+    It is found ahead, by steps that are not captured: none may be while capturing.
+
+    Attributes:
+        spare: a page for the next graph, if one may be captured.
+        used: those of graphs; they must live as long.
+        words: that the last step has sent to the device.
+    """
+
+    def __init__(self) -> None:
+        self.spare: Tensor | None = None
+        self.used: list[Tensor] = []
+        self.words = 0
+
+    def prepare(self) -> None:
+        """Have a page with room for a step like the last, unless one is captured."""
+        if not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing():
+            return
+        room = self.words + self.words // 4 + 1024
+        if self.spare is None or len(self.spare) < room:
+            self.spare = torch.zeros(room, dtype=torch.int64, pin_memory=True)
+
+    def take(self) -> Tensor:
+        """The page for a graph that is being captured."""
+        if self.spare is None:
+            raise RuntimeError(
+                "take a few steps with capturable=True before a CUDA graph is captured"
+            )
+        page, self.spare = self.spare, None
+        self.used.append(page)
+        return page
+
+
+class _Book:
+    """Words of one step."""
+
+    def __init__(self, pages: Pages) -> None:
+        self.pages = pages
+        self._page: Tensor | None = None
+        self._block: Tensor | None = None
+        self._used = 0
+        pages.words = 0
+
+    def place(self, words: Sequence[int], device: torch.device) -> Tensor:
+        """Where the words will be when the graph that is being captured runs.
+
+        First of all it copies the page, on which the words are written after that copy
+        was captured, and before it is made.
+        """
+        if self._page is None or self._block is None:
+            self._page = self.pages.take()
+            self._block = torch.empty_like(self._page, device=device)
+            self._block.copy_(self._page, non_blocking=True)
+        first, self._used = self._used, self._used + len(words)
+        if self._used > len(self._page) or device != self._block.device:
+            raise RuntimeError(
+                "this step needs more words of the host than those before the capture: "
+                "take a few steps like it first"
+            )
+        self._page.numpy()[first : self._used] = words
+        return self._block[first : self._used]
+
+
+_BOOK: ContextVar[_Book | None] = ContextVar("book", default=None)
+
+
+@contextmanager
+def paging(pages: Pages) -> Iterator[None]:
+    """A step's words; those of a CUDA graph that captures it are one copy."""
+    token = _BOOK.set(_Book(pages))
+    try:
+        yield
+    finally:
+        _BOOK.reset(token)
+
+
+def uploaded(words: Sequence[int], device: torch.device) -> Tensor:
+    """Words on a device, int64, without waiting for it."""
+    book = _BOOK.get()
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if book is None:
+            raise RuntimeError("words for a CUDA graph outside of `paging`")
+        return book.place(words, device)
+    if book is not None:
+        book.pages.words += len(words)
+    # Pinned memory of the caching allocator: it is not given away again before the
+    # copy has been made.
+    pinned = device.type == "cuda"
+    host = torch.empty(len(words), dtype=torch.int64, pin_memory=pinned)
+    host.numpy()[:] = words
+    return host.to(device, non_blocking=True)
 
 
 class Refused(Exception):  # noqa: N818
@@ -132,9 +230,7 @@ class Board:
             return False
         self._sent = now.copy()
         on_gpu = self._block.is_cuda
-        # Pinned memory of the caching allocator: it is not given away again before
-        # the copy has been made.
-        host = torch.empty(self._used, dtype=torch.int64, pin_memory=on_gpu)
+        host = torch.empty(self._used, dtype=torch.int64, pin_memory=on_gpu)  # as above
         host.numpy()[:] = now
         self._block[: self._used].copy_(host, non_blocking=True)
         return True

@@ -99,28 +99,6 @@ class Recording:
     launches: Launches
 
 
-_CAPTURABLE: ContextVar[bool] = ContextVar("capturable", default=False)
-
-
-@contextmanager
-def capturable(active: bool = True) -> Iterator[None]:
-    """Copy nothing from the host, so that a CUDA graph can capture this context.
-
-    Args:
-        active: False lifts that again, for launches that are only counted.
-    """
-    token = _CAPTURABLE.set(active)
-    try:
-        yield
-    finally:
-        _CAPTURABLE.reset(token)
-
-
-def is_capturable() -> bool:
-    """Whether what runs now must be capturable in a CUDA graph."""
-    return _CAPTURABLE.get()
-
-
 _RECORDING: ContextVar[Recording | None] = ContextVar("recording", default=None)
 
 

@@ -14,7 +14,6 @@ from .primal_forward import PRIMAL_FORWARD
 from .primal_update import PRIMAL_UPDATE
 from .row_weights import ROW_NORMS, ROW_SCALE, ROW_SCALE_SUM
 from .splits import SUM_SPLITS
-from .tables import FILL_TABLE
 from .update import UPDATE
 from .weights import FISHER_WEIGHTS
 
@@ -22,7 +21,6 @@ KERNELS = MappingProxyType(
     {
         kernel.name: kernel
         for kernel in (
-            FILL_TABLE,
             FISHER_WEIGHTS,
             GATHER,
             GRAM,

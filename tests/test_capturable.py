@@ -11,8 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from frog_triton import FROG
 from frog_triton.fallback import FALLBACKS
-from frog_triton.kernels.launch import capturable as without_host_copies
-from frog_triton.kernels.launch import recording
 from frog_triton.linalg.numbers import Numbers
 from frog_triton.solve.formulation import predict
 
@@ -154,63 +152,53 @@ def test_state_moves_between_capturable_and_not():
     assert opt.state[net.fc.weight]["step"] == 1
 
 
-def test_tables_written_by_a_kernel():
+def test_tables_hold_addresses():
     pytest.importorskip("triton")
-    from frog_triton.kernels.tables import FILL_TABLE, Tables
+    from frog_triton.kernels.tables import Tables
 
     tensors = [[torch.zeros(3 + i + j) for i in range(5)] for j in range(4)]
-    plain = Tables(tensors)
-    with without_host_copies(), recording() as launches:
-        filled = Tables(tensors)
-    assert [entry.kernel for entry in launches] == [FILL_TABLE] * 2
+    tables = Tables(tensors)
     for kind in range(4):
-        assert torch.equal(filled[kind], plain[kind])
-        addresses = [t.data_ptr() for t in tensors[kind]]
-        assert plain[kind][:5].tolist() == addresses
-    assert filled.align == plain.align
+        assert tables[kind][:5].tolist() == [t.data_ptr() for t in tensors[kind]]
 
 
 def test_numbers_travel_once_and_not_where_they_are():
     pytest.importorskip("triton")
-    from frog_triton.kernels.tables import FILL_TABLE, numbers_on
+    from frog_triton.kernels.tables import numbers_on
 
     device, found_inf = torch.device("cpu"), torch.tensor(1.0)
-    expected = [0.9, -2.0, 0.25, 0.1, 1.0]
-
-    def numbers(**vectors):
-        return Numbers(0.9, -2.0, torch.tensor(0.25), 0.1, found_inf, **vectors)
-
-    plain, filled = numbers(), numbers()
-    assert numbers_on(plain, device).tolist() == expected
-    with without_host_copies(), recording() as launches:
-        assert numbers_on(filled, device).tolist() == expected
-        assert numbers_on(filled, device) is numbers_on(filled, device)
-        given = torch.zeros(5, dtype=torch.float64)
-        assert numbers_on(numbers(vectors={device: given}), device) is given
-    assert [entry.kernel for entry in launches] == [FILL_TABLE]
-    assert plain.vectors.keys() == filled.vectors.keys() == {device}
+    numbers = Numbers(0.9, -2.0, torch.tensor(0.25), 0.1, found_inf)
+    assert numbers_on(numbers, device).tolist() == [0.9, -2.0, 0.25, 0.1, 1.0]
+    assert numbers_on(numbers, device) is numbers_on(numbers, device)
+    given = torch.zeros(5, dtype=torch.float64)
+    there = Numbers(0.9, vectors={device: given})
+    assert numbers_on(there, device) is given
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, PAPER])
-def test_every_table_of_a_step_is_written_by_a_kernel(options):
-    pytest.importorskip("triton")
-    from frog_triton.kernels.tables import FILL_TABLE
+def test_a_captured_step_copies_once_from_the_host(options):
+    """In a graph of its own, beside what it computes with."""
+    net = Net().cuda()
+    opt = FROG(net, capturable=True, sample_size=3, **options)
+    x, y = (t.cuda() for t in batch(0, 4))
+    for _ in range(3):
+        opt.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        opt.step()
+    opt.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    from torch.profiler import ProfilerActivity, profile
 
-    net = Net()
-    options = options | {"backend": "triton", "sample_size": 3}
-    opt = FROG(net, capturable=True, **options)
-    twin = copy.deepcopy(net)
-    twin_opt = FROG(twin, **options)
-    x, y = batch(0, 4)
-    for model, optimizer in ((net, opt), (twin, twin_opt)):
-        F.cross_entropy(model(x), y).backward()
-        with recording() as launches:
-            optimizer.step()
-        filled = any(entry.kernel is FILL_TABLE for entry in launches)
-        assert filled == (optimizer is opt)
-    for name in ("conv1", "conv2", "fc"):
-        ours, theirs = net.get_submodule(name), twin.get_submodule(name)
-        assert torch.equal(ours.weight, theirs.weight)
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        graph.replay()
+        torch.cuda.synchronize()
+    copies = [e for e in seen.events() if "HtoD" in e.name]
+    assert len(copies) == 1
 
 
 @pytest.mark.gpu

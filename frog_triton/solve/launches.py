@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels.launch import Launch, capturable, recording
+from ..kernels.launch import Launch, recording
 from ..layers import ConvMap, LinearMap, MatrixMap
 from ..layers.conv import ConvSpec
 from ..linalg.numbers import Numbers
@@ -250,6 +250,6 @@ def step_launches(
         formulation,
         lambda size, dtype: torch.empty(size, dtype=dtype, device="meta"),
     )
-    with capturable(False), recording(run=False) as launches:
+    with recording(run=False) as launches:
         trial.step(triton_ops, orthogonalize)
     return launches
