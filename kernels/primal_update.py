@@ -101,9 +101,9 @@ def _primal_update_kernel(
     scale = tl.where(usable, tl.div_rn(1.0, root), 0.0)
 
     if STEP:
-        # In a skipped step nothing is written.
-        row_ok = row_ok & load_taken(scalars_ptr)
-        finite = tl.load(finite_ptr + at, mask=row_ok, other=0)
+        # In a skipped step no row moves, and none is counted.
+        taken = load_taken(scalars_ptr)
+        finite = tl.load(finite_ptr + at, mask=row_ok & taken, other=0)
         count_anomalies(
             counts_table_ptr,
             layer,
@@ -111,7 +111,7 @@ def _primal_update_kernel(
             GROUPS * R,
             status,
             finite,
-            row_ok & (block_d == 0),
+            row_ok & (block_d == 0) & taken,
         )
         row_ok = row_ok & (finite != 0)
         lr = load_scalar(scalars_ptr, LR)

@@ -88,6 +88,8 @@ def _update_kernel(
     block_r, block_d = grouped_program(tl.cdiv(R, BLOCK_R), blocks_d, GROUP_M)
     rows = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
+    if STEP:  # none of a skipped step
+        row_ok = row_ok & load_taken(scalars_ptr)
     layer_rows = group * R + rows.to(tl.int64)
     d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = row_ok[:, None] & (d < D)[None, :]
@@ -125,8 +127,6 @@ def _update_kernel(
         at = layer_rows[:, None] * stride_theta_r
         at += d[None, :].to(tl.int64) * stride_theta_d
     if STEP:
-        # In a skipped step nothing is written.
-        row_ok = row_ok & load_taken(scalars_ptr)
         finite = tl.load(finite_ptr + problem * R + rows, mask=row_ok, other=0)
         status = tl.load(status_ptr + problem * R + rows, mask=row_ok, other=0)
         count_anomalies(
