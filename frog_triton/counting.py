@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .eager import FROM_HOST, Launched, eager_operations
 from .gradients import GradientWatch
 from .kernels.launch import recording
 from .kernels.work import Work, work
-from .layers import ConvMap
+from .layers import ConvMap, LinearMap
 from .layers.conv import ConvSpec
 from .linalg.numbers import Numbers
 from .model.plan import Layer
@@ -42,7 +42,7 @@ class _Alone(Alone):
     ) -> Samples:
         bucket = Bucket(self._shapes[layer.name], dtypes=(self._dtype, dtype, dtype))
         batch = trial_step(bucket, "gram", _empty).batch
-        return batch.xs[0], batch.ys[0]
+        return cast(LinearMap, batch.xs[0]), batch.ys[0]
 
 
 class CountedStep:
@@ -96,6 +96,12 @@ class CountedStep:
             watch.count_skipped(found[0])
 
         launched = self._counted(look)
+        # What the kernel itself says is a bound: it takes chunks as whole.
+        read = Work(bytes=sum(grad.nbytes for grad in grads.values()), launches=1)
+        launched = [
+            made._replace(work=read) if made.name == "_magnitudes_kernel" else made
+            for made in launched
+        ]
         return numbers_of(self._group, *found), launched
 
     def geometries(self) -> list[list[LayerStep]]:
@@ -175,8 +181,14 @@ def _module(shape: LayerShape) -> nn.Module:
     spec = shape.conv or ConvSpec((1,), (1,), (0,), (1,), shape.groups)
     channels = shape.groups * shape.dim // math.prod(spec.kernel)
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(spec.kernel) - 1]
-    sizes: tuple[Any, ...] = (spec.kernel, spec.stride, spec.padding, spec.dilation)
-    return kind(channels, shape.rows, *sizes, spec.groups, shape.bias)
+    how: dict[str, Any] = {
+        "stride": spec.stride,
+        "padding": spec.padding,
+        "dilation": spec.dilation,
+        "groups": spec.groups,
+        "bias": shape.bias,
+    }
+    return kind(channels, shape.rows, cast(Any, spec.kernel), **how)
 
 
 def sampled(shape: LayerShape) -> tuple[int, int]:
