@@ -2,6 +2,7 @@
 
 from types import MappingProxyType
 
+from .draws import DRAW
 from .gather import GATHER
 from .gram import GRAM
 from .gram_cg import GRAM_CG, GRAM_CG_TILED
@@ -22,6 +23,7 @@ KERNELS = MappingProxyType(
     {
         kernel.name: kernel
         for kernel in (
+            DRAW,
             FILL_TABLE,
             FISHER_WEIGHTS,
             GATHER,

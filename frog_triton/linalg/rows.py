@@ -115,6 +115,21 @@ class Window:
     upsample: tuple[int, ...] = ()
 
 
+class Reading(NamedTuple):
+    """How rows are read from a tensor, one at each position.
+
+    Attributes:
+        axis: that holds features or channels; the others count positions, in order.
+        window: through which a position sees the tensor ``(n, C, *spatial)``; None
+            where a row is what lies at the position itself.
+        output_shape: spatial shape of the positions then.
+    """
+
+    axis: int
+    window: Window | None = None
+    output_shape: tuple[int, ...] = ()
+
+
 class SampleMap(Protocol):
     """Sampled activations as a linear map; see `frog_triton.layers.base`."""
 
