@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -207,8 +207,15 @@ def unravel(index: Tensor, shape: Sequence[int]) -> list[Tensor]:
     """Flat positions to one index a dimension.
 
     `torch.unravel_index` copies the shape to the device, which waits for the host and
-    cannot be captured in a CUDA graph.
+    cannot be captured in a CUDA graph. On the host numpy costs less than torch.
     """
+    if index.device.type == "cpu":
+        return [torch.from_numpy(i) for i in split_positions(index.numpy(), shape)]
+    return split_positions(index, shape)
+
+
+def split_positions(index: Any, shape: Sequence[int]) -> list[Any]:
+    """The same of an array of torch or of numpy."""
     indices = []
     for size in reversed(shape[1:]):
         indices.append(index % size)
