@@ -4,6 +4,7 @@ Which positions are drawn is a pure function of a key, the one of
 `frog_triton.capture.sampling`, and found where the rows are read: there is no index.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,15 +145,24 @@ class Drawing:
 
     Args:
         like: such a tensor.
-        reading: how rows are read.
-        total: positions.
-        size: to draw.
+        place: where its rows lie.
+        stencil: how they are read.
+        total: how many there are.
+        shape: of what is drawn, ``(N, row)`` or whole examples.
+        strides: of that; those of a row are the tensor's own.
     """
 
     def __init__(
-        self, place: Place, stencil: Stencil, row: int, like: Tensor, total: int, n: int
+        self,
+        like: Tensor,
+        place: Place,
+        stencil: Stencil,
+        total: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
     ) -> None:
-        self._shape = n, row
+        self._shape, self._strides = shape, strides
+        n, row = shape[0], strides[0]
         self._key = {"n": n, "d": row}
         self._dtype, self._device = like.dtype, like.device
         self._args: dict[str, Any] = {
@@ -196,13 +206,15 @@ class Drawing:
         return out
 
     def _empty(self) -> Tensor:
-        return torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        return torch.empty_strided(
+            self._shape, self._strides, dtype=self._dtype, device=self._device
+        )
 
     def _launch(self, source: int) -> Handle:
         known = source, active()
         found = self._handles.get(known)
         if found is None:
-            default = draw_config(self._shape[1])
+            default = draw_config(self._key["d"])
             config = DRAW.tuned(default, self._key, (self._dtype,))
             changing = CHANGING[source]
             fixed = {k: v for k, v in _ABSENT.items() if k not in changing}
@@ -211,32 +223,45 @@ class Drawing:
         return found
 
 
-def drawing(x: Tensor, reading: Reading, total: int, size: int) -> Drawing | None:
+def drawing(
+    x: Tensor, reading: Reading | None, total: int, size: int
+) -> Drawing | None:
     """What draws rows of tensors like x; None if the kernel cannot read them.
 
     Args:
         x: any tensor of that shape, strides, dtype and device.
-        reading: how its rows are read.
-        total: how many there are.
+        reading: how a row is read at a position; None for whole examples.
+        total: positions, or examples.
         size: how many to draw.
     """
     n = min(size, total)
-    if x.dtype not in DTYPES or not n or x.ndim < 2:
+    if x.dtype not in DTYPES or not n or not x.numel():
         return None
+    if reading is None:
+        return _examples(x, n)
     window = reading.window
     if window is None:
-        place = _place(x, reading.axis)
+        place, row = _place(x, reading.axis), x.shape[reading.axis]
         if place is None:
             return None
-        pointwise = place.OUT_HEIGHT * place.OUT_WIDTH == 1
-        stencil, row = Stencil(POINTWISE=pointwise), x.shape[reading.axis]
+        stencil = Stencil(POINTWISE=place.OUT_HEIGHT * place.OUT_WIDTH == 1)
     else:
         if x.ndim > 4 or window.padding_mode != "zeros":
             return None
-        taps = torch.Size(window.kernel).numel()
-        row = x.shape[1] * taps
+        row = x.shape[1] * math.prod(window.kernel)
         place, stencil = windowed(x, window, reading.output_shape, row)
-    return Drawing(place, stencil, row, x, total, n) if row else None
+    return Drawing(x, place, stencil, total, (n, row), (row, 1))
+
+
+def _examples(x: Tensor, n: int) -> Drawing | None:
+    """Draws whole examples, channels_last or contiguous, and leaves them so."""
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    if not (last or x.is_contiguous()):
+        return None
+    row = math.prod(x.shape[1:])
+    place, stencil = Place(1, 1, 1, 1, row, 1, 0, 0), Stencil(POINTWISE=True)
+    shape, strides = (n, *x.shape[1:]), (row, *x.stride()[1:])
+    return Drawing(x, place, stencil, x.shape[0], shape, strides)
 
 
 def _place(x: Tensor, axis: int) -> Place | None:

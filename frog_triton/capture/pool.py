@@ -61,6 +61,7 @@ class Pool:
 
     Attributes:
         forwards: calls since the last step.
+        sharded: whether modules hold gathered tensors in place of the parameters.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Pool:
     ) -> None:
         self._limit = size
         self._params = tuple(params)
-        self._sharded = hasattr(params[0], "to_local")
+        self.sharded = hasattr(params[0], "to_local")
         self._key = key
         self._host_key = host_key
         self._may_wait = may_wait
@@ -136,13 +137,14 @@ class Pool:
         """Prepare for a call of a module: its pass will be heard when it writes.
 
         Args:
-            gathered: what stands in the module for weight and bias; FSDP2 gathers them.
+            gathered: what stands in the module for weight and bias, where FSDP2 gathers
+                them.
         """
         self._forget_dropped()
         if len(self._arriving) > MOST_PASSES:  # most have raised, and never end
             self._arriving.clear()
         self._listen(self._owner)
-        if self._sharded:
+        if self.sharded:
             # The pass writes to a gathered parameter, which FSDP2 then reduces.
             for tensor in gathered:
                 if tensor is not None and tensor.is_leaf:

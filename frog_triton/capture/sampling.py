@@ -9,7 +9,7 @@ tensor on the device, as the step is where nothing may wait for it: then the key
 
 from __future__ import annotations
 
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
@@ -22,6 +22,27 @@ _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment and multipliers
 _MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 Counter = int | Tensor
+
+
+class Counted(NamedTuple):
+    """A key that the host does not know.
+
+    Attributes:
+        prefix: key of the counters before the step.
+        step: counted on the device, in any dtype.
+        forward: the counter after it.
+    """
+
+    prefix: int
+    step: Tensor
+    forward: int
+
+    def hashed(self) -> Tensor:
+        """The key, on the device."""
+        key = hash_on(self.prefix, self.step.to(torch.int64), self.forward)
+        assert isinstance(key, Tensor)
+        return key
+
 
 Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -44,7 +65,19 @@ def counter_key(*counters: Counter) -> Counter:
         An integer below ``2**64``, or if a counter is a tensor, a tensor of the same
         bits.
     """
-    key: Counter = 0
+    return hash_on(0, *counters)
+
+
+@overload
+def hash_on(key: int, *counters: int) -> int: ...
+
+
+@overload
+def hash_on(key: Counter, *counters: Counter) -> Counter: ...
+
+
+def hash_on(key: Counter, *counters: Counter) -> Counter:
+    """The key of more counters than a key was made from."""
     for counter in counters:
         if isinstance(key, int) and isinstance(counter, int):
             key = _splitmix64((key + _GOLDEN + counter) & _MASK)

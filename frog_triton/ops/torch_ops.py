@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from ..linalg.numbers import Number, Numbers
-from ..linalg.rows import Rows, SampleMap, Window, stack_rows, split_positions, written_out
+from ..linalg.rows import (
+    Reading,
+    Rows,
+    SampleMap,
+    Window,
+    split_positions,
+    stack_rows,
+    written_out,
+)
 from ..linalg.scales import row_scales, scaled
 from .backend import Backend
 
@@ -581,6 +589,17 @@ def gather_patches(
         patches.masked_fill_(outside.unsqueeze(-1), 0)
     row = x.shape[1] * math.prod(window.kernel)
     return patches.movedim(-1, 1).reshape(len(index), row)
+
+
+def drawing(x: Tensor, reading: Reading | None, total: int, size: int) -> None:
+    """Nothing: positions are drawn, then rows are taken at their index.
+
+    Args:
+        x: any tensor of a form.
+        reading: how a row is read at a position; None for whole examples.
+        total: positions, or examples.
+        size: how many would be drawn.
+    """
 
 
 _FAR = 1 << 40
