@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..linalg.rows import Array, as_tensor
 from ..presets import SAMPLINGS as SAMPLINGS
 
 _MASK = (1 << 64) - 1
@@ -42,9 +43,6 @@ class Counted(NamedTuple):
         key = hash_on(self.prefix, self.step.to(torch.int64), self.forward)
         assert isinstance(key, Tensor)
         return key
-
-
-Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 @overload
@@ -106,7 +104,7 @@ def draw(
         int64 tensor of shape ``(min(size, total),)``.
     """
     if isinstance(key, int) and torch.device(device).type == "cpu":
-        return torch.from_numpy(_draw_on_host(total, size, key))
+        return as_tensor(_draw_on_host(total, size, key))
     index = torch.arange(min(size, total), device=device)
     if size in (0, total) or size > total:
         return index
@@ -122,7 +120,7 @@ def draw(
     return drawn.remainder_(total)
 
 
-def _draw_on_host(total: int, size: int, key: int) -> Indices:
+def _draw_on_host(total: int, size: int, key: int) -> Array:
     """The same integers in numpy, whose calls cost a fraction of torch's."""
     index = np.arange(min(size, total), dtype=np.int64)
     if size in (0, total) or size > total:

@@ -83,11 +83,11 @@ class Taker:
                 return rows, Drawn(total, self._size, written)
         drawn = Drawn(total, self._size, key if isinstance(key, int) else key.hashed())
         index = drawn.index(x.device)
-        x = x.detach()
-        if not self._by_position:
-            return take(x, index), drawn
-        rows = adapter.take_input_positions(module, x, y_shape, index, backend)
-        return rows, drawn
+        with torch.no_grad():
+            if not self._by_position:
+                return take(x, index), drawn
+            rows = adapter.take_input_positions(module, x, y_shape, index, backend)
+        return rows.detach() if rows.requires_grad else rows, drawn
 
     def outputs(
         self,

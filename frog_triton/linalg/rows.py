@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+Array = np.ndarray[Any, Any]
 
 
 class Rows(NamedTuple):
@@ -210,8 +214,20 @@ def unravel(index: Tensor, shape: Sequence[int]) -> list[Tensor]:
     cannot be captured in a CUDA graph. On the host numpy costs less than torch.
     """
     if index.device.type == "cpu":
-        return [torch.from_numpy(i) for i in split_positions(index.numpy(), shape)]
+        return [as_tensor(i) for i in split_positions(as_array(index), shape)]
     return split_positions(index, shape)
+
+
+def as_array(tensor: Tensor) -> Array:
+    """A tensor of the host's in numpy, which shares its memory: no operation."""
+    array: Array = np.from_dlpack(tensor)  # type: ignore[arg-type]
+    return array
+
+
+def as_tensor(array: Array) -> Tensor:
+    """A numpy array in torch, which shares its memory: no operation either."""
+    tensor: Tensor = from_dlpack(array.__dlpack__())
+    return tensor
 
 
 def split_positions(index: Any, shape: Sequence[int]) -> list[Any]:

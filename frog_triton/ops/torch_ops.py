@@ -25,6 +25,8 @@ from ..linalg.rows import (
     Rows,
     SampleMap,
     Window,
+    as_array,
+    as_tensor,
     split_positions,
     stack_rows,
     written_out,
@@ -552,11 +554,12 @@ def gather_patches(
         ``(N, C * kernel size)``, ordered channel first.
     """
     host = index.device.type == "cpu"  # where numpy costs less than torch
-    at: list[Any] = []
-    outside: Any = None
     positions = split_positions(
-        index.numpy() if host else index, (x.shape[0], *output_shape)
+        as_array(index) if host else index, (x.shape[0], *output_shape)
     )
+    count, spatial = len(positions[0]), len(output_shape)
+    at: list[Any] = [positions[0].reshape([count] + [1] * spatial)]
+    outside: Any = None
     for axis, where in enumerate(positions[1:]):
         size = window.kernel[axis]
         taps: Any = np.arange(size) if host else torch.arange(size, device=x.device)
@@ -571,24 +574,25 @@ def gather_patches(
             inputs = coordinate // factor
             coordinate = inputs + (coordinate - inputs * factor != 0) * _FAR
         coordinate, beyond = _wrap(coordinate, x.shape[2 + axis], window.padding_mode)
-        shape = [len(where)] + [1] * len(output_shape)
-        shape[1 + axis] = size  # no -1: a rank may draw no position
+        shape = [count] + [1] * spatial
+        shape[1 + axis] = size
         at.append(coordinate.reshape(shape))
         if beyond is not None:
             beyond = beyond.reshape(shape)
             outside = beyond if outside is None else outside | beyond
-    at = [positions[0].reshape([-1] + [1] * len(output_shape)), *at]
-    if host:
-        at = [torch.from_numpy(each) for each in at]
     # The channel slice between index tensors puts the indexed shape in front.
-    where_all: Any = (at[0], slice(None), *at[1:])
-    patches = x[where_all]
-    if host and outside is not None:
-        outside = torch.from_numpy(outside) if outside.any() else None
-    if outside is not None:
-        patches.masked_fill_(outside.unsqueeze(-1), 0)
+    if host:
+        flat = [as_tensor(each.reshape(-1)) for each in np.broadcast_arrays(*at)]
+        patches = x[(flat[0], slice(None), *flat[1:])]
+        if outside is not None and outside.any():
+            patches.index_fill_(0, as_tensor(np.flatnonzero(outside)), 0)
+    else:
+        patches = x[(at[0], slice(None), *at[1:])]
+        if outside is not None:
+            patches.masked_fill_(outside.unsqueeze(-1), 0)
     row = x.shape[1] * math.prod(window.kernel)
-    return patches.movedim(-1, 1).reshape(len(index), row)
+    patches = patches.view(count, -1, x.shape[1]) if row else patches
+    return patches.transpose(1, 2).reshape(count, row)
 
 
 def drawing(x: Tensor, reading: Reading | None, total: int, size: int) -> None:
