@@ -9,7 +9,6 @@ tensors of the same dtype and device whose addresses are as divisible.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,33 +72,29 @@ class Handle:
         if self._usual or is_recording() or self._is_watched():
             launch(self._made(values))
             return
-        args, key, device = self._args.copy(), [], None
+        args = self._args.copy()
+        kind: list[Any] = []
+        device = -1
         for slot, value in zip(self._slots, values, strict=True):
             if isinstance(value, int):
                 args[slot] = value
                 continue
-            address = value.data_ptr()
+            address, device = value.data_ptr(), value.get_device()
             args[slot] = address
-            key += (value.dtype, address & ALIGNMENT == 0, value.device)
-            device = device or value.device
-        assert device is not None
-        kind = tuple(key)
-        compiled = self._compiled.get(kind)
+            kind += (value.dtype, device, address & ALIGNMENT == 0)
+        compiled = self._compiled.get(tuple(kind))
         if compiled is None:
-            self._compiled[kind] = self._first(values)
-            return
-        with _on(device):
-            stream = torch._C._cuda_getCurrentRawStream(device.index)  # type: ignore[attr-defined]
-            compiled.run(
-                *self._three,
-                stream,
-                compiled.function,
-                compiled.packed_metadata,
-                None,
-                None,
-                None,
-                *args,
-            )
+            self._compiled[tuple(kind)] = self._first(values)
+        elif torch._C._cuda_getDevice() == device:
+            self._run(compiled, device, args)
+        else:  # Triton launches on the current device
+            with torch.cuda.device(device):
+                self._run(compiled, device, args)
+
+    def _run(self, compiled: Any, device: int, args: list[Any]) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(device)  # type: ignore[attr-defined]
+        kernel = compiled.function, compiled.packed_metadata
+        compiled.run(*self._three, stream, *kernel, None, None, None, *args)
 
     def _made(self, values: Sequence[Tensor | int]) -> Launch:
         args = {**self._fixed, **dict(zip(self._changing, values, strict=True))}
@@ -127,9 +122,3 @@ class Handle:
             or self._kernel.fn.pre_run_hooks
         )
 
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if torch._C._cuda_getDevice() == device.index:
-        return nullcontext()
-    return torch.cuda.device(device)

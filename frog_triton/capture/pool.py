@@ -207,7 +207,10 @@ class Pool:
     @property
     def _owner(self) -> nn.Parameter:
         """Of the gradient whose fate the samples share."""
-        return next((p for p in self._params if p.requires_grad), self._params[0])
+        for param in self._params:
+            if param.requires_grad:
+                return param
+        return self._params[0]
 
     def _forget_dropped(self, ask: bool = False) -> None:
         """Drop samples of a gradient that has been set to None or to zero since.
@@ -255,7 +258,11 @@ class Pool:
     def _merge(self, held: Reservoirs, new: Reservoirs) -> None:
         """Pool the samples of each part in the first."""
         for part, reservoir in new.items():
-            self._pool(held.setdefault(part, Reservoir()), reservoir)
+            if part in held or reservoir.size > self._limit:
+                self._pool(held.setdefault(part, Reservoir()), reservoir)
+            else:
+                self._merges += 1
+                held[part] = reservoir
 
     def _pool(self, held: Reservoir, new: Reservoir) -> None:
         """Pool the samples of two reservoirs in the first."""
