@@ -41,7 +41,8 @@ class Handle:
             on.
 
     Raises:
-        ValueError: the kernel specializes on a number that changes.
+        ValueError: an argument is missing, or a tensor is to stay; at the first call,
+            the kernel specializes on a number that changes.
     """
 
     def __init__(
@@ -62,10 +63,15 @@ class Handle:
         if self._usual:
             return
         known = {**self._fixed, **config.options()}
+        missing = {*fn.arg_names} - {*known, *changing}
+        if missing:
+            names = " and ".join(sorted(missing))
+            raise ValueError(f"{kernel.name} is bound without {names}")
+        for name, value in self._fixed.items():
+            if isinstance(value, Tensor):
+                raise ValueError(f"{name} is a tensor, which a handle must not keep")
         self._args = [known.get(name) for name in fn.arg_names]
         self._slots = [fn.arg_names.index(name) for name in changing]
-        missing = set(fn.arg_names) - {*known, *changing}
-        assert not missing, f"{kernel.name} wants {missing}"
 
     def __call__(self, *values: Tensor | int) -> None:
         """Launch, with what changes."""
@@ -121,4 +127,3 @@ class Handle:
             or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
             or self._kernel.fn.pre_run_hooks
         )
-

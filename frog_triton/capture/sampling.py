@@ -9,6 +9,7 @@ tensor on the device, as the step is where nothing may wait for it: then the key
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -122,18 +123,30 @@ def draw(
 
 def _draw_on_host(total: int, size: int, key: int) -> Array:
     """The same integers in numpy, whose calls cost a fraction of torch's."""
-    index = np.arange(min(size, total), dtype=np.int64)
     if size in (0, total) or size > total:
-        return index
-    edges = np.arange(size + 1, dtype=np.int64) * total // size
-    z = index.view(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key)
+        return np.arange(min(size, total), dtype=np.int64)
+    start, length, z = _slices(total, size)
+    z = z + np.uint64(key)
     for shift, multiplier in _MULTIPLIERS:
-        z = (z ^ (z >> np.uint64(shift))) * np.uint64(multiplier)
-    z = (z ^ (z >> np.uint64(31))) & np.uint64(0xFFFFFFFF)
-    drawn = z.view(np.int64) * np.diff(edges) >> 32
-    drawn += edges[:-1]
+        z ^= z >> np.uint64(shift)
+        z *= np.uint64(multiplier)
+    z ^= z >> np.uint64(31)
+    z &= np.uint64(0xFFFFFFFF)
+    drawn = z.view(np.int64)
+    drawn *= length
+    drawn >>= 32
+    drawn += start
     drawn += counter_key(key, 1) % total
-    return drawn % total
+    drawn %= total
+    return drawn
+
+
+@lru_cache(maxsize=256)
+def _slices(total: int, size: int) -> tuple[Array, Array, Array]:
+    """What all draws of as many have in common: slices, and what their hash adds."""
+    index = np.arange(size + 1, dtype=np.int64)
+    edges = index * total // size
+    return edges[:-1], np.diff(edges), index[:-1].view(np.uint64) * np.uint64(_GOLDEN)
 
 
 class Drawn:
