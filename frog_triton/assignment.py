@@ -15,8 +15,7 @@ from collections.abc import (
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .capture.capture import SampleCapture
@@ -322,4 +321,7 @@ def _steps(
     counter = owner.state.get(layer.weight, {}).get("step")
     if counter is None or layer.name in unhooked.reasons:
         return 0
-    return counter.to(torch.int64) if owner.defaults["capturable"] else int(counter)
+    if not owner.defaults["capturable"]:
+        return int(counter)
+    assert isinstance(counter, Tensor)
+    return counter

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .config import Config
+from .handles import Handle
 from .launch import Launch, launch
 from .table import C, tuned
 from .work import Sizes
@@ -97,6 +98,20 @@ class Kernel:
         """Launch; see `launches`."""
         for made in self.launches(config, problems, args):
             launch(made)
+
+    def handle(
+        self, config: Config, changing: Sequence[str], problems: int = 1, **args: Any
+    ) -> Handle:
+        """A launch that is bound once; see `Handle`.
+
+        Args:
+            config: of this kernel.
+            changing: names of arguments that each call gives.
+            problems: layers times groups.
+            args: all others, but those that `parts` adds.
+        """
+        (made,) = self.launches(config, problems, args)
+        return Handle(made.kernel, made.grid, made.args, config, changing)
 
 
 def ceil_div(size: int, block: int) -> int:

@@ -65,13 +65,13 @@ class Launch:
         options = self.config.options()
         return self.kernel.fn.warmup(grid=self.grid, **self.args, **options)
 
-    def run(self) -> None:
-        """Launch."""
+    def run(self) -> Any:
+        """Launch; returns what Triton has compiled for it, but in the interpreter."""
         first = next(a for a in self.args.values() if isinstance(a, torch.Tensor))
         # Triton launches on the current device, which need not be the tensors'.
         on_device = torch.cuda.device(first.device) if first.is_cuda else nullcontext()
         with on_device:
-            self.kernel.fn[self.grid](**self.args, **self.config.options())
+            return self.kernel.fn[self.grid](**self.args, **self.config.options())
 
 
 class Launches(list[Launch]):
@@ -122,6 +122,11 @@ def hold(tensors: Any) -> None:
     current = _RECORDING.get()
     if current is not None:
         current.launches.tensors.append(tensors)
+
+
+def is_recording() -> bool:
+    """Whether launches are collected now."""
+    return _RECORDING.get() is not None
 
 
 def launch(made: Launch) -> None:

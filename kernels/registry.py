@@ -2,6 +2,7 @@
 
 from types import MappingProxyType
 
+from .draws import DRAW
 from .gather import GATHER
 from .gram import GRAM
 from .gram_cg import GRAM_CG, GRAM_CG_TILED
@@ -21,6 +22,7 @@ KERNELS = MappingProxyType(
     {
         kernel.name: kernel
         for kernel in (
+            DRAW,
             FISHER_WEIGHTS,
             GATHER,
             GRAM,

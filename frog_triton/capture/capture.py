@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .. import ops
 from ..layers import LinearMap, Seen
 from ..layers.products import AttentionAdapter
 from ..model.plan import Layer, Use
@@ -33,7 +31,7 @@ from .pool import Pool, current_pass
 from .products import ProductWatch
 from .replays import ReplayWatch
 from .sampling import SAMPLINGS as SAMPLINGS
-from .sampling import Counter, counter_key, draw, draw_groups, take
+from .sampling import Counted, Counter, Drawn, counter_key, draw, draw_groups, hash_on
 from .taps import IN_EVAL_MODE, Tap
 
 _WATCHES: dict[type, type[ProductWatch]] = {AttentionAdapter: AttentionWatch}
@@ -87,18 +85,24 @@ class SampleCapture:
         self._passes: dict[int, list[Pool]] = {}
         self._pools: dict[str, Pool] = {}
         self._steps: dict[str, Callable[[], Counter]] = {}
+        self._prefixes: dict[tuple[int, str], int] = {}
         self._layers: dict[str, Layer] = {}
         self.stilled: list[hooks.Installed] = []
         self._watching: dict[str, list[Watching]] = {}
         self._watches: dict[nn.Module, ProductWatch] = {}
+
+    @property
+    def counts_on_device(self) -> bool:
+        """Whether step counters, and so keys, may lie on the device."""
+        return not self._may_wait
 
     def watch(self, layer: Layer, step: Callable[[], Counter]) -> None:
         """Put hooks on the modules that share a layer's weight.
 
         Args:
             layer: whose name enters every draw.
-            step: its step counter, read at each forward; a tensor where nothing may
-                wait for the device.
+            step: its step counter, read at each forward; a tensor, of any dtype, where
+                nothing may wait for the device.
         """
         name = layer.name
         inside = layer.uses[0].weight.seen is not Seen.CALL
@@ -233,8 +237,7 @@ class SampleCapture:
         module: nn.Module,
         x: Tensor,
         y_shape: torch.Size,
-        candidates: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Drawn]:
         """Copy a sample of a call's input.
 
         Args:
@@ -242,23 +245,18 @@ class SampleCapture:
             module: that was called.
             x: its input, batched.
             y_shape: shape of its output, batched.
-            candidates: in one example of it.
 
         Returns:
-            Sampled examples, or rows of X, and the index that they were taken at.
+            Sampled examples, or rows of X, and where they were taken.
 
         Raises:
             torch.OutOfMemoryError: naming the layer.
         """
         key = self._next_key(tap, module)
-        with self._naming(tap):
-            adapter, total = tap.adapter, y_shape[0] * candidates
-            index = draw(total, tap.size, key, x.device)
-            if not tap.by_position:
-                return take(x, index), index
-            backend = ops.resolve(self.backend, x.device, x.dtype)
-            rows = adapter.take_input_positions(module, x, y_shape, index, backend)
-            return rows, index
+        try:
+            return tap.taker.inputs(tap.adapter, module, x, y_shape, key)
+        except torch.OutOfMemoryError as error:
+            raise self._no_memory(tap, error) from error
 
     def draw_tokens(
         self,
@@ -281,19 +279,22 @@ class SampleCapture:
             Rows ``(N, groups * D)``, zeros where a group has fewer tokens; the index
             that they were taken at ``(N * groups,)``; and which of them there are.
         """
-        key = self._next_key(tap, module)
-        with self._naming(tap):
+        counted = self._next_key(tap, module)
+        key = counted if isinstance(counted, int) else counted.hashed()
+        try:
             index, there = draw_groups(ends, x.shape[0], tap.size, key)
             index = index if order is None else order[index]
             rows = torch.where(there[:, None], x.index_select(0, index), 0)
             return rows.view(-1, len(ends) * x.shape[1]), index, there
+        except torch.OutOfMemoryError as error:
+            raise self._no_memory(tap, error) from error
 
     def draw_sequences(
         self, tap: Tap, module: nn.Module, total: int, count: int
     ) -> Tensor:
         """Which of a recurrent call's sequences to run again, an index on the host."""
         pool = self._pools[tap.name]
-        pool.called(tap.gathered(module))
+        pool.called(tap.gathered(module) if pool.sharded else ())
         key = self._host_key(tap.name, pool.forwards, 2)
         pool.forwards += 1
         return draw(total, count, key)
@@ -305,15 +306,24 @@ class SampleCapture:
             pool.expect(before_write)
             self._expect_end(pool)
 
-    def _next_key(self, tap: Tap, module: nn.Module) -> Counter:
+    def _next_key(self, tap: Tap, module: nn.Module) -> int | Counted:
         pool = self._pools[tap.name]
-        pool.called(tap.gathered(module))
-        key = self._key(tap.name, pool.forwards)
+        pool.called(tap.gathered(module) if pool.sharded else ())
+        forward = pool.forwards
         pool.forwards += 1
-        return key
+        step = self._steps[tap.name]()
+        if isinstance(step, Tensor):
+            return Counted(self._host_key(tap.name), step, forward)
+        return self._host_key(tap.name, step, forward)
 
     def keep(
-        self, tap: Tap, module: nn.Module, x: Tensor, index: Tensor, grad: Tensor
+        self,
+        tap: Tap,
+        module: nn.Module,
+        x: Tensor,
+        drawn: Drawn,
+        grad: Tensor,
+        shape: torch.Size,
     ) -> None:
         """Pool a call's sample, now that its output's gradient is there.
 
@@ -321,24 +331,21 @@ class SampleCapture:
             tap: that saw the call.
             module: that was called.
             x: from `draw`.
-            index: from `draw`.
-            grad: the output's gradient.
+            drawn: from `draw`.
+            grad: the output's gradient, maybe with leading dimensions as one.
+            shape: of the output.
 
         Raises:
             torch.OutOfMemoryError: naming the layer.
         """
         self.called.add(tap.name)
         adapter = tap.adapter
-        y = adapter.batched(module, grad.detach())
-        with self._naming(tap):
-            if tap.by_position:
-                total = y.shape[0] * adapter.positions(y)
-                y = adapter.take_output_positions(y, index)
-                adapter = None
-            else:
-                total = y.shape[0]
-                y = take(y, index)
-            self.pool(tap.name, Call(module, x, y, adapter, tap.part), total)
+        try:
+            y = tap.taker.outputs(adapter, module, grad, shape, drawn)
+            whole = None if tap.by_position else adapter
+            self.pool(tap.name, Call(module, x, y, whole, tap.part), drawn.total)
+        except torch.OutOfMemoryError as error:
+            raise self._no_memory(tap, error) from error
 
     def keep_tokens(
         self,
@@ -348,39 +355,43 @@ class SampleCapture:
         index: Tensor,
         there: Tensor,
         grad: Tensor,
+        shape: torch.Size,
     ) -> None:
         """Pool what `draw_tokens` has drawn; as `keep`."""
         if tap.name not in self._layers:
             return
         self.called.add(tap.name)
-        with self._naming(tap):
+        try:
             rows = self._layers[tap.name].geometry
             y = grad.detach().reshape(-1, rows.rows // rows.groups)
             total = y.shape[0]
             y = torch.where(there[:, None], y.index_select(0, index), 0)
             call = Call(module, x, y.view(len(x), -1), None, tap.part)
             self.pool(tap.name, call, total)
-
-    @contextmanager
-    def _naming(self, tap: Tap) -> Iterator[None]:
-        try:
-            yield
         except torch.OutOfMemoryError as error:
-            positions = "" if self.sampling == "positions" else "sampling='positions', "
-            what = "positions" if tap.by_position else "examples"
-            raise torch.OutOfMemoryError(
-                f"{tap.name}: no memory for its {tap.size} sampled "
-                f"{what}; take a smaller sample_size, {positions}or smaller "
-                f"batches ({error})"
-            ) from error
+            raise self._no_memory(tap, error) from error
 
-    def _key(self, name: str, *counters: Counter) -> Counter:
-        return counter_key(
-            self.seed, zlib.crc32(name.encode()), self._steps[name](), *counters
+    def _no_memory(
+        self, tap: Tap, error: torch.OutOfMemoryError
+    ) -> torch.OutOfMemoryError:
+        positions = "" if self.sampling == "positions" else "sampling='positions', "
+        what = "positions" if tap.by_position else "examples"
+        return torch.OutOfMemoryError(
+            f"{tap.name}: no memory for its {tap.size} sampled {what}; take a smaller "
+            f"sample_size, {positions}or smaller batches ({error})"
         )
 
+    def _key(self, name: str, *counters: Counter) -> Counter:
+        step = self._steps[name]()
+        step = step.to(torch.int64) if isinstance(step, Tensor) else step
+        return hash_on(self._host_key(name), step, *counters)
+
     def _host_key(self, name: str, *counters: int) -> int:
-        return counter_key(self.seed, zlib.crc32(name.encode()), *counters)
+        known = self._prefixes.get((self.seed, name))
+        if known is None:
+            known = counter_key(self.seed, zlib.crc32(name.encode()))
+            self._prefixes[self.seed, name] = known
+        return hash_on(known, *counters)
 
     def add(
         self,

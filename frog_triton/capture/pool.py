@@ -61,6 +61,7 @@ class Pool:
 
     Attributes:
         forwards: calls since the last step.
+        sharded: whether modules hold gathered tensors in place of the parameters.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Pool:
     ) -> None:
         self._limit = size
         self._params = tuple(params)
-        self._sharded = hasattr(params[0], "to_local")
+        self.sharded = hasattr(params[0], "to_local")
         self._key = key
         self._host_key = host_key
         self._may_wait = may_wait
@@ -136,13 +137,14 @@ class Pool:
         """Prepare for a call of a module: its pass will be heard when it writes.
 
         Args:
-            gathered: what stands in the module for weight and bias; FSDP2 gathers them.
+            gathered: what stands in the module for weight and bias, where FSDP2 gathers
+                them.
         """
         self._forget_dropped()
         if len(self._arriving) > MOST_PASSES:  # most have raised, and never end
             self._arriving.clear()
         self._listen(self._owner)
-        if self._sharded:
+        if self.sharded:
             # The pass writes to a gathered parameter, which FSDP2 then reduces.
             for tensor in gathered:
                 if tensor is not None and tensor.is_leaf:
@@ -205,7 +207,10 @@ class Pool:
     @property
     def _owner(self) -> nn.Parameter:
         """Of the gradient whose fate the samples share."""
-        return next((p for p in self._params if p.requires_grad), self._params[0])
+        for param in self._params:
+            if param.requires_grad:
+                return param
+        return self._params[0]
 
     def _forget_dropped(self, ask: bool = False) -> None:
         """Drop samples of a gradient that has been set to None or to zero since.
@@ -253,7 +258,11 @@ class Pool:
     def _merge(self, held: Reservoirs, new: Reservoirs) -> None:
         """Pool the samples of each part in the first."""
         for part, reservoir in new.items():
-            self._pool(held.setdefault(part, Reservoir()), reservoir)
+            if part in held or reservoir.size > self._limit:
+                self._pool(held.setdefault(part, Reservoir()), reservoir)
+            else:
+                self._merges += 1
+                held[part] = reservoir
 
     def _pool(self, held: Reservoir, new: Reservoir) -> None:
         """Pool the samples of two reservoirs in the first."""

@@ -9,11 +9,14 @@ tensor on the device, as the step is where nothing may wait for it: then the key
 
 from __future__ import annotations
 
-from typing import overload
+from functools import lru_cache
+from typing import NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..linalg.rows import Array, as_tensor
 from ..presets import SAMPLINGS as SAMPLINGS
 
 _MASK = (1 << 64) - 1
@@ -21,6 +24,26 @@ _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment and multipliers
 _MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 Counter = int | Tensor
+
+
+class Counted(NamedTuple):
+    """A key that the host does not know.
+
+    Attributes:
+        prefix: key of the counters before the step.
+        step: counted on the device, in any dtype.
+        forward: the counter after it.
+    """
+
+    prefix: int
+    step: Tensor
+    forward: int
+
+    def hashed(self) -> Tensor:
+        """The key, on the device."""
+        key = hash_on(self.prefix, self.step.to(torch.int64), self.forward)
+        assert isinstance(key, Tensor)
+        return key
 
 
 @overload
@@ -41,7 +64,19 @@ def counter_key(*counters: Counter) -> Counter:
         An integer below ``2**64``, or if a counter is a tensor, a tensor of the same
         bits.
     """
-    key: Counter = 0
+    return hash_on(0, *counters)
+
+
+@overload
+def hash_on(key: int, *counters: int) -> int: ...
+
+
+@overload
+def hash_on(key: Counter, *counters: Counter) -> Counter: ...
+
+
+def hash_on(key: Counter, *counters: Counter) -> Counter:
+    """The key of more counters than a key was made from."""
     for counter in counters:
         if isinstance(key, int) and isinstance(counter, int):
             key = _splitmix64((key + _GOLDEN + counter) & _MASK)
@@ -69,6 +104,8 @@ def draw(
     Returns:
         int64 tensor of shape ``(min(size, total),)``.
     """
+    if isinstance(key, int) and torch.device(device).type == "cpu":
+        return as_tensor(_draw_on_host(total, size, key))
     index = torch.arange(min(size, total), device=device)
     if size in (0, total) or size > total:
         return index
@@ -82,6 +119,54 @@ def draw(
     drawn = _below(length, index, key).add_(start)
     drawn += _remainder(counter_key(key, 1), total)
     return drawn.remainder_(total)
+
+
+def _draw_on_host(total: int, size: int, key: int) -> Array:
+    """The same integers in numpy, whose calls cost a fraction of torch's."""
+    if size in (0, total) or size > total:
+        return np.arange(min(size, total), dtype=np.int64)
+    start, length, z = _slices(total, size)
+    z = z + np.uint64(key)
+    for shift, multiplier in _MULTIPLIERS:
+        z ^= z >> np.uint64(shift)
+        z *= np.uint64(multiplier)
+    z ^= z >> np.uint64(31)
+    z &= np.uint64(0xFFFFFFFF)
+    drawn = z.view(np.int64)
+    drawn *= length
+    drawn >>= 32
+    drawn += start
+    drawn += counter_key(key, 1) % total
+    drawn %= total
+    return drawn
+
+
+@lru_cache(maxsize=256)
+def _slices(total: int, size: int) -> tuple[Array, Array, Array]:
+    """What all draws of as many have in common: slices, and what their hash adds."""
+    index = np.arange(size + 1, dtype=np.int64)
+    edges = index * total // size
+    return edges[:-1], np.diff(edges), index[:-1].view(np.uint64) * np.uint64(_GOLDEN)
+
+
+class Drawn:
+    """Positions that are drawn, written out where somebody asks for them.
+
+    Args:
+        total: how many there were.
+        size: how many were to be drawn.
+        key: by which.
+    """
+
+    def __init__(self, total: int, size: int, key: Counter) -> None:
+        self.total, self.size, self.key = total, size, key
+        self._index: Tensor | None = None
+
+    def index(self, device: torch.device) -> Tensor:
+        """Positions ``(min(size, total),)`` on a device; see `draw`."""
+        if self._index is None or self._index.device != device:
+            self._index = draw(self.total, self.size, self.key, device)
+        return self._index
 
 
 def draw_groups(

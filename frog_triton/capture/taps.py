@@ -22,6 +22,8 @@ from ..layers.recognize import recognize
 from ..layers.rows import Seen, owner
 from ..model.plan import Layer, Use
 from . import traced
+from .sampling import Drawn
+from .taking import Taker
 
 if TYPE_CHECKING:
     from .calls import Part
@@ -66,6 +68,8 @@ class Tap:
         geometry = layer.geometry
         groups = 1 if self.inside else geometry.groups
         self._row = groups * geometry.dim if self.by_position else 0
+        self.taker = Taker(self.size, self.by_position, capture.backend)
+        self._on_device = capture.counts_on_device
         self._number = traced.register(self)
         self._anchor = traced.make_anchor()
         self._to_prove = not use.proven  # stays, so that a proof recompiles no graph
@@ -155,12 +159,11 @@ class Tap:
         self, capture: SampleCapture, module: nn.Module, x: Tensor, output: Tensor
     ) -> None:
         """Copy a sample of a product's input, and wait for the output's gradient."""
-        y = self.adapter.batched(module, output)
-        x = x.detach()
-        x = x if type(x) is Tensor else x.as_subclass(Tensor)
-        x = self.adapter.batched(module, x)
-        candidates = self.adapter.positions(y) if self.by_position else 1
-        held = capture.draw(self, module, x, y.shape, candidates)
+        adapter = self.adapter
+        if type(x) is not Tensor:
+            x = x.detach().as_subclass(Tensor)
+        x = adapter.batched(module, x)
+        held = capture.draw(self, module, x, adapter.batched(module, output).shape)
         on_gradient(output, held, partial(capture.keep, self, module))
 
     def take_tokens(
@@ -206,7 +209,15 @@ class Tap:
         x = self.adapter.batched(module, x.detach())
         seen = output.detach() if self._to_prove else None
         return traced.tap(
-            output, self._anchor, x, y.shape, count, self._row, self._number, seen
+            output,
+            self._anchor,
+            x,
+            y.shape,
+            count,
+            self._row,
+            self._number,
+            self._on_device,
+            seen,
         )
 
     def leave_out(self, reason: str) -> None:
@@ -235,11 +246,8 @@ class Tap:
         if output is not None and not self.prove(capture, module, x, output):
             return None
         capture.called.add(self.name)
-        candidates = 1
-        if self.by_position:
-            y = x.new_empty(()).expand(tuple(y_shape))
-            candidates = self.adapter.positions(y)
-        return capture.draw(self, module, x, torch.Size(y_shape), candidates)
+        rows, drawn = capture.draw(self, module, x, torch.Size(y_shape))
+        return rows, traced.carried(drawn.key, x.device if self._on_device else "cpu")
 
     def prove(
         self, capture: SampleCapture, module: nn.Module, x: Tensor, output: Tensor
@@ -277,13 +285,18 @@ class Tap:
             capture.missed(self.name, UNPROVEN)
         return use.proven
 
-    def keep(self, x: Tensor, index: Tensor, grad: Tensor) -> None:
+    def keep(self, x: Tensor, key: Tensor, grad: Tensor) -> None:
         """See `traced.Receiver`."""
         capture, module = self._capture(), self._module()
         # Without one `sample` gave nothing: what comes back are the graph's zeros.
         known = not self.refuted and (self.use.proven or self.use.trusted)
         if capture is not None and module is not None and known:
-            capture.keep(self, module, x, index, grad)
+            y = self.adapter.batched(module, grad)
+            total = y.shape[0]
+            total *= self.adapter.positions(y) if self.by_position else 1
+            known_key = key if self._on_device else traced.number(key)
+            drawn = Drawn(total, self.size, known_key)
+            capture.keep(self, module, x, drawn, grad, grad.shape)
 
 
 def takes_gradient(output: Any) -> bool:
@@ -310,8 +323,9 @@ def _is_due(calls: int, proven: bool) -> bool:
 
 
 def on_gradient(output: Tensor, held: Any, receive: Callable[..., None]) -> None:
-    """Call ``receive(*held, grad)`` when the output's gradient is there.
+    """Call ``receive(*held, grad, shape)`` when the output's gradient is there.
 
+    The shape is the output's, whose leading dimensions the gradient may have as one.
     What is held lives as long as the graph does, or until the gradient has come.
     """
     made, shape = _written_tensor(output), output.shape
@@ -323,7 +337,7 @@ def on_gradient(output: Tensor, held: Any, receive: Callable[..., None]) -> None
         if grad is None or not is_ordinary(grad):
             return
         for each in kept:
-            receive(*each, grad.view(shape))
+            receive(*each, grad, shape)
         if not keeps_graph():  # whoever keeps the loss keeps this hook
             kept.clear()
 

@@ -3,7 +3,8 @@
 Dynamo cannot trace a hook on an intermediate tensor, nor what `SampleCapture` keeps on
 the host. So both ends are custom operators, opaque to it: `sample` copies ``X[index]``
 in the forward graph; `keep` stands in the backward graph, where an identity on the
-output (`_Tap`) meets its gradient, and hands ``Y[index]`` to the capture. What `keep`
+output (`_Tap`) meets its gradient, and hands ``Y[index]`` to the capture. What travels
+from one to the other is the key that both draw by. What `keep`
 returns is the gradient of one more tensor, so that no pass removes it as dead code (one
 that is not empty: Inductor drops what empty tensors are made of).
 
@@ -33,12 +34,12 @@ class Receiver(Protocol):
     def sample(
         self, x: Tensor, y_shape: Sequence[int], output: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
-        """``X[index]`` and index; None where nobody wants samples (any more).
+        """``X[index]`` and the draw's key; None where nobody wants samples (any more).
 
         The output is there where it is still to prove what the layer computes.
         """
 
-    def keep(self, x: Tensor, index: Tensor, grad: Tensor) -> None:
+    def keep(self, x: Tensor, key: Tensor, grad: Tensor) -> None:
         """Take the output's gradient in, for samples that `sample` gave."""
 
 
@@ -114,6 +115,7 @@ def tap(
     count: int,
     row: int,
     number: int,
+    on_device: bool,
     seen: Tensor | None = None,
 ) -> Tensor:
     """Sample a layer's call in the graph that is being made.
@@ -126,14 +128,30 @@ def tap(
         count: how many samples there will be.
         row: the length of a sampled row of X; 0 if whole examples are sampled.
         number: from `register`.
+        on_device: whether keys lie on the device.
         seen: the output, detached, where it is still to prove what the layer computes.
 
     Returns:
         The output, to be used from now on.
     """
-    sampled, index = torch.ops.frog_triton.sample(x, y_shape, count, row, number, seen)
-    tapped: Tensor = _Tap.apply(output, anchor, sampled, index, number)
+    sampled, key = torch.ops.frog_triton.sample(
+        x, y_shape, count, row, number, on_device, seen
+    )
+    tapped: Tensor = _Tap.apply(output, anchor, sampled, key, number)
     return tapped
+
+
+def carried(key: int | Tensor, device: torch.device | str) -> Tensor:
+    """A key as graphs hand it on; see `number`."""
+    if isinstance(key, Tensor):
+        return key
+    key = key - (1 << 64) if key >> 63 else key
+    return torch.full((), key, dtype=torch.int64, device=device)
+
+
+def number(key: Tensor) -> int:
+    """The key that the host knew."""
+    return int(key) % (1 << 64)
 
 
 class _Tap(torch.autograd.Function):
@@ -148,17 +166,17 @@ class _Tap(torch.autograd.Function):
         output: Tensor,
         anchor: Tensor,
         sampled: Tensor,
-        index: Tensor,
+        key: Tensor,
         number: int,
     ) -> Tensor:
-        ctx.save_for_backward(sampled, index)
+        ctx.save_for_backward(sampled, key)
         ctx.number = number
         return output.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        sampled, index = ctx.saved_tensors
-        token = torch.ops.frog_triton.keep(grad, sampled, index, ctx.number)
+        sampled, key = ctx.saved_tensors
+        token = torch.ops.frog_triton.keep(grad, sampled, key, ctx.number)
         return grad, token, None, None, None
 
 
@@ -169,15 +187,16 @@ def _sample(
     count: int,
     row: int,
     number: int,
+    on_device: bool,
     seen: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     receiver = _RECEIVERS.get(number)
     found = None if receiver is None else receiver.sample(x, y_shape, seen)
     if found is None:
-        sampled, index = _empty_sample(x, y_shape, count, row, number, seen)
-        return sampled.zero_(), index.zero_()
-    sampled, index = found
-    return sampled.contiguous(), index
+        sampled, key = _empty_sample(x, y_shape, count, row, number, on_device, seen)
+        return sampled.zero_(), key.zero_()
+    sampled, key = found
+    return sampled.contiguous(), key
 
 
 @_sample.register_fake
@@ -187,21 +206,23 @@ def _empty_sample(
     count: int,
     row: int,
     number: int,
+    on_device: bool,
     seen: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     shape = (count, row) if row else (count, *x.shape[1:])
-    return x.new_empty(shape), x.new_empty(count, dtype=torch.int64)
+    device = x.device if on_device else "cpu"
+    return x.new_empty(shape), x.new_empty((), dtype=torch.int64, device=device)
 
 
 @torch.library.custom_op("frog_triton::keep", mutates_args=(), tags=_TAGS)
-def _keep(grad: Tensor, sampled: Tensor, index: Tensor, number: int) -> Tensor:
+def _keep(grad: Tensor, sampled: Tensor, key: Tensor, number: int) -> Tensor:
     receiver = _RECEIVERS.get(number)
     if receiver is not None:
         # The graph may use its buffers again.
-        receiver.keep(sampled.clone(), index, grad)
+        receiver.keep(sampled.clone(), key, grad)
     return torch.zeros(1, device="cpu")
 
 
 @_keep.register_fake
-def _empty_token(grad: Tensor, sampled: Tensor, index: Tensor, number: int) -> Tensor:
+def _empty_token(grad: Tensor, sampled: Tensor, key: Tensor, number: int) -> Tensor:
     return torch.empty(1, device="cpu")

@@ -24,7 +24,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..linalg.rows import Rows, Window, written_out
+from ..linalg.rows import Reading, Rows, Window, written_out
 from ..ops.backend import Backend
 from .computed import row_wise
 from .rows import Weight
@@ -292,6 +292,29 @@ class LayerAdapter(ABC):
     @abstractmethod
     def take_output_positions(self, y: Tensor, index: Tensor) -> Tensor:
         """Output gradients at flat positions ``index``: ``(N, R)``."""
+
+    def input_reading(
+        self, module: nn.Module, shape: torch.Size, y_shape: torch.Size
+    ) -> Reading | None:
+        """What `take_input_positions` does, for kernels that draw positions themselves.
+
+        Args:
+            module: the layer.
+            shape: of its input.
+            y_shape: of its output.
+
+        Returns:
+            How rows of X are read; None, the default, where only that method knows.
+        """
+        return None
+
+    def output_reading(self) -> Reading | None:
+        """The same of `take_output_positions`."""
+        return None
+
+    def reads_by(self, module: nn.Module) -> Hashable:
+        """What of the module `input_reading` depends on."""
+        return None
 
     @abstractmethod
     def linear_map(

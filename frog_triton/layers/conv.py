@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..linalg.precision import exact_convolutions
-from ..linalg.rows import Rows, Window, unravel
+from ..linalg.rows import Reading, Rows, Window, unravel
 from ..ops.backend import Backend
 from .base import Geometry, LayerAdapter, LinearMap, MatrixMap
 from .rows import Weight, named
@@ -182,14 +182,7 @@ class ConvAdapter(LayerAdapter):
         index: Tensor,
         backend: Backend,
     ) -> Tensor:
-        conv = cast(_Conv, module)
-        window = Window(
-            tuple(conv.kernel_size),
-            tuple(conv.stride),
-            tuple(conv.dilation),
-            tuple(before for before, _ in self.pads(module, x.shape[2:])),
-            self.padding_mode(module),
-        )
+        window = self.window(module, x.shape[2:])
         patches: Tensor = backend.gather_patches(x, index, y_shape[2:], window)
         return patches
 
@@ -197,6 +190,30 @@ class ConvAdapter(LayerAdapter):
         sample, *output = unravel(index, (y.shape[0], *y.shape[2:]))
         where: Any = (sample, slice(None), *output)
         return y[where]
+
+    def input_reading(
+        self, module: nn.Module, shape: torch.Size, y_shape: torch.Size
+    ) -> Reading | None:
+        return Reading(1, self.window(module, shape[2:]), tuple(y_shape[2:]))
+
+    def output_reading(self) -> Reading | None:
+        return Reading(1)
+
+    def reads_by(self, module: nn.Module) -> Hashable:
+        conv = cast(_Conv, module)
+        spaces = (conv.kernel_size, conv.stride, conv.dilation)
+        return (*map(tuple, spaces), str(conv.padding), conv.padding_mode)
+
+    def window(self, module: nn.Module, size: Sequence[int]) -> Window:
+        """Through which positions see an input of a spatial shape."""
+        conv = cast(_Conv, module)
+        return Window(
+            tuple(conv.kernel_size),
+            tuple(conv.stride),
+            tuple(conv.dilation),
+            tuple(before for before, _ in self.pads(module, size)),
+            self.padding_mode(module),
+        )
 
     def linear_map(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..linalg.rows import unravel
+from ..linalg.rows import Reading, unravel
 from ..ops.backend import Backend
 from .base import Geometry, LayerAdapter, MatrixMap
 from .computed import row_wise
@@ -52,6 +52,14 @@ class LinearAdapter(LayerAdapter):
 
     def take_output_positions(self, y: Tensor, index: Tensor) -> Tensor:
         return _at(y, index)
+
+    def input_reading(
+        self, module: nn.Module, shape: torch.Size, y_shape: torch.Size
+    ) -> Reading | None:
+        return Reading(-1)
+
+    def output_reading(self) -> Reading | None:
+        return Reading(-1)
 
     def linear_map(
         self,

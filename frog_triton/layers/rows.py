@@ -111,6 +111,8 @@ class Weight:
 
 def owner(module: nn.Module, path: str) -> tuple[nn.Module | None, str]:
     """The module that holds what a path names, and its name there."""
+    if "." not in path:
+        return module, path
     *parents, name = path.split(".")
     held: nn.Module | None = module
     for parent in parents:

@@ -151,9 +151,12 @@ class TransposedConvAdapter(ConvAdapter):
         index: Tensor,
         backend: Backend,
     ) -> Tensor:
-        window = _window(_spec(module))
+        window = self.window(module, x.shape[2:])
         rows: Tensor = backend.gather_patches(x, index, y_shape[2:], window)
         return rows
+
+    def window(self, module: nn.Module, size: Sequence[int]) -> Window:
+        return _window(_spec(module))
 
     def linear_map(  # type: ignore[override]
         self,

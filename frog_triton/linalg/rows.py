@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+Array = np.ndarray[Any, Any]
 
 
 class Rows(NamedTuple):
@@ -115,6 +119,21 @@ class Window:
     upsample: tuple[int, ...] = ()
 
 
+class Reading(NamedTuple):
+    """How rows are read from a tensor, one at each position.
+
+    Attributes:
+        axis: that holds features or channels; the others count positions, in order.
+        window: through which a position sees the tensor ``(n, C, *spatial)``; None
+            where a row is what lies at the position itself.
+        output_shape: spatial shape of the positions then.
+    """
+
+    axis: int
+    window: Window | None = None
+    output_shape: tuple[int, ...] = ()
+
+
 class SampleMap(Protocol):
     """Sampled activations as a linear map; see `frog_triton.layers.base`."""
 
@@ -192,8 +211,27 @@ def unravel(index: Tensor, shape: Sequence[int]) -> list[Tensor]:
     """Flat positions to one index a dimension.
 
     `torch.unravel_index` copies the shape to the device, which waits for the host and
-    cannot be captured in a CUDA graph.
+    cannot be captured in a CUDA graph. On the host numpy costs less than torch.
     """
+    if index.device.type == "cpu":
+        return [as_tensor(i) for i in split_positions(as_array(index), shape)]
+    return split_positions(index, shape)
+
+
+def as_array(tensor: Tensor) -> Array:
+    """A tensor of the host's in numpy, which shares its memory: no operation."""
+    array: Array = np.from_dlpack(tensor)  # type: ignore[arg-type]
+    return array
+
+
+def as_tensor(array: Array) -> Tensor:
+    """A numpy array in torch, which shares its memory: no operation either."""
+    tensor: Tensor = from_dlpack(array.__dlpack__())
+    return tensor
+
+
+def split_positions(index: Any, shape: Sequence[int]) -> list[Any]:
+    """The same of an array of torch or of numpy."""
     indices = []
     for size in reversed(shape[1:]):
         indices.append(index % size)

@@ -9,7 +9,22 @@ import torch
 from torch import Tensor
 
 from ..linalg.numbers import Numbers
-from ..linalg.rows import Rows, SampleMap, Window
+from ..linalg.rows import Reading, Rows, SampleMap, Window
+
+
+class Drawing(Protocol):
+    """Draws rows of tensors of one form by itself; `kernels.draws` has it."""
+
+    def given(self, x: Tensor, key: int) -> Tensor:
+        """Rows, drawn by a key of the host's."""
+
+    def counted(
+        self, x: Tensor, prefix: int, step: Tensor, forward: int
+    ) -> tuple[Tensor, Tensor]:
+        """Rows, drawn by a key that is hashed on the device, and that key."""
+
+    def written(self, x: Tensor, key: Tensor) -> Tensor:
+        """Rows, drawn by a key that lies on the device."""
 
 
 class Backend(Protocol):
@@ -47,6 +62,11 @@ class Backend(Protocol):
         self, x: Tensor, index: Tensor, output_shape: Sequence[int], window: Window
     ) -> Tensor:
         """Rows of X at drawn positions."""
+
+    def drawing(
+        self, x: Tensor, reading: Reading | None, total: int, size: int
+    ) -> Drawing | None:
+        """What draws rows of tensors like x by itself, if something does."""
 
     # -- momentum, and Lambda: equations (3) and (4) ---------------------------------
 

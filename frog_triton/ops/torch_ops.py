@@ -15,11 +15,22 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..linalg.numbers import Number, Numbers
-from ..linalg.rows import Rows, SampleMap, Window, stack_rows, unravel, written_out
+from ..linalg.rows import (
+    Reading,
+    Rows,
+    SampleMap,
+    Window,
+    as_array,
+    as_tensor,
+    split_positions,
+    stack_rows,
+    written_out,
+)
 from ..linalg.scales import row_scales, scaled
 from .backend import Backend
 
@@ -542,12 +553,16 @@ def gather_patches(
     Returns:
         ``(N, C * kernel size)``, ordered channel first.
     """
-    sample, *output = unravel(index, (x.shape[0], *output_shape))
-    count, spatial = index.numel(), len(output)
-    at: list[Tensor] = []
-    inside = torch.ones((), dtype=torch.bool, device=x.device)
-    for axis, where in enumerate(output):
-        taps = torch.arange(window.kernel[axis], device=x.device)
+    host = index.device.type == "cpu"  # where numpy costs less than torch
+    positions = split_positions(
+        as_array(index) if host else index, (x.shape[0], *output_shape)
+    )
+    count, spatial = len(positions[0]), len(output_shape)
+    at: list[Any] = [positions[0].reshape([count] + [1] * spatial)]
+    outside: Any = None
+    for axis, where in enumerate(positions[1:]):
+        size = window.kernel[axis]
+        taps: Any = np.arange(size) if host else torch.arange(size, device=x.device)
         coordinate = (
             where[:, None] * window.stride[axis]
             + taps * window.dilation[axis]
@@ -556,32 +571,54 @@ def gather_patches(
         if window.upsample:
             factor = window.upsample[axis]
             # Between two input positions is a zero, as there is outside.
-            whole = coordinate % factor == 0
-            coordinate = torch.where(whole, coordinate // factor, -1)
-        size = x.shape[2 + axis]
-        coordinate, valid = _wrap(coordinate, size, window.padding_mode)
+            inputs = coordinate // factor
+            coordinate = inputs + (coordinate - inputs * factor != 0) * _FAR
+        coordinate, beyond = _wrap(coordinate, x.shape[2 + axis], window.padding_mode)
         shape = [count] + [1] * spatial
-        shape[1 + axis] = window.kernel[axis]  # no -1: a rank may draw no position
-        at.append(coordinate.view(shape))
-        inside = inside & valid.view(shape)
+        shape[1 + axis] = size
+        at.append(coordinate.reshape(shape))
+        if beyond is not None:
+            beyond = beyond.reshape(shape)
+            outside = beyond if outside is None else outside | beyond
     # The channel slice between index tensors puts the indexed shape in front.
-    where_all: Any = (sample.view([-1] + [1] * spatial), slice(None), *at)
-    patches = torch.where(inside.unsqueeze(-1), x[where_all], 0)
+    if host:
+        flat = [as_tensor(each.reshape(-1)) for each in np.broadcast_arrays(*at)]
+        patches = x[(flat[0], slice(None), *flat[1:])]
+        if outside is not None and outside.any():
+            patches.index_fill_(0, as_tensor(np.flatnonzero(outside)), 0)
+    else:
+        patches = x[(at[0], slice(None), *at[1:])]
+        if outside is not None:
+            patches.masked_fill_(outside.unsqueeze(-1), 0)
     row = x.shape[1] * math.prod(window.kernel)
-    return patches.movedim(-1, 1).reshape(count, row)
+    patches = patches.view(count, -1, x.shape[1]) if row else patches
+    return patches.transpose(1, 2).reshape(count, row)
 
 
-def _wrap(coordinate: Tensor, size: int, mode: str) -> tuple[Tensor, Tensor]:
-    """Bring padded coordinates into the map; second: which of them are data."""
-    inside = (coordinate >= 0) & (coordinate < size)
+def drawing(x: Tensor, reading: Reading | None, total: int, size: int) -> None:
+    """Nothing: positions are drawn, then rows are taken at their index.
+
+    Args:
+        x: any tensor of a form.
+        reading: how a row is read at a position; None for whole examples.
+        total: positions, or examples.
+        size: how many would be drawn.
+    """
+
+
+_FAR = 1 << 40
+"""Outside of any map."""
+
+
+def _wrap(coordinate: Any, size: int, mode: str) -> tuple[Any, Any]:
+    """Bring padded coordinates into the map; second: which are not data, if any."""
     if mode == "circular":
-        return coordinate % size, torch.ones_like(inside)
+        return coordinate % size, None
     if mode == "reflect":
-        mirrored = coordinate.abs()
-        mirrored = torch.where(mirrored < size, mirrored, 2 * (size - 1) - mirrored)
-        return mirrored, torch.ones_like(inside)
-    clamped = coordinate.clamp(0, size - 1)
-    return clamped, torch.ones_like(inside) if mode == "replicate" else inside
+        # The mirrors stand at the first position and at the last.
+        return size - 1 - abs(size - 1 - abs(coordinate)), None
+    inside = coordinate.clip(0, size - 1)
+    return inside, None if mode == "replicate" else inside != coordinate
 
 
 def _normalizer(zm: Tensor) -> Tensor:

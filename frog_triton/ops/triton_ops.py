@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..kernels import magnitudes as measured
 from ..kernels import weights
+from ..kernels.draws import drawing
 from ..kernels.gather import gather
 from ..kernels.gram import gram
 from ..kernels.gram_cg import gram_cg
@@ -55,6 +56,7 @@ __all__ = [
     "cg_update_",
     "count_",
     "direction_update_",
+    "drawing",
     "fisher_weights",
     "gather_patches",
     "gram",
