@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .config import Config
-from .handles import Handle
 from .launch import Launch, launch
 from .table import C, tuned
 from .work import Sizes
+
+if TYPE_CHECKING:
+    from .handles import Handle
 
 Args = Mapping[str, Any]
 Values = Mapping[str, int]
@@ -110,6 +112,8 @@ class Kernel:
             problems: layers times groups.
             args: all others, but those that `parts` adds.
         """
+        from .handles import Handle  # needs Triton, which counting does not
+
         (made,) = self.launches(config, problems, args)
         return Handle(made.kernel, made.grid, made.args, config, changing)
 
