@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from .. import FROG, ops
+from .. import FROG, ops, optimizer
 from ..eager import eager_work
 from ..kernels.launch import Launch, recording
 from ..presets import SAMPLINGS
@@ -99,7 +99,8 @@ def workload(name: str, device: torch.device) -> Workload:
 def triton_anywhere(device: torch.device) -> Iterator[Callable[[], None]]:
     """The Triton backend: on a CPU kernels neither compile nor run.
 
-    What they would write is undefined then, but for what the host looks at.
+    What they would write is undefined then, but for what the host looks at. The rest of
+    a step goes as on a GPU, whose numbers the host does not read.
 
     Yields:
         Forgets the launches so far, and the tensors that they hold.
@@ -111,7 +112,8 @@ def triton_anywhere(device: torch.device) -> Iterator[Callable[[], None]]:
 
     taken = mock.patch.object(ops, "resolve", lambda *_: triton_ops)
     idle = mock.patch.object(Launch, "run", _pretend)
-    with taken, idle, recording() as launches:
+    unread = mock.patch.object(optimizer, "may_read", lambda *_: False)
+    with taken, idle, unread, recording() as launches:
 
         def forget() -> None:
             launches.clear()
@@ -257,14 +259,14 @@ def hook_times(
     bare = workload(name, device)
     hooked = bare.twin()
     with triton_anywhere(device) as forget:
-        optimizer = frog(hooked, **options)
+        ours = frog(hooked, **options)
         parts = {
             "drop the twin's gradients": bare.model.zero_grad,
             "without hooks": bare.passes,
-            "drop gradients": optimizer.zero_grad,
+            "drop gradients": ours.zero_grad,
             "with hooks": hooked.passes,
-            "step": optimizer.step,
+            "step": ours.step,
         }
         times = interleaved(parts, rounds, device, forget)
-        optimizer.close()
+        ours.close()
     return {part: times[part]._asdict() for part in ("without hooks", "with hooks")}
