@@ -6,7 +6,8 @@
 The step, and what hooks add to forward and backward. On a GPU models are real, and the
 GPU's time stands beside the host's. Anywhere else models are as deep but narrow, so
 that what is measured is the host's part, and FROG's kernels are counted but neither
-compiled nor run. All is measured in turns, on one thread; medians.
+compiled nor run, and a CUDA graph's replay takes no time. All is measured in turns, on
+one thread; medians.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ LAUNCH_US = 5.0
 """What a launch may cost the host, in the bound that results stand beside."""
 
 SHOWN = {
-    "FROG": "FROG's step",
+    "FROG": "FROG's step, recorded",
+    "FROG anew": "FROG's step, launch by launch",
     "AdamW": "fused AdamW's step",
     "Muon": "torch's Muon's step",
     "FROG zero_grad": "FROG's zero_grad",
@@ -65,6 +67,13 @@ def bench(name: str, device: torch.device, rounds: int) -> dict[str, Any]:
         params = list(bare.model.parameters())
         adamw = torch.optim.AdamW(params, lr=0.0, fused=True)
         muon = torch.optim.Muon(_matrices(bare, layers), lr=0.0)
+        graphs = optimizer._routines.graphs
+
+        def anew() -> None:
+            optimizer._routines.graphs = lambda device: None
+            optimizer.step()
+            optimizer._routines.graphs = graphs
+
         parts = {
             "AdamW zero_grad": adamw.zero_grad,
             "without hooks": bare.passes,
@@ -73,15 +82,20 @@ def bench(name: str, device: torch.device, rounds: int) -> dict[str, Any]:
             "FROG zero_grad": optimizer.zero_grad,
             "with hooks": hooked.passes,
             "FROG": optimizer.step,
+            "zero_grad": optimizer.zero_grad,
+            "with hooks, once more": hooked.passes,
+            "FROG anew": anew,
         }
         times = interleaved(parts, rounds, device, forget)
-        counts = {part: counted(run, device) for part, run in parts.items()}
+        recorded = list(optimizer._routines._kept.values())
+        counts = {part: counted(run) for part, run in parts.items()}
+        refused = optimizer._routines.refused
         forget()
         optimizer.close()
     counts["hooks"] = counts["with hooks"] - counts["without hooks"]
     ours, adam = times["FROG"].host, times["AdamW"].host
     hooks = times["with hooks"].host - times["without hooks"].host
-    step = counts["FROG"]
+    step = counts["FROG anew"]
     bound = adam + LAUNCH_US * (step.kernels + step.launches)
     return {
         "device": device.type,
@@ -91,6 +105,8 @@ def bench(name: str, device: torch.device, rounds: int) -> dict[str, Any]:
         "formulations": dict(
             Counter(how.partition(",")[0] for how in optimizer._solved.values())
         ),
+        "recorded_kernels": [r.routine.launches for r in recorded],
+        "not_recorded": refused,
         "times_us": {part: time._asdict() for part, time in times.items()},
         "counts": {part: asdict(count) for part, count in counts.items()},
         "host_ratio_to_adamw": ours / adam,
@@ -130,7 +146,11 @@ def show(entry: Mapping[str, Any]) -> None:
         device = f"{time['device']:.0f}" if entry["device"] == "cuda" else "-"
         cells = (f"{time['host']:.0f}", device, *count.values())
         print(f"{label:28}" + "".join(f" {cell:>16}" for cell in cells))
-    for part, label in (("FROG", "step"), ("hooks", "hooks")):
+    if not entry["recorded_kernels"]:
+        print(
+            f"the step was not recorded: {entry['not_recorded'] or 'none twice alike'}"
+        )
+    for part, label in (("FROG anew", "step"), ("hooks", "hooks")):
         each = ", ".join(f"{n / layers:.1f} {what}" for what, n in counts[part].items())
         print(f"{label}, a layer: {each} of torch's")
     print(

@@ -6,7 +6,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 from unittest import mock
@@ -14,11 +14,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from .. import FROG, ops
+from .. import FROG, ops, optimizer
 from ..eager import eager_work
-from ..kernels.launch import recording
+from ..kernels.launch import Launch, recording
 from ..presets import SAMPLINGS
 from .models import resnet
 from .train.models import GPT
@@ -99,7 +99,8 @@ def workload(name: str, device: torch.device) -> Workload:
 def triton_anywhere(device: torch.device) -> Iterator[Callable[[], None]]:
     """The Triton backend: on a CPU kernels neither compile nor run.
 
-    What they would write is undefined then.
+    What they would write is undefined then, but for what the host looks at. The rest of
+    a step goes as on a GPU, whose numbers the host does not read.
 
     Yields:
         Forgets the launches so far, and the tensors that they hold.
@@ -110,13 +111,39 @@ def triton_anywhere(device: torch.device) -> Iterator[Callable[[], None]]:
     from ..ops import triton_ops
 
     taken = mock.patch.object(ops, "resolve", lambda *_: triton_ops)
-    with taken, recording(run=False) as launches:
+    idle = mock.patch.object(Launch, "run", _pretend)
+    unread = mock.patch.object(optimizer, "may_read", lambda *_: False)
+    with taken, idle, unread, recording() as launches:
 
         def forget() -> None:
             launches.clear()
             launches.tensors.clear()
 
         yield forget
+
+
+def _pretend(launch: Launch) -> None:
+    """Leave all as it is; the largest gradients, on which a step depends, are 1."""
+    if launch.name == "_largest_parts_kernel":
+        with _disable_current_modes():
+            launch.args["largest_ptr"].fill_(1.0)
+
+
+class Silence:
+    """In place of a CUDA graph on a CPU: what it plays takes the host no time."""
+
+    held = 0
+
+    def recording(self) -> AbstractContextManager[Any]:
+        """See `frog_triton.routine.Graph`; what is recorded is done, too."""
+        return nullcontext()
+
+    def branch(self) -> AbstractContextManager[Any]:
+        """See `frog_triton.routine.Graph`."""
+        return nullcontext()
+
+    def replay(self) -> None:
+        """Do nothing."""
 
 
 class Time(NamedTuple):
@@ -199,14 +226,9 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(run: Callable[[], Any], device: torch.device) -> Count:
-    """Count what a run asks for.
-
-    Args:
-        run: on a CPU inside of `triton_anywhere`.
-        device: that it runs on.
-    """
-    with recording(run=device.type == "cuda") as launches, _Operations() as seen:
+def counted(run: Callable[[], Any]) -> Count:
+    """Count what a run asks for; on a CPU inside of `triton_anywhere`."""
+    with recording() as launches, _Operations() as seen:
         work = eager_work(run)
     return Count(len(launches), work.launches, seen.count)
 
@@ -214,7 +236,10 @@ def counted(run: Callable[[], Any], device: torch.device) -> Count:
 def frog(work: Workload, **options: Any) -> FROG:
     """FROG with the Triton backend and, but for N, its defaults."""
     options = {"backend": "triton", "sample_size": work.sample_size, **options}
-    return FROG(work.model, **options)
+    made = FROG(work.model, **options)
+    if not work.inputs.is_cuda:
+        made._routines.graphs = lambda device: Silence
+    return made
 
 
 def hook_times(
@@ -234,14 +259,14 @@ def hook_times(
     bare = workload(name, device)
     hooked = bare.twin()
     with triton_anywhere(device) as forget:
-        optimizer = frog(hooked, **options)
+        ours = frog(hooked, **options)
         parts = {
             "drop the twin's gradients": bare.model.zero_grad,
             "without hooks": bare.passes,
-            "drop gradients": optimizer.zero_grad,
+            "drop gradients": ours.zero_grad,
             "with hooks": hooked.passes,
-            "step": optimizer.step,
+            "step": ours.step,
         }
         times = interleaved(parts, rounds, device, forget)
-        optimizer.close()
+        ours.close()
     return {part: times[part]._asdict() for part in ("without hooks", "with hooks")}

@@ -211,11 +211,13 @@ def test_the_host_bench_counts_and_times_every_part(tmp_path, capsys):
     assert bench_host.main(words) == 0
     printed = capsys.readouterr().out
     for entry in json.loads(path.read_text())["results"]:
-        assert entry["times_us"].keys() == bench_host.SHOWN.keys()
+        assert entry["times_us"].keys() > bench_host.SHOWN.keys()
         assert all(time["host"] > 0 for time in entry["times_us"].values())
         counts = entry["counts"]
-        assert counts["FROG"]["kernels"] > 0 == counts["AdamW"]["kernels"]
-        assert 0 < counts["AdamW"]["launches"] < counts["FROG"]["launches"]
+        anew, played = counts["FROG anew"], counts["FROG"]
+        assert anew["kernels"] > 0 == counts["AdamW"]["kernels"] == played["kernels"]
+        assert 0 < counts["AdamW"]["launches"] < anew["launches"]
+        assert entry["recorded_kernels"] == [anew["kernels"]]
         assert counts["hooks"]["operations"] > 0
         for part in counts.values():
             assert 0 <= part["launches"] <= part["operations"]

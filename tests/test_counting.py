@@ -1,5 +1,6 @@
 """What `cost` counts is what a real step launches, launch for launch."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -12,6 +13,7 @@ import frog_triton
 from frog_triton import optimizer
 from frog_triton.eager import FROM_HOST, eager_operations
 from frog_triton.kernels.launch import recording
+from frog_triton.kernels.work import work
 from frog_triton.solve import orthogonal
 
 
@@ -87,3 +89,29 @@ def test_a_step_launches_what_is_counted(
     lines = sum(line.launches / line.shared_by for line in counted.layers)
     beside = sum(counted.beside.values())
     assert lines + beside == pytest.approx(counted.launches)
+
+
+@pytest.mark.parametrize("samples", [8, 40])
+def test_hooks_launch_what_is_counted(samples):
+    model = net()
+    plain = copy.deepcopy(model)
+    counted = frog_triton.cost(model, exclude_output_layer=False, sample_size=samples)
+    opt = frog_triton.FROG(
+        model, backend="triton", exclude_output_layer=False, sample_size=samples
+    )
+    x = torch.randn(48, 3, 6, 6)
+
+    def passes(model):
+        model.zero_grad()
+        model(x).square().sum().backward()
+
+    for _ in range(2):  # the first call checks what the layers compute
+        with recording(run=False) as kernels:
+            hooked = eager_operations(lambda: passes(model))
+    assert len(list(opt.capture.tensors())) == counted.beside["samples"]
+    assert {made.name for made in kernels} == {"_draw_kernel"}
+    assert len(kernels) == counted.beside["samples"] == 2 * len(counted.layers)
+    moved = sum(work(made).bytes for made in kernels)
+    assert moved == 2 * sum(line.sample_bytes for line in counted.layers)
+    bare = eager_operations(lambda: passes(plain))
+    assert [made.name for made in hooked] == [made.name for made in bare]
