@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from .linalg.rows import Rows, local, written_out
 from .model.plan import Layer
 from .ops.backend import Backend
 from .solve.launches import MOST_PROBLEMS
+from .solve.together import may_join
 
 if TYPE_CHECKING:
     from .capture.capture import SampleCapture
@@ -69,6 +71,22 @@ class LayerStep:
             finite=None if self.finite is None else self.finite[rows],
             counted=counted,
         )
+
+    @cached_property
+    def joins(self) -> bool:
+        """Whether layers of other sizes are solved with this one; see `together`."""
+        return (
+            not self.backend.GROUPS_LAYERS
+            and isinstance(self.x, MatrixMap)
+            and self.x.groups == 1
+            and may_join(self.x.x, self.momentum.weight)
+            and (self.finite is None or bool(self.finite.all()))
+        )
+
+    @property
+    def joint_key(self) -> Hashable:
+        """Layers with equal keys that join can be solved together."""
+        return self.x.samples, self.momentum.weight.dtype, self.grads is None
 
     @property
     def key(self) -> Hashable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -17,8 +17,9 @@ from .linalg.rows import Rows
 from .model.plan import Layer
 from .preconditioner import solve
 from .scaling import Left, leaving
-from .solve import Batch, Solution
-from .solve.launches import Bucket, shape_of, together
+from .solve import Batch, Solution, together
+from .solve.launches import Bucket, shape_of
+from .solve.launches import together as in_launches
 from .solve.orthogonal import orthogonalize
 from .step import LayerStep, is_mixture, untouched
 
@@ -57,7 +58,7 @@ class Solved(NamedTuple):
         solution: of all.
         counts: of each layer, int32 ``(2, R)``, dense: how often a row has met samples
             that are not finite, and how often it stayed because its momentum would not
-            have been.
+            have been. None where there is nothing to count.
     """
 
     steps: Sequence[LayerStep]
@@ -215,34 +216,64 @@ def solutions(
         observe: called after each solve.
         how: is told how each layer was solved.
     """
-    for bucket in alike(steps):
-        grads = [step.grads for step in bucket if step.grads is not None]
-        finite = [step.finite for step in bucket if step.finite is not None]
-        batch = Batch(
-            [step.x for step in bucket],
-            [step.y for step in bucket],
-            [step.momentum for step in bucket],
-            grads or None,
-            numbers,
-            group["nesterov"],
-            torch.stack(finite) if finite else None,
-        )
-        solution = solve(
-            bucket[0].backend,
-            batch,
-            cg_iters=group["cg_iters"],
-            formulation=formulation,
-        )
+    for bucket, solution in _solutions(steps, group, numbers, formulation):
         if observe is not None:
             observe(bucket, solution, group)
         for step in bucket:
             count = step.x.samples * step.x.positions
             how[step.layer.name] = f"{solution.formulation}, N = {count}"
-        counters = [_counter(counts[step.layer.name], step.counted) for step in bucket]
+        counted = bucket if solution.has_anomalies else []
+        counters = [_counter(counts[s.layer.name], s.counted) for s in counted]
         yield Solved(bucket, solution, [counter for _, counter in counters])
         for part, counter in counters:
             if part is not counter:
                 part += counter
+
+
+def _solutions(
+    steps: Iterable[LayerStep],
+    group: dict[str, Any],
+    numbers: Numbers,
+    formulation: str,
+) -> Iterator[tuple[list[LayerStep], Solution]]:
+    """Layers of one geometry each, with their solution."""
+    iters, nesterov = group["cg_iters"], group["nesterov"]
+    joined: dict[Hashable, list[LayerStep]] = {}
+    alone = []
+    for step in steps:
+        if step.joins:
+            joined.setdefault(step.joint_key, []).append(step)
+        else:
+            alone.append(step)
+    for some in joined.values():
+        batch = _batch(some, numbers, nesterov, None)
+        for i, solution in together.solve(batch, iters, formulation):
+            if solution is None:
+                alone.append(some[i])
+            else:
+                yield [some[i]], solution
+    for bucket in alike(alone):
+        finite = [step.finite for step in bucket if step.finite is not None]
+        rows = torch.stack(finite) if finite else None
+        batch = _batch(bucket, numbers, nesterov, rows)
+        backend = bucket[0].backend
+        yield bucket, solve(backend, batch, cg_iters=iters, formulation=formulation)
+
+
+def _batch(
+    steps: Sequence[LayerStep], numbers: Numbers, nesterov: bool, finite: Tensor | None
+) -> Batch:
+    """The systems of some layers."""
+    grads = [step.grads for step in steps if step.grads is not None]
+    return Batch(
+        [step.x for step in steps],
+        [step.y for step in steps],
+        [step.momentum for step in steps],
+        grads or None,
+        numbers,
+        nesterov,
+        finite,
+    )
 
 
 def advance_momentum(
@@ -327,7 +358,7 @@ def buckets_of(steps: Iterable[LayerStep], group: dict[str, Any]) -> list[Bucket
 
 def alike(steps: Iterable[LayerStep]) -> list[list[LayerStep]]:
     """Those that can share launches together, as many as a launch can hold."""
-    return together(steps, lambda step: step.key, lambda step: step.x.groups)
+    return in_launches(steps, lambda step: step.key, lambda step: step.x.groups)
 
 
 def _counter(counts: Tensor, rows: slice | None) -> tuple[Tensor, Tensor]:

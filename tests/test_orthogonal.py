@@ -12,6 +12,7 @@ from torch import nn
 from frog_triton import FROG
 from frog_triton.distributed.directions import collect
 from frog_triton.linalg.numbers import Numbers
+from frog_triton.linalg.products import has_fast_bfloat16
 from frog_triton.linalg.rows import Rows
 from frog_triton.ops import torch_ops, triton_ops
 from frog_triton.solve.orthogonal import newton_schulz, orthogonalize
@@ -192,3 +193,50 @@ def test_in_bfloat16_on_the_device(rows, dim):
     expected = oracles.orthogonalized(oracles.as_numpy(m), 1)
     # Measured with bfloat16 on a CPU: 3.5e-2; ragged sides are filled up with zeros.
     assert oracles.relative_error(found, expected) < 1e-1
+
+
+def with_values(values, columns):
+    u = torch.linalg.qr(randn(len(values), len(values))).Q
+    v = torch.linalg.qr(randn(columns, len(values))).Q
+    return (u * values) @ v.mT
+
+
+@pytest.mark.parametrize(
+    "values",
+    [torch.logspace(0, -7, 64), (torch.arange(64) < 32).float()],
+    ids=["seven decades", "half rank"],
+)
+@pytest.mark.parametrize("shape", [(64, 300), (300, 64)])
+def test_small_values_of_a_wide_matrix(shape, values):
+    """Iterated on ``X X^T``, whose rounding is all that is left of the smallest."""
+    m = with_values(values.double(), 300)
+    m = m if shape[0] < shape[1] else m.mT
+    expected = oracles.orthogonalized(oracles.as_numpy(m), 1)
+    # Measured: 4e-4, and in float64 1e-12.
+    assert oracles.relative_error(newton_schulz(m.float()), expected) < 2e-3
+    assert oracles.relative_error(newton_schulz(m), expected) < 1e-11
+
+
+@pytest.mark.parametrize("shape", [(140, 150), (150, 140), (128, 384)])
+def test_nearly_square_matrices_where_the_cpu_has_units_for_bfloat16(shape):
+    m = randn(*shape, dtype=torch.float32)
+    found = newton_schulz(m)
+    narrow = has_fast_bfloat16(m.device)
+    assert found.dtype == (torch.bfloat16 if narrow else torch.float32)
+    expected = oracles.orthogonalized(oracles.as_numpy(m), 1)
+    # Measured: 1.1e-2, without such units 3e-6.
+    assert oracles.relative_error(found, expected) < (3e-2 if narrow else 2e-5)
+    rows = orthogonalize(Rows(m[None], None), torch.ones(1, shape[0]) > 0)
+    assert rows.weight.dtype == torch.float32
+    assert oracles.relative_error(rows.weight[0], expected) < (3e-2 if narrow else 2e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("shape", [(40, 50), (40, 200)])
+def test_scale_of_large_products_does_not_matter(shape, scale):
+    m = randn(3, *shape, dtype=torch.float32)
+    found = orthogonalize(Rows(m * scale, None), torch.ones(3, 40, dtype=torch.bool))
+    for i in range(3):
+        expected = oracles.orthogonalized(oracles.as_numpy(m[i]), 1)
+        # Measured: 2e-6.
+        assert oracles.relative_error(found.weight[i], expected) < 1e-5

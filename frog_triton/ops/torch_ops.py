@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.numbers import Number, Numbers
+from ..linalg.products import on_host
 from ..linalg.rows import (
     Reading,
     Rows,
@@ -33,6 +34,7 @@ from ..linalg.rows import (
 )
 from ..linalg.scales import row_scales, scaled
 from .backend import Backend
+from .gram_space import cg_in_gram_space, normalizer
 
 NAME = "torch_ops"
 GROUPS_LAYERS = False  # one layer at a time: stacking would only copy
@@ -293,7 +295,7 @@ def cg_forward_(
         last: whether no `cg_adjoint_` follows.
     """
     p = state.p
-    xp = torch.stack([x.apply(p.layer(i)) for i, x in enumerate(xs)])
+    xp = _stack([x.apply(p.layer(i)) for i, x in enumerate(xs)])
     state.t = weights * xp
     pap = (state.t * xp).sum((1, 3)) + numbers.damping * p.dot(p)
     state.active = state.active & (pap > 0)
@@ -328,7 +330,7 @@ def cg_adjoint_(xs: Sequence[SampleMap], state: CGState, numbers: Numbers) -> No
 def cg_rows(state: CGState, numbers: Numbers) -> Rows:
     """Directions ``z / sqrt(<z, m>)``, equation (2): rows ``(L, R, D)``."""
     z = state.m.select(state.status != FISHER, state.z)
-    return z.scale_(_normalizer(z.dot(state.m)))
+    return z.scale_(normalizer(z.dot(state.m)))
 
 
 def cg_update_(
@@ -364,14 +366,7 @@ def gram_cg(
     numbers: Numbers,
     iters: int,
 ) -> tuple[Tensor, Tensor]:
-    """CG in the coordinates ``v = s m + X^T u``, of all rows at once.
-
-    Every vector of CG from zero has that form, so D never appears:
-
-        X v       = s c + K u
-        A v       : s' = tau s,  u' = Lambda * (X v) + tau u
-        <v, m>    = s |m|^2 + <c, u>
-        <v, v>    = s <v, m> + <u, X v>
+    """CG in the coordinates ``v = s m + X^T u``; see `gram_space`.
 
     Args:
         k: ``X X^T`` ``(L, groups, N, N)``.
@@ -386,40 +381,13 @@ def gram_cg(
         ``s`` ``(L, R)`` and ``u`` (the shape of ``c``) of the normalized direction
         ``z / sqrt(<z, m>)``, equation (2).
     """
-    groups, damping = c.shape[1], numbers.damping
-    mm = m_squared.unflatten(1, (groups, -1))
-    rounding = 8 * torch.finfo(c.dtype).eps
-    s, u = torch.zeros_like(mm), torch.zeros_like(c)
-    s_r, u_r, x_r = torch.ones_like(mm), torch.zeros_like(c), c
-    s_p, u_p, x_p = s_r, u_r, x_r
-    rho = mm
-    active = rho > 0
-    for iteration in range(iters):
-        t = weights * x_p
-        pp = s_p * (s_p * mm + _sum(c * u_p)) + _sum(u_p * x_p)
-        pap = _sum(t * x_p) + damping * pp
-        active = active & (pap > 0)
-        alpha = torch.where(active, rho / pap, 0)
-        s, u = s + alpha * s_p, u + alpha.unsqueeze(-2) * u_p
-        if iteration + 1 == iters:
-            break
-        s_r = s_r - alpha * damping * s_p
-        u_r = u_r - alpha.unsqueeze(-2) * (t + damping * u_p)
-        x_r = s_r.unsqueeze(-2) * c + torch.matmul(k, u_r)
-        c_u, u_x = _sum(c * u_r), _sum(u_r * x_r)
-        rho_new = s_r * (s_r * mm + c_u) + u_x
-        # The sum is all rounding once it is that much smaller than its terms.
-        terms = s_r.abs() * (s_r.abs() * mm + c_u.abs()) + u_x.abs()
-        active = active & (rho_new > rounding * terms)
-        beta = torch.where(active, rho_new / rho, 0)
-        s_p, u_p = s_r + beta * s_p, u_r + beta.unsqueeze(-2) * u_p
-        x_p = x_r + beta.unsqueeze(-2) * x_p
-        rho = rho_new
-    plain = (status != FISHER).unflatten(1, (groups, -1))
-    s = torch.where(plain, 1, s)
-    u = torch.where(plain.unsqueeze(-2), 0, u)
-    scale = _normalizer(s * mm + torch.where(plain, 0, _sum(c * u)))
-    return (s * scale).flatten(1), u * scale.unsqueeze(-2)
+    mm = m_squared.unflatten(1, (c.shape[1], -1))
+    plain = (status != FISHER).unflatten(1, (c.shape[1], -1))
+    rows, theirs = c.mT.contiguous(), weights.mT.contiguous()
+    s, u = cg_in_gram_space(
+        lambda u: torch.matmul(u, k), rows, theirs, mm, plain, numbers.damping, iters
+    )
+    return s.flatten(1), u.mT
 
 
 def gram_rows(
@@ -491,17 +459,26 @@ def step_along_(
     """
     dtype, lr = direction.weight.dtype, numbers.lr
     finite = numbers.moving(finite)
-    decay = _by_row(finite, 1 - lr * numbers.weight_decay, 1, dtype)
-    step = _by_row(finite, -lr, 0, dtype)
+    everywhere = on_host(finite) and bool(finite.all())
+    if not everywhere:
+        decay = _by_row(finite, 1 - lr * numbers.weight_decay, 1, dtype)
+        step = _by_row(finite, -lr, 0, dtype)
     for i, param in enumerate(params):
         for theta, z in zip(param, direction.layer(i), strict=True):
             if theta is None or z is None:
                 continue
             wide = theta.to(dtype)  # theta itself unless it is a 16-bit type
-            shape = (-1,) + (1,) * (theta.ndim - 1)
-            wide.mul_(decay[i].view(shape))
-            z = torch.where(finite[i].view(shape), z.reshape(theta.shape), 0)
-            wide.addcmul_(z, step[i].view(shape))
+            z = z.reshape(theta.shape)
+            if everywhere:
+                if lr * numbers.weight_decay != 0:
+                    wide.mul_(1 - lr * numbers.weight_decay)
+                wide.sub_(z, alpha=float(lr))
+            else:
+                shape = (-1,) + (1,) * (theta.ndim - 1)
+                wide.mul_(decay[i].view(shape))
+                wide.addcmul_(
+                    torch.where(finite[i].view(shape), z, 0), step[i].view(shape)
+                )
             if wide is not theta:
                 theta.copy_(wide)
 
@@ -621,9 +598,9 @@ def _wrap(coordinate: Any, size: int, mode: str) -> tuple[Any, Any]:
     return inside, None if mode == "replicate" else inside != coordinate
 
 
-def _normalizer(zm: Tensor) -> Tensor:
-    """``1 / sqrt(<z, m>)`` of equation (2); zero where there is no step to take."""
-    return torch.where((zm > 0) & torch.isfinite(zm), zm.rsqrt(), 0)
+def _stack(layers: Sequence[Tensor]) -> Tensor:
+    """``(L, ...)``; of one layer no copy."""
+    return layers[0].unsqueeze(0) if len(layers) == 1 else torch.stack(list(layers))
 
 
 def _by_row(
@@ -631,8 +608,3 @@ def _by_row(
 ) -> Tensor:
     """One factor a row, exact in `dtype`, without asking the device anything."""
     return condition.to(dtype) * value + (~condition).to(dtype) * otherwise
-
-
-def _sum(values: Tensor) -> Tensor:
-    """Sum over the samples of ``(L, groups, N, R / groups)``."""
-    return values.sum(-2)

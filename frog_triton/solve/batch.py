@@ -62,6 +62,7 @@ class Solution(Protocol):
         status: how each row was solved ``(L, R)``; see `torch_ops.FISHER`.
         finite: rows whose gradient is finite ``(L, R)``; the others do not move.
         numbers: of the batch.
+        has_anomalies: whether any row may have met numbers that are not finite.
     """
 
     @property
@@ -79,6 +80,10 @@ class Solution(Protocol):
     @property
     def numbers(self) -> Numbers:
         """Of the batch."""
+
+    @property
+    def has_anomalies(self) -> bool:
+        """Whether a row may have met numbers that are not finite, to be counted."""
 
     def rows(self) -> Rows:
         """The directions written out, ``(L, R, D)``."""

@@ -84,6 +84,25 @@ def count_gram(n: int, d: int, r: int, groups: int, iters: int) -> Count:
     )
 
 
+@lru_cache(maxsize=4096)
+def cheaper(
+    n: int, d: int, r: int, iters: int, groups: int = 1, shared: float = 1.0
+) -> str:
+    """``"primal"`` or ``"gram"``, whichever costs torch's backend less.
+
+    Args:
+        n: samples, all positions counted.
+        d: weights in a row, the bias included.
+        r: rows.
+        iters: CG iterations.
+        groups: groups.
+        shared: how much dearer Gram space may be.
+    """
+    primal = count_primal(n, d, r, iters).price
+    gram = count_gram(n, d, r, groups, iters).price
+    return "primal" if primal * shared <= gram else "gram"
+
+
 def count_works(
     bucket: Bucket, formulation: str, orthogonalize: bool = False
 ) -> list[Work]:
@@ -153,11 +172,7 @@ def choose_formulation(backend: Backend, batch: Batch, iters: int) -> str:
     shape = shape_of(batch)
     if not backend.GROUPS_LAYERS or shape.volume:
         n, d, r = shape.samples, shape.row_length, shape.rows
-        counts = {
-            "primal": count_primal(n, d, r, iters),
-            "gram": count_gram(n, d, r, shape.groups, iters),
-        }
-        return min(counts, key=lambda name: counts[name].price)
+        return cheaper(n, d, r, iters, shape.groups)
     m = batch.ms[0].weight
     param = m if batch.grads is None else batch.grads[0].weight
     dtypes = (batch.xs[0].dtype, param.dtype, m.dtype)

@@ -32,6 +32,7 @@ class GramSolution:
         finite: rows whose gradient is finite ``(L, R)``.
         numbers: of the batch.
         formulation: ``"gram"``.
+        has_anomalies: only the numbers themselves tell.
     """
 
     ops: Backend
@@ -44,6 +45,7 @@ class GramSolution:
     finite: Tensor
     numbers: Numbers
     formulation: str = "gram"
+    has_anomalies: bool = True
 
     def rows(self) -> Rows:
         """The directions, ``(L, R, D)``."""

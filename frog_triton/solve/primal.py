@@ -29,6 +29,7 @@ class PrimalSolution:
         finite: rows whose gradient is finite ``(L, R)``.
         numbers: of the batch.
         formulation: ``"primal"``.
+        has_anomalies: only the numbers themselves tell.
     """
 
     ops: Backend
@@ -37,6 +38,7 @@ class PrimalSolution:
     finite: Tensor
     numbers: Numbers
     formulation: str = "primal"
+    has_anomalies: bool = True
 
     def rows(self) -> Rows:
         """The directions, ``(L, R, D)``."""
