@@ -20,6 +20,7 @@ from .. import FROG, ops, optimizer
 from ..eager import eager_work
 from ..kernels.launch import Launch, recording
 from ..presets import SAMPLINGS
+from ..solve import orthogonal
 from .models import resnet
 from .train.models import GPT
 
@@ -113,7 +114,8 @@ def triton_anywhere(device: torch.device) -> Iterator[Callable[[], None]]:
     taken = mock.patch.object(ops, "resolve", lambda *_: triton_ops)
     idle = mock.patch.object(Launch, "run", _pretend)
     unread = mock.patch.object(optimizer, "may_read", lambda *_: False)
-    with taken, idle, unread, recording() as launches:
+    unseen = mock.patch.object(orthogonal, "on_host", lambda _: False)
+    with taken, idle, unread, unseen, recording() as launches:
 
         def forget() -> None:
             launches.clear()

@@ -39,6 +39,7 @@ def steps(model, monkeypatch, **options):
     # As on a GPU, where the host does not know whether a step is skipped, matrices are
     # in bfloat16, and steps are recorded.
     monkeypatch.setattr(optimizer, "may_read", lambda *_: False)
+    monkeypatch.setattr(orthogonal, "on_host", lambda _: False)
     monkeypatch.setattr(orthogonal, "_workspace", on_a_gpu(orthogonal._workspace))
     opt._routines.graphs = lambda device: Tape
     found = []
