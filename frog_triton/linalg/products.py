@@ -28,6 +28,8 @@ def times_transposed(a: Tensor, b: Tensor) -> Tensor:
     if not _by_onednn(a, b):
         return a @ b.mT
     if a.ndim == 2:
+        if not (b.is_contiguous() or b.mT.is_contiguous()):
+            b = b.contiguous()  # oneDNN takes others entry by entry
         product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
         return product
     return torch.stack([times_transposed(x, y) for x, y in zip(a, b, strict=True)])
