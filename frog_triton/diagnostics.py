@@ -98,9 +98,9 @@ def _of_rows(
     group: Mapping[str, Any],
 ) -> Tensor:
     dtype = z.weight.dtype
-    m = step.momentum.to(dtype)
+    m = step.momentum.flat().to(dtype)
     if group["nesterov"] and step.grads is not None:
-        m = step.grads.to(dtype).clone().add_(m, finite * group["momentum"])
+        m = step.grads.flat().to(dtype).clone().add_(m, finite * group["momentum"])
     (x,), y = scaled([step.x.to(dtype)], dtype), step.y.to(dtype)
     length = x.dim + x.bias
     norms = x.row_norms()

@@ -34,14 +34,15 @@ def row_state(
     Args:
         param: a layer's weight or bias.
         dtype: of the momentum. None: float32, or the parameter's own if that is wider.
-        axes: where it has its rows. Rows lie one after the other in memory if there is
-            a way, whatever the parameter's own order.
+        axes: where it has its rows. It lies in memory as the parameter does if rows are
+            in front there; else they lie one after the other if there is a way.
     """
     dtype = dtype or torch.promote_types(param.dtype, torch.float32)
+    first = axes == ROWS_FIRST
     # Sharded like the parameter.
-    fmt = torch.contiguous_format
+    fmt = torch.preserve_format if first else torch.contiguous_format
     buffer = torch.zeros_like(param, dtype=dtype, memory_format=fmt)
-    if axes.split == 1 and not hasattr(param, "to_local"):
+    if not first and axes.split == 1 and not hasattr(param, "to_local"):
         buffer = axes.home(axes.view(buffer).contiguous())
     return {"momentum_buffer": buffer}
 

@@ -34,9 +34,10 @@ class LayerStep:
         backend: serves its tensors.
         x: sampled activations.
         y: their output gradients ``(n, R, P)``.
-        momentum: M as rows, updated in place.
-        grads: G as rows; None if the momentum has them already.
-        params: theta in the parameters' own shapes, updated in place.
+        momentum: M, rows in front, otherwise in the parameters' own shapes; updated in
+            place, as theta is.
+        grads: G likewise; None if the momentum has them already.
+        params: theta likewise.
         finite: without `grads`, rows whose gradient was finite.
         counted: which of the layer's counters are of these rows; None for all.
         homes: momentum and parameters whose rows lie apart in memory, with the copy
@@ -100,8 +101,9 @@ class LayerStep:
             self.x.groups,
             self.x.bias,
             self.y.shape,
-            self.momentum.weight.shape,
-            *((r.weight.stride(), r.weight.dtype, r.weight.device) for r in rows),
+            self.momentum.weight.shape[0],
+            self.momentum.dim,
+            *((_strides(r.weight), r.weight.dtype, r.weight.device) for r in rows),
             self.x.dtype,
             self.y.dtype,
         )
@@ -143,12 +145,10 @@ def layer_step(
     x, y = world.samples(layer, bias_grad is not None, dtype, capture)
     if weight.grad is not None:
         buffer = local(state[weight]["momentum_buffer"])
-        rows = axes.matrix(buffer)
-        dense = ops.resolve(backend, weight.device, buffer.dtype).GROUPS_LAYERS
-        rows = rows.contiguous() if dense else rows
-        momentum = Rows(_at_home(axes.view(buffer), rows, homes), momentum_bias)
-        params = Rows(_param_rows(axes, local(weight), homes), params_bias)
-        grads = Rows(axes.matrix(_without_overlap(local(weight.grad))), bias_grad)
+        momentum = Rows(_rows_of(axes, buffer, homes), momentum_bias)
+        params = Rows(_rows_of(axes, local(weight), homes), params_bias)
+        grad = _without_overlap(local(weight.grad))
+        grads = Rows(_rows_of(axes, grad, []), bias_grad)
     else:  # frozen: the bias is the whole row
         assert momentum_bias is not None and params_bias is not None
         nothing = (params_bias.shape[0], 0)
@@ -182,6 +182,12 @@ def untouched(step: LayerStep) -> Tensor:
     return (~moved).repeat_interleave(unit)
 
 
+def _strides(weight: Tensor) -> tuple[int, ...]:
+    """Of rows, and of what has several entries in them."""
+    first, *others = zip(weight.shape, weight.stride(), strict=True)
+    return first[1], *(stride for size, stride in others if size != 1)
+
+
 def _at_home(home: Tensor, rows: Tensor, homes: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Rows, noted with where they are to be copied back if they are a copy."""
     if rows.untyped_storage()._cdata != home.untyped_storage()._cdata:
@@ -189,13 +195,11 @@ def _at_home(home: Tensor, rows: Tensor, homes: list[tuple[Tensor, Tensor]]) -> 
     return rows
 
 
-def _param_rows(
-    axes: RowAxes, weight: Tensor, homes: list[tuple[Tensor, Tensor]]
+def _rows_of(
+    axes: RowAxes, tensor: Tensor, homes: list[tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """A parameter with its rows in front, in its own memory where there is a way."""
-    view = axes.view(weight)
-    if len(axes.rows) == 1:
-        return view
+    """A tensor with its rows in front, in its own memory where there is a way."""
+    view = axes.view(tensor)
     return _at_home(view, view.flatten(0, len(axes.rows) - 1), homes)
 
 

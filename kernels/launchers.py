@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..linalg.rows import Rows, SampleMap
+from ..linalg.rows import Rows, SampleMap, rows_in_place
 from .interpreter import bear_new_numpy, interpreted
 
 DTYPES = {
@@ -39,20 +39,20 @@ def biases(rows: Sequence[Rows]) -> list[Tensor]:
     return [r.weight if r.bias is None else r.bias for r in rows]
 
 
-def flat(param: Rows) -> Rows:
-    """A parameter as rows ``(R, D)`` of any strides, in place if its layout allows."""
-    return Rows(param.weight.reshape(param.weight.shape[0], -1), param.bias)
+def in_place(params: Sequence[Rows]) -> list[Rows]:
+    """Rows of parameters, gradients or momentum as `row_layout` can describe them.
 
-
-def row_strides(weight: Tensor) -> dict[str, int | bool]:
-    """Arguments that address a parameter's rows ``(R, D)``."""
-    row, column = weight.stride()
-    dense = weight.is_contiguous()
-    return {"stride_theta_r": row, "stride_theta_d": column, "DENSE": dense}
+    They lie where the parameters do, if their layout allows; else they are copies, as
+    they are, dense, where layers differ in strides.
+    """
+    rows = [Rows(rows_in_place(p.weight), p.bias) for p in params]
+    if len({r.weight.stride() for r in rows}) > 1:
+        rows = [Rows(r.weight.flatten(1).contiguous(), r.bias) for r in rows]
+    return rows
 
 
 def write_back(params: Sequence[Rows], rows: Sequence[Rows]) -> None:
-    """Copy rows into the parameters that `flat` could not serve in place."""
+    """Copy rows into the parameters that `in_place` could not serve so."""
     for param, row in zip(params, rows, strict=True):
         if row.weight.data_ptr() != param.weight.data_ptr():
             param.weight.copy_(row.weight.view(param.weight.shape))
@@ -61,7 +61,7 @@ def write_back(params: Sequence[Rows], rows: Sequence[Rows]) -> None:
 def empty_rows(ms: Sequence[Rows]) -> tuple[Rows, list[Rows]]:
     """Unwritten float32 rows ``(L, R, D)``, and a view of each layer's."""
     m = ms[0]
-    shape = (len(ms), *m.weight.shape)
+    shape = (len(ms), m.weight.shape[0], m.dim)
     rows = Rows(
         m.weight.new_empty(shape, dtype=torch.float32),
         None if m.bias is None else m.bias.new_empty(shape[:2], dtype=torch.float32),

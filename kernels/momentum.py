@@ -23,7 +23,17 @@ from .common import (
 from .config import Config, tile_side
 from .kernel import PRODUCT, TILES, Args, Kernel, Parts, Values, blocks
 from .largest import largest_of
-from .launchers import DTYPES, PRECISION, biases, by_group, empty_rows, flat_samples
+from .launchers import (
+    DTYPES,
+    PRECISION,
+    biases,
+    by_group,
+    empty_rows,
+    flat_samples,
+    in_place,
+    write_back,
+)
+from .layouts import entries, row_layout
 from .tables import Tables, numbers_on
 from .work import Sizes
 
@@ -64,13 +74,15 @@ def _momentum_project_kernel(
     D,
     GROUPS,
     first_block_n,
-    stride_gr,
-    stride_gd,
+    g_place,
+    m_place,
     stride_xn,
     ALIGN: tl.constexpr,
     G_DTYPE: tl.constexpr,
     M_DTYPE: tl.constexpr,
     X_DTYPE: tl.constexpr,
+    G_TAPS: tl.constexpr,
+    M_TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     UPDATE: tl.constexpr,
     MEASURE: tl.constexpr,
@@ -119,11 +131,10 @@ def _momentum_project_kernel(
         for start in range(0, D, BLOCK_D):
             d = start + d_range
             mask = row_ok[:, None] & (d < D)[None, :]
-            at = layer_rows[:, None] * D + d[None, :]
+            at = entries(layer_rows[:, None], d[None, :], D, m_place, M_TAPS)
             v = tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32)
             if UPDATE:
-                at = layer_rows[:, None] * stride_gr
-                at += d[None, :].to(tl.int64) * stride_gd
+                at = entries(layer_rows[:, None], d[None, :], D, g_place, G_TAPS)
                 g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
                 _, v = _decayed(v, g, beta, M_DTYPE, NESTEROV)
             magnitudes = tl.maximum(magnitudes, _magnitude(v))
@@ -155,16 +166,17 @@ def _momentum_project_kernel(
     for start in range(0, D, BLOCK_D):
         d = start + d_range
         mask = row_ok[:, None] & (d < D)[None, :]
-        at = layer_rows[:, None] * D + d[None, :]
+        at = entries(layer_rows[:, None], d[None, :], D, m_place, M_TAPS)
         v = tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32)
         if UPDATE:
-            g_at = layer_rows[:, None] * stride_gr + d[None, :].to(tl.int64) * stride_gd
+            g_at = entries(layer_rows[:, None], d[None, :], D, g_place, G_TAPS)
             g = tl.load(g_ptr + g_at, mask=mask, other=0.0).to(tl.float32)
             g = tl.where(finite[:, None], g, 0.0)
             m, v = _decayed(v, g, beta[:, None], M_DTYPE, NESTEROV)
             tl.store(m_ptr + at, m, mask=mask)
             if NESTEROV:
-                tl.store(v_ptr + at, v, mask=mask)
+                v_at = layer_rows[:, None] * D + d[None, :]
+                tl.store(v_ptr + v_at, v, mask=mask)
         v *= m_scale[:, None]
         squares = tl.fma(v, v, squares)
         if PROJECT:
@@ -233,6 +245,7 @@ def _parts(args: Args, problems: int, values: Values) -> Parts:
             "m_table_ptr": args["v_table_ptr"],
             "m_bias_table_ptr": args["v_bias_table_ptr"],
             "M_DTYPE": tl.float32 if args["NESTEROV"] else args["M_DTYPE"],
+            "M_TAPS": 0 if args["NESTEROV"] else args["M_TAPS"],  # V is dense
         }
         rest = {"UPDATE": False, "MEASURE": False, "first_block_n": 1}
         found.append(((rows, problems, samples - 1), rest | left))
@@ -302,26 +315,25 @@ def momentum_project_(
 
     One launch, two beyond as many samples as a block holds.
     """
-    layers, m = len(momenta), momenta[0].weight
-    rows, dim = m.shape
+    ms = in_place(momenta)
+    layers, m = len(ms), ms[0].weight
+    rows, dim = m.shape[0], ms[0].dim
     n = 1 if xs is None else xs[0].samples
     groups = 1 if xs is None else xs[0].groups
-    gs = [_dense_bias(_same_strides(g, grads)) for g in grads] if grads else momenta
-    vs: Sequence[Rows] = momenta
-    if grads and nesterov:
-        vs = empty_rows(momenta)[1]
-    samples = largest = [m.weight for m in momenta]  # not read without samples
+    gs = [_dense_bias(g) for g in in_place(grads)] if grads else ms
+    vs = empty_rows(ms)[1] if grads and nesterov else ms
+    samples = largest = [m.weight for m in ms]  # not read without samples
     if xs is not None:
         samples, largest = flat_samples(xs)[1], largest_of(xs)
     tables = Tables(
         [
             [g.weight for g in gs],
-            [m.weight for m in momenta],
+            [m.weight for m in ms],
             [v.weight for v in vs],
             samples,
             largest,
             biases(gs),
-            biases(momenta),
+            biases(ms),
             biases(vs),
         ]
     )
@@ -357,31 +369,25 @@ def momentum_project_(
         D=dim,
         GROUPS=groups,
         first_block_n=0,
-        stride_gr=gs[0].weight.stride(0),
-        stride_gd=gs[0].weight.stride(1),
+        **row_layout("g", gs[0].weight),
+        **row_layout("m", m),
         stride_xn=samples[0].stride(0),
         ALIGN=tables.align,
         G_DTYPE=DTYPES[gs[0].weight.dtype],
         M_DTYPE=DTYPES[m.dtype],
         X_DTYPE=DTYPES[samples[0].dtype],
-        HAS_BIAS=momenta[0].bias is not None,
+        HAS_BIAS=ms[0].bias is not None,
         UPDATE=bool(grads),
         MEASURE=True,
         NESTEROV=nesterov,
         PROJECT=xs is not None,
         PRECISION=PRECISION,
     )
-    return list(vs), scales, finite, by_group(c, groups), m_squared
+    write_back(momenta, ms)
+    return vs, scales, finite, by_group(c, groups), m_squared
 
 
 def _dense_bias(rows: Rows) -> Rows:
     if rows.bias is None or rows.bias.is_contiguous():
         return rows
     return Rows(rows.weight, rows.bias.contiguous())
-
-
-def _same_strides(rows: Rows, all_rows: Sequence[Rows]) -> Rows:
-    """The rows as they are if all layers' have the same strides, else dense."""
-    if len({r.weight.stride() for r in all_rows}) == 1:
-        return rows
-    return Rows(rows.weight.contiguous(), rows.bias)

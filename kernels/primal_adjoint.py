@@ -24,11 +24,12 @@ from .common import (
 from .config import SplitConfig, tile_side
 from .kernel import PRODUCT, TILES, Args, Kernel, Parts, Values, blocks, pieces
 from .launchers import DTYPES, biases
+from .layouts import row_layout
 from .primal import PrimalState, step_length
 from .samples import (
     as_factor,
     load_window,
-    native_column,
+    native_entries,
     outstanding,
     product,
     product_precision,
@@ -60,8 +61,10 @@ def _advance(
     D,
     GROUPS,
     total,
+    m_place,
     ALIGN: tl.constexpr,
     M_DTYPE: tl.constexpr,
+    M_TAPS: tl.constexpr,
     STENCIL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     FIRST: tl.constexpr,
@@ -75,7 +78,9 @@ def _advance(
     if FIRST:
         m_scale = tl.load(m_scale_ptr + at, mask=row_ok, other=0.0)
         m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
-        local = layer_rows[:, None] * D + native_column(d, STENCIL)[None, :]
+        local = native_entries(
+            layer_rows[:, None], d[None, :], D, m_place, M_TAPS, STENCIL
+        )
         r = tl.load(m_ptr + local, mask=mask, other=0.0).to(tl.float32)
         r *= m_scale[:, None]
     else:
@@ -136,10 +141,12 @@ def _primal_adjoint_kernel(
     SPLITS,
     group_channels,
     multiplier,
+    m_place,
     place,
     ALIGN: tl.constexpr,
     M_DTYPE: tl.constexpr,
     X_DTYPE: tl.constexpr,
+    M_TAPS: tl.constexpr,
     STENCIL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DEPTHWISE: tl.constexpr,
@@ -272,8 +279,10 @@ def _primal_adjoint_kernel(
             D,
             GROUPS,
             total,
+            m_place,
             ALIGN,
             M_DTYPE,
+            M_TAPS,
             STENCIL,
             HAS_BIAS,
             FIRST,
@@ -410,6 +419,7 @@ def cg_adjoint_(xs: Sequence[SampleMap], state: PrimalState, numbers: Numbers) -
         pap_blocks=state.pap.shape[0],
         group_channels=s.group_channels,
         multiplier=max(1, s.depthwise),
+        **row_layout("m", m.weight),
         place=s.place,
         STENCIL=s.stencil,
         ALIGN=tables.align,

@@ -19,13 +19,14 @@ from .common import (
 from .config import Config, tile_side
 from .kernel import PRODUCT, Kernel, Values, blocks, covering
 from .launchers import DTYPES, biases
+from .layouts import row_layout
 from .outputs import OutputPlace, load_outputs
 from .primal import FLOOR, PrimalState
 from .row_weights import RowWeights
 from .samples import (
     as_factor,
     load_window,
-    native_column,
+    native_entries,
     outstanding,
     product,
     product_precision,
@@ -64,6 +65,7 @@ def _primal_forward_kernel(
     rho_blocks,
     group_channels,
     multiplier,
+    m_place,
     y_place,
     place,
     ALIGN: tl.constexpr,
@@ -72,6 +74,7 @@ def _primal_forward_kernel(
     Y_DTYPE: tl.constexpr,
     T_DTYPE: tl.constexpr,
     STENCIL: tl.constexpr,
+    M_TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DEPTHWISE: tl.constexpr,
     FIRST: tl.constexpr,
@@ -123,7 +126,10 @@ def _primal_forward_kernel(
         x_scale = load_scales(x_largest_table_ptr, layer, rows // multiplier, row_ok)
         for tap in range(STENCIL.TAPS):
             if FIRST:
-                p = tl.load(m_ptr + layer_rows * D + tap, mask=row_ok, other=0.0)
+                local = layer_rows * D + tap
+                if M_TAPS > 0:  # one channel
+                    local = layer_rows * m_place.stride_r + tap * m_place.stride_c
+                p = tl.load(m_ptr + local, mask=row_ok, other=0.0)
                 p = p.to(tl.float32) * m_scale
             else:
                 p = tl.load(r_rows.weight + stored_rows + tap, mask=row_ok, other=0.0)
@@ -150,7 +156,9 @@ def _primal_forward_kernel(
             mask = row_ok[:, None] & (d < D)[None, :]
             stored = stored_rows[:, None] + d[None, :]
             if FIRST:
-                local = layer_rows[:, None] * D + native_column(d, STENCIL)[None, :]
+                local = native_entries(
+                    layer_rows[:, None], d[None, :], D, m_place, M_TAPS, STENCIL
+                )
                 p = tl.load(m_ptr + local, mask=mask, other=0.0).to(tl.float32)
                 p *= m_scale[:, None]
             else:
@@ -305,6 +313,7 @@ def cg_forward_(
         old_active_ptr=state.active[2 * before + 1],
         active_ptr=state.active[2 * k],
         **s.sizes,
+        **row_layout("m", m.weight),
         y_place=OutputPlace.of(weights.ys[0]),
         total=state.pp.numel(),
         rho_blocks=state.rho_partial.shape[0],

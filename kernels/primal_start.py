@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..linalg.rows import Rows, SampleMap
 from .kernel import blocks
+from .launchers import in_place
 from .primal import PrimalState
 from .primal_adjoint import PRIMAL_ADJOINT, adjoint_config, adjoint_pieces
 from .primal_forward import PRIMAL_FORWARD, forward_config
@@ -21,8 +22,9 @@ def cg_start(
     iters: int,
 ) -> PrimalState:
     """See `torch_ops.cg_start`: scratch for `iters` iterations; nothing is launched."""
+    ms = in_place(ms)
     m = ms[0]
-    layers, (rows, dim) = len(ms), m.weight.shape
+    layers, rows, dim = len(ms), m.weight.shape[0], m.dim
     s = samples(xs, rows)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -20,9 +20,10 @@ from .common import (
 )
 from .config import Config
 from .kernel import WARPS, Kernel, covering
-from .launchers import DTYPES, biases, empty_rows, flat, row_strides, write_back
+from .launchers import DTYPES, biases, empty_rows, in_place, write_back
+from .layouts import row_layout
 from .primal import PrimalState, step_length
-from .samples import Stencil, native_column
+from .samples import Stencil, native_entries
 from .tables import Tables, numbers_on
 from .work import Sizes
 
@@ -51,14 +52,15 @@ def _primal_update_kernel(
     GROUPS,
     total,
     pap_blocks,
-    stride_theta_r,
-    stride_theta_d,
+    theta_place,
+    m_place,
     ALIGN: tl.constexpr,
     THETA_DTYPE: tl.constexpr,
     M_DTYPE: tl.constexpr,
     STENCIL: tl.constexpr,
+    THETA_TAPS: tl.constexpr,
+    M_TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    DENSE: tl.constexpr,
     FIRST: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -74,8 +76,7 @@ def _primal_update_kernel(
     layer_rows = group * R + rows.to(tl.int64)
     at = problem * R + rows
     d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    column = native_column(d, STENCIL)[None, :]
-    local = layer_rows[:, None] * D + column
+    local = native_entries(layer_rows[:, None], d[None, :], D, m_place, M_TAPS, STENCIL)
     stored = (layer * GROUPS * R + layer_rows)[:, None] * D + d[None, :]
 
     alpha, rho, _ = step_length(
@@ -126,9 +127,9 @@ def _primal_update_kernel(
     m = m.to(tl.float32) * m_scale[:, None]
     z = tl.where(plain[:, None], m, z) * scale[:, None]
     theta_ptr = layer_pointer(theta_table_ptr, layer, THETA_DTYPE, ALIGN)
-    if not DENSE:
-        local = layer_rows[:, None] * stride_theta_r
-        local += column.to(tl.int64) * stride_theta_d
+    local = native_entries(
+        layer_rows[:, None], d[None, :], D, theta_place, THETA_TAPS, STENCIL
+    )
     if STEP:
         theta = tl.load(theta_ptr + local, mask=mask, other=0.0).to(tl.float32)
         z = decay * theta - lr * z
@@ -194,7 +195,7 @@ def cg_update_(
     numbers: Numbers,
 ) -> None:
     """See `torch_ops.cg_update_`; one launch."""
-    rows = [flat(p) for p in params]
+    rows = in_place(params)
     _finish(rows, state, finite, counts, numbers, step=True)
     write_back(params, rows)
 
@@ -209,7 +210,7 @@ def _finish(
 ) -> None:
     """Equation (5), or directions written out."""
     s, m = state.samples, state.ms[0]
-    dim = m.weight.shape[1]
+    dim = m.dim
     k = state.iteration - 1
     p, z = state.directions[k % 2], state.z
     config = PRIMAL_UPDATE.tuned(
@@ -251,7 +252,8 @@ def _finish(
         GROUPS=s.groups,
         total=state.pp.numel(),
         pap_blocks=state.pap.shape[0],
-        **row_strides(thetas[0].weight),
+        **row_layout("theta", thetas[0].weight),
+        **row_layout("m", m.weight),
         ALIGN=tables.align,
         THETA_DTYPE=DTYPES[thetas[0].weight.dtype],
         M_DTYPE=DTYPES[m.weight.dtype],

@@ -19,6 +19,7 @@ from ..linalg.rows import SampleMap, Window
 from .interpreter import interpreted
 from .largest import largest_of
 from .launchers import PRECISION
+from .layouts import entries
 
 
 class Place(NamedTuple):
@@ -70,6 +71,18 @@ def native_column(d, STENCIL: tl.constexpr):
     if STENCIL.TAPS > 1:
         column = (d % STENCIL.CHANNELS) * STENCIL.TAPS + d // STENCIL.CHANNELS
     return column
+
+
+@triton.jit
+def native_entries(rows, d, D, place, TAPS: tl.constexpr, STENCIL: tl.constexpr):
+    """Where the entries of parameters lie that belong to columns d; see `entries`."""
+    if TAPS > 1 and STENCIL.TAPS > 1:  # as many: both are the window's
+        channel, tap = d % STENCIL.CHANNELS, d // STENCIL.CHANNELS
+        at = rows * place.stride_r
+        at += channel.to(tl.int64) * place.stride_c + tap.to(tl.int64) * place.stride_t
+    else:
+        at = entries(rows, native_column(d, STENCIL), D, place, TAPS)
+    return at
 
 
 @triton.jit

@@ -31,12 +31,12 @@ from .launchers import (
     PRECISION,
     biases,
     empty_rows,
-    flat,
     flat_samples,
-    row_strides,
+    in_place,
     stored,
     write_back,
 )
+from .layouts import entries, row_layout
 from .tables import Tables, numbers_on
 from .work import Sizes
 
@@ -61,14 +61,15 @@ def _update_kernel(
     D,
     GROUPS,
     stride_xn,
-    stride_theta_r,
-    stride_theta_d,
+    theta_place,
+    m_place,
     ALIGN: tl.constexpr,
     THETA_DTYPE: tl.constexpr,
     M_DTYPE: tl.constexpr,
     X_DTYPE: tl.constexpr,
+    THETA_TAPS: tl.constexpr,
+    M_TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    DENSE: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -118,14 +119,12 @@ def _update_kernel(
 
     s = tl.load(s_ptr + problem * R + rows, mask=row_ok, other=0.0)
     m_scale = tl.load(m_scale_ptr + problem * R + rows, mask=row_ok, other=0.0)
-    at = layer_rows[:, None] * D + d[None, :]
+    at = entries(layer_rows[:, None], d[None, :], D, m_place, M_TAPS)
     m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
     m = tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32)
     z += s[:, None] * (m * m_scale[:, None])
     theta_ptr = layer_pointer(theta_table_ptr, layer, THETA_DTYPE, ALIGN)
-    if not DENSE:
-        at = layer_rows[:, None] * stride_theta_r
-        at += d[None, :].to(tl.int64) * stride_theta_d
+    at = entries(layer_rows[:, None], d[None, :], D, theta_place, THETA_TAPS)
     if STEP:
         finite = tl.load(finite_ptr + problem * R + rows, mask=row_ok, other=0)
         status = tl.load(status_ptr + problem * R + rows, mask=row_ok, other=0)
@@ -225,7 +224,7 @@ def gram_update_(
     numbers: Numbers,
 ) -> None:
     """See `torch_ops.gram_update_`; one launch."""
-    rows = [flat(p) for p in params]
+    rows = in_place(params)
     rest = (status, finite, counts, numbers)
     _gram_step(rows, _Explicit.of(xs), ms, scales, s, u, *rest)
     write_back(params, rows)
@@ -246,7 +245,7 @@ def direction_update_(
     zs = [Rows(z[i], None if bias is None else bias[i]) for i in range(layers)]
     one = z.new_ones(layers, rows)
     none = _Explicit([z.new_empty(0, dim)] * layers, near_one(z, layers, 1), 1)
-    thetas = [flat(p) for p in params]
+    thetas = in_place(params)
     rest = (status, finite, counts, numbers)
     u = z.new_empty(layers, 1, 0, rows)
     _gram_step(thetas, none, zs, one, one, u, *rest)
@@ -279,8 +278,9 @@ def _gram_step(
     numbers: Numbers | None,
 ) -> None:
     """Equation (5), or without numbers directions written out."""
+    ms = in_place(ms)
     (samples, largest, groups), m = xs, ms[0].weight
-    (rows, dim), n = m.shape, samples[0].shape[0]
+    rows, dim, n = m.shape[0], ms[0].dim, samples[0].shape[0]
     tables = Tables(
         [
             [theta.weight for theta in thetas],
@@ -320,7 +320,8 @@ def _gram_step(
         D=dim,
         GROUPS=groups,
         stride_xn=samples[0].stride(0),
-        **row_strides(thetas[0].weight),
+        **row_layout("theta", thetas[0].weight),
+        **row_layout("m", m),
         ALIGN=tables.align,
         THETA_DTYPE=DTYPES[thetas[0].weight.dtype],
         M_DTYPE=DTYPES[m.dtype],

@@ -142,7 +142,7 @@ def _buckets(steps: Iterable[LayerStep]) -> Iterator[list[LayerStep]]:
     bucket: list[LayerStep] = []
     size = 0
     for step in steps:
-        entries = step.layer.geometry.rows * (step.momentum.weight.shape[1] + 1)
+        entries = step.layer.geometry.rows * (step.momentum.dim + 1)
         taken = 8 * entries  # float64 at most
         if bucket and size + taken > collectives.BUCKET_BYTES:
             yield bucket
@@ -157,7 +157,7 @@ def _joined(step: LayerStep, pieces: Sequence[Direction]) -> list[Tensor]:
     """Weight, bias if there is one, and finite, of the rows solved here."""
     wide = torch.promote_types(step.momentum.weight.dtype, torch.float32)
     empty = Rows(
-        step.momentum.weight[:0].to(wide),
+        step.momentum.weight[:0].flatten(1).to(wide),
         None if step.momentum.bias is None else step.momentum.bias[:0].to(wide),
     )
     none = step.y.new_empty(0, dtype=torch.bool)

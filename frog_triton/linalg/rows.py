@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -19,12 +21,22 @@ class Rows(NamedTuple):
     """Row vectors of one layer (or, with a leading dimension, of several).
 
     Attributes:
-        weight: ``(..., R, D)``.
+        weight: ``(..., R, D)``; of parameters, their gradients and momentum also
+            ``(R, *the parameter's other dimensions)``, see `flat`.
         bias: ``(..., R)``, or None where rows have no bias.
     """
 
     weight: Tensor
     bias: Tensor | None
+
+    @property
+    def dim(self) -> int:
+        """D, of one layer's rows in whatever shape."""
+        return math.prod(self.weight.shape[1:])
+
+    def flat(self) -> Rows:
+        """One layer's rows as ``(R, D)``: a copy if they lie otherwise."""
+        return Rows(self.weight.flatten(1), self.bias)
 
     def layer(self, i: int) -> Rows:
         """The rows of layer i alone, ``(R, D)``."""
@@ -53,7 +65,9 @@ class Rows(NamedTuple):
 
     def select(self, condition: Tensor, other: Rows) -> Rows:
         """Rows of ``self`` where ``condition`` holds, of ``other`` elsewhere."""
-        weight = torch.where(condition.unsqueeze(-1), self.weight, other.weight)
+        ones = (1,) * (self.weight.ndim - condition.ndim)
+        of_rows = condition.view(*condition.shape, *ones)
+        weight = torch.where(of_rows, self.weight, other.weight)
         if self.bias is None or other.bias is None:
             return Rows(weight, None)
         return Rows(weight, torch.where(condition, self.bias, other.bias))
@@ -86,6 +100,24 @@ class Rows(NamedTuple):
         """Zeros of the same shapes."""
         bias = None if self.bias is None else torch.zeros_like(self.bias)
         return Rows(torch.zeros_like(self.weight), bias)
+
+
+def rows_in_place(weight: Tensor) -> Tensor:
+    """Rows ``(R, D)`` where they lie; else, as if channels_last, ``(R, C, taps)``.
+
+    Args:
+        weight: ``(R, *others)``; copied if its channels, or its taps, do not lie at
+            equal distances.
+    """
+    channels_apart = not _lies_as_one(weight, 1) and _lies_as_one(weight, 2)
+    return weight.flatten(2 if channels_apart else 1)
+
+
+def _lies_as_one(tensor: Tensor, first: int) -> bool:
+    """Whether dimensions from `first` on can be flattened without a copy."""
+    axes = zip(tensor.shape[first:], tensor.stride()[first:], strict=True)
+    pairs = itertools.pairwise((size, stride) for size, stride in axes if size != 1)
+    return all(outer == size * inner for (_, outer), (size, inner) in pairs)
 
 
 def stack_rows(rows: Sequence[Rows]) -> Rows:

@@ -85,23 +85,24 @@ def momentum_(
     """``M <- beta M + G`` in place, but for rows that would not be finite.
 
     Args:
-        momenta: M of each layer, updated in place.
-        grads: G of each layer, any floating dtype and strides; None leaves the momenta
-            as they are.
+        momenta: M of each layer, updated in place, in whatever shape.
+        grads: G of each layer, of the same shape, any floating dtype and strides; None
+            leaves the momenta as they are.
         numbers: beta among them.
         nesterov: precondition ``G + beta M`` instead of ``M``.
 
     Returns:
-        What to precondition, a layer each; what its rows are to be multiplied by
-        ``(L, R)``, see `scales`; and which rows are finite ``(L, R)``. The others, of a
-        gradient that is not finite or a sum that is too large, stay as they are; all do
-        where the step is skipped.
+        What to precondition ``(R, D)``, a layer each; what its rows are to be
+        multiplied by ``(L, R)``, see `scales`; and which rows are finite ``(L, R)``.
+        The others, of a gradient that is not finite or a sum that is too large, stay as
+        they are; all do where the step is skipped.
     """
     if grads is None:
         shape = (len(momenta), momenta[0].weight.shape[0])
         finite = momenta[0].weight.new_ones(shape, dtype=torch.bool)
         dtype = torch.promote_types(momenta[0].weight.dtype, torch.float32)
-        return momenta, torch.stack([row_scales(m.to(dtype)) for m in momenta]), finite
+        flat = [m.flat() for m in momenta]
+        return flat, torch.stack([row_scales(m.to(dtype)) for m in flat]), finite
     effective, scales, finite_rows = [], [], []
     for m, g in zip(momenta, grads, strict=True):
         wide = torch.promote_types(m.weight.dtype, torch.float32)
@@ -110,11 +111,11 @@ def momentum_(
         v = updated.to(wide)
         if nesterov:
             v = _decayed(v, numbers.momentum, grad)
-        finite = torch.isfinite(v.weight).all(1)
+        finite = torch.isfinite(v.weight).flatten(1).all(1)
         if v.bias is not None:
             finite = finite & torch.isfinite(v.bias)
         finite = numbers.moving(finite)
-        v = v.select(finite, m.to(wide))
+        v = v.select(finite, m.to(wide)).flat()
         m.copy_(updated.select(finite, m))
         effective.append(v)
         scales.append(torch.where(finite, row_scales(v), 1))
@@ -261,7 +262,8 @@ def cg_start(
         status: of the rows, from `fisher_weights`.
         iters: how many iterations are to come.
     """
-    m = stack_rows([m.times(scale) for m, scale in zip(ms, scales, strict=True)])
+    pairs = zip(ms, scales, strict=True)
+    m = stack_rows([m.flat().times(scale) for m, scale in pairs])
     rho = m.dot(m)
     return CGState(
         m,
