@@ -8,10 +8,11 @@ fused one, and an SGD whose step may have to be skipped is a few lines here.
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,13 @@ from torch.optim.sgd import sgd
 from .linalg.numbers import moved_to
 from .scaling import multiply_, steps_taken
 from .state import complete, step_counter
+
+
+class Prepared(Protocol):
+    """A group's step, looked at once."""
+
+    def step(self, group: dict[str, Any], found_inf: Tensor | None) -> bool:
+        """As `Fallback.step`; False, and nothing is done, if anything has changed."""
 
 
 class Fallback(ABC):
@@ -41,6 +49,20 @@ class Fallback(ABC):
     def complete(self, state: dict[str, Any], param: nn.Parameter, name: str) -> None:
         """Make what is missing of a parameter's state; see `state.complete`."""
         complete(state, self.keys, partial(self.init_state, param), name)
+
+    def prepare(
+        self, params: Sequence[nn.Parameter], states: Sequence[dict[str, Tensor]]
+    ) -> Prepared | None:
+        """What repeats `step` with less of the host, for parameters of a GPU.
+
+        Args:
+            params: all of one group, with gradients.
+            states: theirs.
+
+        Returns:
+            None if there is nothing of the kind for them.
+        """
+        return None
 
     @abstractmethod
     def update(
@@ -159,6 +181,20 @@ class AdamW(Fallback):
             "exp_avg_sq": torch.zeros_like(param),
         }
 
+    def prepare(
+        self, params: Sequence[nn.Parameter], states: Sequence[dict[str, Tensor]]
+    ) -> Prepared | None:
+        first = params[0]
+        fits = all(
+            p.is_cuda
+            and p.is_floating_point()
+            and p.dtype == first.dtype
+            and p.device == first.device
+            and _dense(p) is p
+            for p in params
+        )
+        return _FusedAdamW(params, states) if fits else None
+
     def update(
         self,
         params: list[Tensor],
@@ -197,6 +233,69 @@ class AdamW(Fallback):
         for param, copy in zip(given, dense, strict=True):
             if copy is not param:
                 param.copy_(copy)
+
+
+class _FusedAdamW:
+    """torch's fused step of parameters alike, without its look at each of them."""
+
+    def __init__(
+        self, params: Sequence[nn.Parameter], states: Sequence[dict[str, Tensor]]
+    ) -> None:
+        self._params, self._states = list(params), list(states)
+        self._decayed = [p for p in params if p.ndim >= 2]
+        self._strides = [p.stride() for p in params]
+        self._kept = self._moments()
+
+    def _moments(self) -> list[Tensor]:
+        keys = ("exp_avg", "exp_avg_sq", "step")
+        return [state[key] for key in keys for state in self._states]
+
+    def _is_as_it_was(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether gradients lie as parameters do, and the moments are the same."""
+        lying = (
+            grad is not None and grad.stride() == stride and grad.dtype == param.dtype
+            for grad, stride, param in zip(
+                grads, self._strides, self._params, strict=True
+            )
+        )
+        return all(lying) and all(map(operator.is_, self._kept, self._moments()))
+
+    def step(self, group: dict[str, Any], found_inf: Tensor | None) -> bool:
+        """See `Prepared`."""
+        params, count = self._params, len(self._params)
+        grads = [p.grad for p in params]
+        if not self._is_as_it_was(grads):
+            return False
+        if group["weight_decay"] != 0:
+            rate = group["lr"] * group["weight_decay"]
+            if found_inf is not None:
+                rate = rate * steps_taken(found_inf, params[0].device)
+            multiply_(self._decayed, 1 - rate)
+        averages, squares, steps = (
+            self._kept[i * count : (i + 1) * count] for i in range(3)
+        )
+        torch._foreach_add_(steps, 1)
+        beta1, beta2 = group["betas"]
+        torch._fused_adamw_(
+            params,
+            grads,
+            averages,
+            squares,
+            [],
+            steps,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=0.0,
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            grad_scale=None,
+            found_inf=found_inf,
+        )
+        if found_inf is not None:
+            torch._foreach_sub_(steps, [found_inf] * count)
+        return True
 
 
 def _dense(param: Tensor) -> Tensor:

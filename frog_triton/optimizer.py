@@ -332,20 +332,24 @@ class FROG(Inspection):
                 loss = closure()
         check_updated_by(self.param_groups)
         check_groups(self.param_groups)
-        problem = problem_with_grads(self.param_groups, self._plan.names, self._stepped)
-        settings = partial(self._partition.settings, self.param_groups)
-        self._world.verify(settings, self.param_groups, problem)
-        if problem is not None:
-            raise RuntimeError(problem)
         now = self._routines.look(self.param_groups, self.state, self._decided())
         recording = None if now is None else self._routines.find(now)
         if now is not None and recording is not None:
             self._play(recording, now)
         else:
+            self._verify()
             self._take(now)
         self.capture.next_step()  # drops its samples
         self._stepped = True
         return loss
+
+    def _verify(self) -> None:
+        """Raise RuntimeError where no step can be made, on all ranks alike."""
+        problem = problem_with_grads(self.param_groups, self._plan.names, self._stepped)
+        settings = partial(self._partition.settings, self.param_groups)
+        self._world.verify(settings, self.param_groups, problem)
+        if problem is not None:
+            raise RuntimeError(problem)
 
     def _play(self, recording: Recording, now: Circumstances) -> None:
         """Step as was recorded."""
@@ -392,7 +396,8 @@ class FROG(Inspection):
                     fallback.step(params, own, group, found_inf)
             if now is not None:
                 grads = local_grads(groups, self._plan.names)
-                self._routines.meet(now, gathered, grads, self._decided())
+                how = (gathered, grads, state, self._decided())
+                self._routines.meet(now, *how)
 
     def _decided(self) -> Hashable | None:
         """See `Routines`."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .fallback import FALLBACKS
+from .fallback import FALLBACKS, Prepared
 from .kernels.board import Board, Refused
 from .linalg.precision import tf32_convolutions
 from .routine import MOST_MEMORY, CudaGraph, Graph, Routine, record
@@ -70,10 +70,12 @@ class Beside:
     Attributes:
         counted: weights of layers whose steps are counted.
         params: that the fallback updates.
+        prepared: does so, where it can.
     """
 
-    counted: Sequence[nn.Parameter]
-    params: Sequence[nn.Parameter]
+    counted: Sequence[nn.Parameter] = ()
+    params: Sequence[nn.Parameter] = ()
+    prepared: Prepared | None = None
 
     def step(
         self,
@@ -84,6 +86,8 @@ class Beside:
         """Do it; see `Fallback.step`."""
         if self.counted:
             torch._foreach_add_([state[w]["step"] for w in self.counted], 1)
+        if self.prepared is not None and self.prepared.step(group, found_inf):
+            return
         if self.params:
             own = [state[p] for p in self.params]
             fallback = FALLBACKS[group["updated_by"]]
@@ -212,6 +216,7 @@ class Routines:
         now: Circumstances,
         gathered: Sequence[Gathered],
         grads: Mapping[str, Tensor],
+        state: Mapping[Any, dict[str, Any]],
         decided: Hashable | None,
     ) -> None:
         """A step was taken launch by launch: record it if such a one was met before.
@@ -220,6 +225,7 @@ class Routines:
             now: its circumstances.
             gathered: what each group brought.
             grads: all gradients by parameter.
+            state: of the parameters.
             decided: as for `look`, now that it was taken.
         """
         due = self._met.pop(now.key, None)
@@ -244,12 +250,7 @@ class Routines:
             self._met[now.key] = False
             self.refused = str(error) or type(error).__name__
             return
-        beside = [
-            Beside([], some.params)
-            if some.group["updated_by"] != "frog"
-            else Beside([step.layer.weight for step in some.steps], [])
-            for some in gathered
-        ]
+        beside = [_beside(some, state) for some in gathered]
         self._kept[now.key] = Recording(routine, beside, counters)
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
@@ -278,6 +279,16 @@ class Routines:
                     for step in some:
                         step.write_back()
         return found_inf, largest
+
+
+def _beside(some: Gathered, state: Mapping[Any, dict[str, Any]]) -> Beside:
+    if some.group["updated_by"] == "frog":
+        return Beside(counted=[step.layer.weight for step in some.steps])
+    if not some.params:
+        return Beside()
+    fallback = FALLBACKS[some.group["updated_by"]]
+    prepared = fallback.prepare(some.params, [state[p] for p in some.params])
+    return Beside(params=some.params, prepared=prepared)
 
 
 def _own(steps: Iterable[LayerStep]) -> Iterator[Tensor]:
