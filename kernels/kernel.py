@@ -101,22 +101,6 @@ class Kernel:
         for made in self.launches(config, problems, args):
             launch(made)
 
-    def handle(
-        self, config: Config, changing: Sequence[str], problems: int = 1, **args: Any
-    ) -> Handle:
-        """A launch that is bound once; see `Handle`.
-
-        Args:
-            config: of this kernel.
-            changing: names of arguments that each call gives.
-            problems: layers times groups.
-            args: all others, but those that `parts` adds.
-        """
-        from .handles import Handle  # needs Triton, which counting does not
-
-        (made,) = self.launches(config, problems, args)
-        return Handle(made.kernel, made.grid, made.args, config, changing)
-
 
 def ceil_div(size: int, block: int) -> int:
     """How many blocks cover a size."""

@@ -252,7 +252,7 @@ def unravel(index: Tensor, shape: Sequence[int]) -> list[Tensor]:
 
 def as_array(tensor: Tensor) -> Array:
     """A tensor of the host's in numpy, which shares its memory: no operation."""
-    array: Array = np.from_dlpack(tensor)  # type: ignore[arg-type]
+    array: Array = np.from_dlpack(tensor)
     return array
 
 

@@ -562,11 +562,13 @@ def gather_patches(
     # The channel slice between index tensors puts the indexed shape in front.
     if host:
         flat = [as_tensor(each.reshape(-1)) for each in np.broadcast_arrays(*at)]
-        patches = x[(flat[0], slice(None), *flat[1:])]
+        where_all: Any = (flat[0], slice(None), *flat[1:])
+        patches = x[where_all]
         if outside is not None and outside.any():
             patches.index_fill_(0, as_tensor(np.flatnonzero(outside)), 0)
     else:
-        patches = x[(at[0], slice(None), *at[1:])]
+        where_all = (at[0], slice(None), *at[1:])
+        patches = x[where_all]
         if outside is not None:
             patches.masked_fill_(outside.unsqueeze(-1), 0)
     row = x.shape[1] * math.prod(window.kernel)
