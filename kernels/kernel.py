@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,9 +12,6 @@ from .config import Config
 from .launch import Launch, launch
 from .table import C, tuned
 from .work import Sizes
-
-if TYPE_CHECKING:
-    from .handles import Handle
 
 Args = Mapping[str, Any]
 Values = Mapping[str, int]
