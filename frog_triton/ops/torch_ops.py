@@ -28,6 +28,7 @@ from ..linalg.rows import (
     Window,
     as_array,
     as_tensor,
+    numpy_serves,
     split_positions,
     stack_rows,
     written_out,
@@ -532,7 +533,7 @@ def gather_patches(
     Returns:
         ``(N, C * kernel size)``, ordered channel first.
     """
-    host = index.device.type == "cpu"  # where numpy costs less than torch
+    host = numpy_serves(index.device)  # where numpy costs less than torch
     positions = split_positions(
         as_array(index) if host else index, (x.shape[0], *output_shape)
     )
