@@ -24,7 +24,7 @@ import triton
 from ..autotune.offline import compiled, inexact, resources
 from ..kernels.launch import Launch, recording
 from ..layers.conv import ConvSpec
-from ..linalg.rows import Window
+from ..linalg.rows import Reading, Window
 from ..ops import triton_ops
 from ..solve import FORMULATIONS
 from ..solve.launches import Bucket, LayerShape, step_launches, trial_step
@@ -84,7 +84,9 @@ def launches(
         made += rows(bucket, formulation)
     kinds: dict[Any, Launch] = {}
     for launch in made:
-        flags = {k: v for k, v in launch.args.items() if isinstance(v, bool)}
+        flags = {
+            k: v for k, v in launch.args.items() if isinstance(v, bool) or k == "KEY"
+        }
         values = sorted((flags | launch.config.values()).items())
         kinds.setdefault((launch.name, *values), launch)
     return list(kinds.values())
@@ -115,12 +117,21 @@ def _empty(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def gather(samples: int, dtype: str) -> list[Any]:
-    """The launch that draws positions of a 3x3 convolution."""
+    """Launches that take positions of a 3x3 convolution, and that draw them as well.
+
+    By keys of the host's, of a counter on the device, and that were written there.
+    """
     x = torch.empty(128, 64, 32, 32, dtype=DTYPES[dtype], device="meta")
     index = torch.empty(samples, dtype=torch.int64, device="meta")
     window = Window((3, 3), (1, 1), (1, 1), (1, 1), "zeros")
+    reading = Reading(1, window, (32, 32))
+    drawing = triton_ops.drawing(x, reading, 128 * 32 * 32, samples)
+    assert drawing is not None
     with recording(run=False) as made:
         triton_ops.gather_patches(x, index, (32, 32), window)
+        drawing.given(x, 0)
+        _, key = drawing.counted(x, 0, torch.empty((), device="meta"), 0)
+        drawing.written(x, key)
     return made
 
 

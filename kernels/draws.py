@@ -217,8 +217,9 @@ class Drawing:
             default = draw_config(self._key["d"])
             config = DRAW.tuned(default, self._key, (self._dtype,))
             changing = CHANGING[source]
-            fixed = {k: v for k, v in _ABSENT.items() if k not in changing}
-            found = DRAW.handle(config, changing, KEY=source, **fixed, **self._args)
+            absent = {k: v for k, v in _ABSENT.items() if k not in changing}
+            fixed = {**self._args, **absent, "KEY": source}
+            found = Handle.of(DRAW, config, changing, **fixed)
             self._handles[known] = found
         return found
 

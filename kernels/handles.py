@@ -9,7 +9,7 @@ tensors of the same dtype and device whose addresses are as divisible.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -73,6 +73,27 @@ class Handle:
         self._args = [known.get(name) for name in fn.arg_names]
         self._slots = [fn.arg_names.index(name) for name in changing]
 
+    @classmethod
+    def of(
+        cls,
+        kernel: Kernel,
+        config: Config,
+        changing: Sequence[str],
+        problems: int = 1,
+        **args: Any,
+    ) -> Self:
+        """The same, with the grid that the kernel makes of its arguments.
+
+        Args:
+            kernel: what is launched, once.
+            config: of this kernel.
+            changing: names of arguments that each call gives.
+            problems: layers times groups.
+            args: all others, but those that `parts` adds.
+        """
+        (made,) = kernel.launches(config, problems, args)
+        return cls(made.kernel, made.grid, made.args, config, changing)
+
     def __call__(self, *values: Tensor | int) -> None:
         """Launch, with what changes."""
         if self._usual or is_recording() or self._is_watched():
@@ -98,7 +119,7 @@ class Handle:
                 self._run(compiled, device, args)
 
     def _run(self, compiled: Any, device: int, args: list[Any]) -> None:
-        stream = torch._C._cuda_getCurrentRawStream(device)  # type: ignore[attr-defined]
+        stream = torch._C._cuda_getCurrentRawStream(device)
         kernel = compiled.function, compiled.packed_metadata
         compiled.run(*self._three, stream, *kernel, None, None, None, *args)
 

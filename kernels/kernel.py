@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,9 +12,6 @@ from .config import Config
 from .launch import Launch, launch
 from .table import C, tuned
 from .work import Sizes
-
-if TYPE_CHECKING:
-    from .handles import Handle
 
 Args = Mapping[str, Any]
 Values = Mapping[str, int]
@@ -100,22 +97,6 @@ class Kernel:
         """Launch; see `launches`."""
         for made in self.launches(config, problems, args):
             launch(made)
-
-    def handle(
-        self, config: Config, changing: Sequence[str], problems: int = 1, **args: Any
-    ) -> Handle:
-        """A launch that is bound once; see `Handle`.
-
-        Args:
-            config: of this kernel.
-            changing: names of arguments that each call gives.
-            problems: layers times groups.
-            args: all others, but those that `parts` adds.
-        """
-        from .handles import Handle  # needs Triton, which counting does not
-
-        (made,) = self.launches(config, problems, args)
-        return Handle(made.kernel, made.grid, made.args, config, changing)
 
 
 def ceil_div(size: int, block: int) -> int:

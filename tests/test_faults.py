@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from frog_triton import FROG
-from frog_triton.capture import capture
+from frog_triton.capture import capture, sampling
 
 
 class Net(nn.Module):
@@ -100,7 +100,7 @@ def test_no_memory_for_a_sample(when, monkeypatch):
 
     with monkeypatch.context() as patch:
         if when == "forward":
-            patch.setattr(capture, "draw", no_memory)
+            patch.setattr(sampling, "draw", no_memory)
         else:
             patch.setattr(capture.SampleCapture, "pool", no_memory)
         with pytest.raises(

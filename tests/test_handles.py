@@ -36,9 +36,8 @@ def kernel_of(fn):
 
 
 def adding(kernel, n=20):
-    return kernel.handle(
-        Config(), ("x_ptr", "y_ptr", "key"), N=n, place=(2, 1), BLOCK=8
-    )
+    changing = ("x_ptr", "y_ptr", "key")
+    return Handle.of(kernel, Config(), changing, N=n, place=(2, 1), BLOCK=8)
 
 
 def test_it_adds_of_kernels():
@@ -70,7 +69,7 @@ def test_it_follows_its_tensors_to_their_stream():
 @pytest.mark.gpu
 def test_a_number_that_changes_must_not_be_specialized_on():
     kernel = Kernel(fn=_special_kernel, parts=lambda *_: [((1,), {})], count=len)
-    handle = kernel.handle(Config(), ("y_ptr", "key"), BLOCK=4)
+    handle = Handle.of(kernel, Config(), ("y_ptr", "key"), BLOCK=4)
     with pytest.raises(ValueError, match="annotate it as"):
         handle(torch.zeros(4, device=DEVICE), 3)
 
@@ -132,7 +131,7 @@ def fake(monkeypatch):
         monkeypatch.setattr(torch._C, name, found, raising=False)
     fn = Function()
     kernel = Kernel(fn=fn, parts=lambda *_: [((3, 2), {})], count=len)
-    return fn, kernel.handle(Config(), ("x_ptr", "key"), N=5, BLOCK=8)
+    return fn, Handle.of(kernel, Config(), ("x_ptr", "key"), N=5, BLOCK=8)
 
 
 def test_what_stays_is_bound_and_what_changes_is_given(fake):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..linalg.rows import Array, as_tensor
+from ..linalg.rows import Array, as_tensor, numpy_serves
 from ..presets import SAMPLINGS as SAMPLINGS
 
 _MASK = (1 << 64) - 1
@@ -104,7 +104,7 @@ def draw(
     Returns:
         int64 tensor of shape ``(min(size, total),)``.
     """
-    if isinstance(key, int) and torch.device(device).type == "cpu":
+    if isinstance(key, int) and numpy_serves(device):
         return as_tensor(_draw_on_host(total, size, key))
     index = torch.arange(min(size, total), device=device)
     if size in (0, total) or size > total:

@@ -245,14 +245,20 @@ def unravel(index: Tensor, shape: Sequence[int]) -> list[Tensor]:
     `torch.unravel_index` copies the shape to the device, which waits for the host and
     cannot be captured in a CUDA graph. On the host numpy costs less than torch.
     """
-    if index.device.type == "cpu":
+    if numpy_serves(index.device):
         return [as_tensor(i) for i in split_positions(as_array(index), shape)]
     return split_positions(index, shape)
 
 
+def numpy_serves(device: torch.device | str) -> bool:
+    """Whether numpy may work with tensors there: no graph is made of what is done."""
+    kind = device if isinstance(device, str) else device.type
+    return kind == "cpu" and not torch.compiler.is_compiling()
+
+
 def as_array(tensor: Tensor) -> Array:
     """A tensor of the host's in numpy, which shares its memory: no operation."""
-    array: Array = np.from_dlpack(tensor)  # type: ignore[arg-type]
+    array: Array = np.from_dlpack(tensor)
     return array
 
 

@@ -28,6 +28,7 @@ from ..linalg.rows import (
     Window,
     as_array,
     as_tensor,
+    numpy_serves,
     split_positions,
     stack_rows,
     written_out,
@@ -532,7 +533,7 @@ def gather_patches(
     Returns:
         ``(N, C * kernel size)``, ordered channel first.
     """
-    host = index.device.type == "cpu"  # where numpy costs less than torch
+    host = numpy_serves(index.device)  # where numpy costs less than torch
     positions = split_positions(
         as_array(index) if host else index, (x.shape[0], *output_shape)
     )
@@ -562,11 +563,13 @@ def gather_patches(
     # The channel slice between index tensors puts the indexed shape in front.
     if host:
         flat = [as_tensor(each.reshape(-1)) for each in np.broadcast_arrays(*at)]
-        patches = x[(flat[0], slice(None), *flat[1:])]
+        where_all: Any = (flat[0], slice(None), *flat[1:])
+        patches = x[where_all]
         if outside is not None and outside.any():
             patches.index_fill_(0, as_tensor(np.flatnonzero(outside)), 0)
     else:
-        patches = x[(at[0], slice(None), *at[1:])]
+        where_all = (at[0], slice(None), *at[1:])
+        patches = x[where_all]
         if outside is not None:
             patches.masked_fill_(outside.unsqueeze(-1), 0)
     row = x.shape[1] * math.prod(window.kernel)
