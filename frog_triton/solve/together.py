@@ -301,7 +301,7 @@ def _in_gram_space(
 
     def k_times(u: Tensor) -> Tensor:
         layers = zip(stack.at, stack.grams, strict=True)
-        return torch.cat([times_transposed(u[at], k) for at, k in layers])
+        return torch.cat([times_transposed(u[at], k.mT) for at, k in layers])
 
     layers = list(zip(stack.at, stack.xs, stack.vs, strict=True))
     c = torch.cat([times_transposed(v, x) for _, x, v in layers])
