@@ -32,7 +32,7 @@ from .model.plan import Plan
 from .model.routing import Exclusion
 from .options import Options, check, check_model, scalar
 from .partition import Partition
-from .routines import Circumstances, Recording, Routines
+from .routines import Circumstances, KnownStep, Routines
 from .scaling import unscaled
 from .state import STATE_VERSION
 from .unhooked import Known
@@ -333,9 +333,9 @@ class FROG(Inspection):
         check_updated_by(self.param_groups)
         check_groups(self.param_groups)
         now = self._routines.look(self.param_groups, self.state, self._decided())
-        recording = None if now is None else self._routines.find(now)
-        if now is not None and recording is not None:
-            self._play(recording, now)
+        known = None if now is None else self._routines.find(now)
+        if now is not None and known is not None:
+            self._play(known, now)
         else:
             self._verify()
             self._take(now)
@@ -351,14 +351,14 @@ class FROG(Inspection):
         if problem is not None:
             raise RuntimeError(problem)
 
-    def _play(self, recording: Recording, now: Circumstances) -> None:
+    def _play(self, known: KnownStep, now: Circumstances) -> None:
         """Step as was recorded."""
-        found_inf: Tensor | None = self._routines.play(recording, now)
+        found_inf: Tensor | None = self._routines.play(known, now)
         if found_inf is not None and may_read(found_inf, self.capturable):
             if found_inf:
                 return
             found_inf = None
-        for group, beside in zip(self.param_groups, recording.beside, strict=True):
+        for group, beside in zip(self.param_groups, known.beside, strict=True):
             beside.step(group, self.state, found_inf)
 
     def _take(self, now: Circumstances | None) -> None:

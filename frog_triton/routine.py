@@ -6,9 +6,9 @@ recorded, as a CUDA graph, and each later step of the same circumstances brings 
 addresses and numbers to the device in one copy and plays the recording.
 
 Nothing recorded may read an address that can change but through a table of the board:
-`_Watch` refuses operations of torch on such memory, `Board.place` tables of tensors
-that are neither known to move nor to lie still, and `_check` arguments of launches. A
-step that was refused is taken launch by launch, as before.
+`_Watch` refuses operations of torch, and launches, on such memory, and `Board.place`
+tables of tensors that are neither known to move nor to lie still. A step that was
+refused is taken launch by launch, as before.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .kernels.board import Board, Refused, placing_on
-from .kernels.launch import Launches, recording
+from .kernels.launch import Launch, showing
 
 MOST_MEMORY = 1 / 16
 """Of a GPU's memory that one recording may hold for what its launches hand on."""
@@ -173,25 +173,30 @@ def record(
     """
     board = Board(moving, still, words, groups, device)
     routine, watch = Routine(graph, board), _Watch(board)
-    with (
-        recording(run=True) as launches,
-        graph.recording(),
-        placing_on(board),
-        watch,
-    ):
+    with graph.recording(), showing(watch.look), placing_on(board), watch:
         routine.found = work(graph, board)
-    _check(launches, board)
-    routine.launches, routine.operations = len(launches), watch.operations
+    routine.launches, routine.operations = watch.launches, watch.operations
     return routine
 
 
 class _Watch(TorchDispatchMode):
-    """Refuses operations on memory that may lie elsewhere the next time."""
+    """Refuses operations and launches on memory that may lie elsewhere the next time.
+
+    Their tensors are not kept: the graph's memory serves one after the other.
+    """
 
     def __init__(self, board: Board) -> None:
         super().__init__()
         self._board = board
+        self.launches = 0
         self.operations = 0
+
+    def look(self, launch: Launch) -> None:
+        """Raise Refused if a launch has got an address that may change."""
+        self.launches += 1
+        for tensor in launch.args.values():
+            if isinstance(tensor, Tensor) and not self._board.lies_still(tensor):
+                raise Refused(f"{launch.name} of a tensor that may lie elsewhere")
 
     def __torch_dispatch__(
         self,
@@ -212,11 +217,3 @@ class _Watch(TorchDispatchMode):
                 if isinstance(tensor, Tensor):
                     self._board.bear(tensor)
         return made
-
-
-def _check(launches: Launches, board: Board) -> None:
-    """Raise Refused if a launch has got an address that may change."""
-    for launch in launches:
-        for tensor in launch.args.values():
-            if isinstance(tensor, Tensor) and not board.lies_still(tensor):
-                raise Refused(f"{launch.name} of a tensor that may lie elsewhere")

@@ -95,7 +95,7 @@ class Beside:
 
 
 @dataclass(frozen=True)
-class Recording:
+class KnownStep:
     """A step that can be played.
 
     Attributes:
@@ -143,7 +143,7 @@ class Routines:
         self._anomalies = anomalies
         self._world = world
         self._formulation = formulation
-        self._kept: OrderedDict[Hashable, Recording] = OrderedDict()
+        self._kept: OrderedDict[Hashable, KnownStep] = OrderedDict()
         self._met: OrderedDict[Hashable, bool] = OrderedDict()  # may it be recorded?
         self.graphs = graphs
         self.refused = ""
@@ -194,20 +194,20 @@ class Routines:
         keys += ((n, c.data_ptr()) for n, c in self._anomalies.counts.items())
         return Circumstances((decided, *keys), decided, moving, numbers)
 
-    def find(self, now: Circumstances) -> Recording | None:
+    def find(self, now: Circumstances) -> KnownStep | None:
         """What was recorded in such circumstances."""
         found = self._kept.get(now.key)
         if found is not None:
             self._kept.move_to_end(now.key)
         return found
 
-    def play(self, recording: Recording, now: Circumstances) -> Tensor:
+    def play(self, known: KnownStep, now: Circumstances) -> Tensor:
         """Do what was recorded.
 
         Returns:
             Not 0 where the step was skipped.
         """
-        found_inf, largest = recording.routine.play(now.moving, now.numbers)
+        found_inf, largest = known.routine.play(now.moving, now.numbers)
         self._gradients.warn_of_growth(largest)
         return found_inf
 
@@ -251,7 +251,7 @@ class Routines:
             self.refused = str(error) or type(error).__name__
             return
         beside = [_beside(some, state) for some in gathered]
-        self._kept[now.key] = Recording(routine, beside, counters)
+        self._kept[now.key] = KnownStep(routine, beside, counters)
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
 

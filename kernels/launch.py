@@ -6,7 +6,7 @@ makes: `recording` collects them, with or without running them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -124,6 +124,23 @@ def hold(tensors: Any) -> None:
         current.launches.tensors.append(tensors)
 
 
+_SHOWN: ContextVar[Callable[[Launch], None] | None] = ContextVar("shown", default=None)
+
+
+@contextmanager
+def showing(look: Callable[[Launch], None]) -> Iterator[None]:
+    """Show each launch of this context before it is made; none of it is kept.
+
+    Args:
+        look: raises for one that must not be made.
+    """
+    token = _SHOWN.set(look)
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
+
+
 def is_recording() -> bool:
     """Whether launches are collected now."""
     return _RECORDING.get() is not None
@@ -131,6 +148,9 @@ def is_recording() -> bool:
 
 def launch(made: Launch) -> None:
     """Launch, unless a recording only counts."""
+    look = _SHOWN.get()
+    if look is not None:
+        look(made)
     current = _RECORDING.get()
     if current is not None:
         current.launches.append(made)
