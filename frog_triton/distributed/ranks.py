@@ -30,6 +30,8 @@ class Ranks:
         division: of the rows.
     """
 
+    alone = False
+
     def __init__(self, division: Division) -> None:
         self.division = division
         self._exchange = SampleExchange(division)

@@ -9,8 +9,8 @@ LARGE = 2**20
 """Multiplications from which oneDNN is worth the 10 microseconds of its call."""
 
 LONGEST, LONGEST_ROW = 192, 576
-"""Terms that oneDNN may add up one after the other, fewer where a cut needs no copy.
-MKL cuts its sums, too; uncut, a direction's median error was half as large again."""
+"""Terms that oneDNN may add up one after the other, fewer where a cut is no copy. MKL
+cuts its sums, too; uncut, a direction's median error was half as large again."""
 
 
 def on_host(tensor: Tensor) -> bool:

@@ -270,27 +270,24 @@ def _advance(
         What to precondition of each layer; momenta, and what they become.
     """
     beta = float(batch.numbers.momentum)
-    vs, momenta, become = [], [], []
+    vs: list[Tensor] = []
+    momenta: list[Tensor] = []
+    become: list[Tensor] = []
     for i in members:
-        m = batch.ms[i]
-        v = m.weight if m.bias is None else torch.cat([m.weight, m.bias[:, None]], 1)
+        parts = [part for part in batch.ms[i] if part is not None]
+        ready = parts
         if batch.grads is not None:
-            g = batch.grads[i]
-            grad = (
-                g.weight
-                if g.bias is None
-                else torch.cat([g.weight, g.bias[:, None]], 1)
-            )
-            advanced = v = torch.add(grad, v, alpha=beta)
+            grads = [part for part in batch.grads[i] if part is not None]
+            pairs = list(zip(grads, parts, strict=True))
+            ready = after = [torch.add(g, m, alpha=beta) for g, m in pairs]
             if batch.nesterov:
-                v = torch.add(grad, v, alpha=beta)
-            dim = m.weight.shape[1]
-            momenta.append(m.weight)
-            become.append(advanced[:, :dim])
-            if m.bias is not None:
-                momenta.append(m.bias)
-                become.append(advanced[:, dim])
-        vs.append(v)
+                nexts = zip(grads, after, strict=True)
+                ready = [torch.add(g, m, alpha=beta) for g, m in nexts]
+            momenta += parts
+            become += after
+        weight, *bias = ready
+        flat = [weight.flatten(1), *(b.unsqueeze(1) for b in bias)]
+        vs.append(torch.cat(flat, 1) if bias else flat[0])
     return vs, (momenta, become)
 
 
