@@ -273,25 +273,25 @@ def _advance(
     vs, momenta, become = [], [], []
     for i in members:
         m = batch.ms[i]
-        v = m.weight if m.bias is None else torch.cat([m.weight, m.bias[:, None]], 1)
+        v = _joined(m)
         if batch.grads is not None:
-            g = batch.grads[i]
-            grad = (
-                g.weight
-                if g.bias is None
-                else torch.cat([g.weight, g.bias[:, None]], 1)
-            )
+            grad = _joined(batch.grads[i])
             advanced = v = torch.add(grad, v, alpha=beta)
             if batch.nesterov:
                 v = torch.add(grad, v, alpha=beta)
-            dim = m.weight.shape[1]
             momenta.append(m.weight)
-            become.append(advanced[:, :dim])
+            become.append(advanced[:, : m.dim].view(m.weight.shape))
             if m.bias is not None:
                 momenta.append(m.bias)
-                become.append(advanced[:, dim])
+                become.append(advanced[:, m.dim])
         vs.append(v)
     return vs, (momenta, become)
+
+
+def _joined(rows: Rows) -> Tensor:
+    """Rows ``(R, D)``, the bias as the last column."""
+    weight = rows.weight.flatten(1)
+    return weight if rows.bias is None else torch.cat([weight, rows.bias[:, None]], 1)
 
 
 def _in_gram_space(
