@@ -158,11 +158,20 @@ with recording(run=False) as found:
         trial = trial_step(Bucket(LayerShape("", 768, 768, 256)), formulation, meta)
         params = [Rows(rows.weight.t(), rows.bias) for rows in trial.params]
         replace(trial, params=params).step(triton_ops)
+        # Channels_last: 256 channels of three taps.
+        batch, last = trial.batch, lambda rows: Rows(
+            rows.weight.view(768, 3, 256).mT, rows.bias
+        )
+        batch = replace(
+            batch, ms=[*map(last, batch.ms)], grads=[*map(last, batch.grads)]
+        )
+        params = [last(rows) for rows in trial.params]
+        replace(trial, batch=batch, params=params).step(triton_ops)
     window = Window((4, 4), (1, 1), (-1, -1), (-1, -1), "zeros", (2, 2))
     x, index = meta((8, 64, 16, 16), torch.float32), meta((256,), torch.int64)
     triton_ops.gather_patches(x, index, (32, 32), window)
 for launch in found:
-    if "update" in launch.name or "gather" in launch.name:
+    if any(name in launch.name for name in ("update", "momentum", "gather")):
         for chip in map(int, sys.argv[1:]):
             kernel = compiled(launch, chip)
             spilled, approximations = resources(kernel).spilled, inexact(kernel)
@@ -170,10 +179,11 @@ for launch in found:
 """
 
 
-def test_rows_on_the_second_axis_and_transposed_windows():
+def test_rows_of_other_layouts_and_transposed_windows():
     chips = ("80", "90")
     lines = [line.split() for line in run("-c", STRIDED, *chips).splitlines()]
-    kernels = ("_update_kernel", "_primal_update_kernel", "_gather_kernel")
+    kernels = ("_momentum_project_kernel", "_update_kernel", "_primal_update_kernel")
+    kernels += ("_gather_kernel",)
     assert {(n, chip) for n, chip, *_ in lines} == {*product(kernels, chips)}
     for name, _, spilled, approximations in lines:
         assert int(approximations) == 0, name

@@ -330,8 +330,14 @@ class _Weakly:
     def __init__(self, method: Callable[[Tensor], None]) -> None:
         self._method = weakref.WeakMethod(method)
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # compiled autograd would trace it
     def __call__(self, tensor: Tensor) -> None:
+        if torch.compiler.is_compiling():  # compiled autograd traces its hooks
+            self._untraced(tensor)
+            return
         method = self._method()
         if method is not None:
             method(tensor)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _untraced(self, tensor: Tensor) -> None:
+        self(tensor)
