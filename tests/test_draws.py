@@ -14,7 +14,7 @@ from frog_triton.kernels.draws import DRAW, drawing, drawn
 from frog_triton.kernels.launch import recording
 from frog_triton.kernels.work import work
 from frog_triton.layers import LinearAdapter, adapter_for, register
-from frog_triton.linalg.rows import Reading
+from frog_triton.linalg.rows import Reading, Window
 from frog_triton.ops import torch_ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -285,6 +285,13 @@ def test_the_layer_is_asked_again_when_it_has_changed():
         (call,) = opt.capture.calls("0")
         corner = call.x[0].view(3, 3)[0, 0]
         assert corner == (0 if mode == "zeros" else x[0, 0, -1, -1])
+
+
+def test_a_rank_that_draws_no_position():
+    x, index = torch.randn(2, 3, 5, 5), torch.arange(0)
+    window = Window((3, 3), (1, 1), (1, 1), (1, 1), "zeros")
+    assert torch_ops.gather_patches(x, index, (5, 5), window).shape == (0, 27)
+    assert adapter_for(nn.Conv2d(3, 4, 3)).take_output_positions(x, index).numel() == 0
 
 
 def test_host_draws_share_nothing():

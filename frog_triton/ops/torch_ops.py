@@ -572,9 +572,10 @@ def gather_patches(
         patches = x[where_all]
         if outside is not None:
             patches.masked_fill_(outside.unsqueeze(-1), 0)
-    row = x.shape[1] * math.prod(window.kernel)
-    patches = patches.view(count, -1, x.shape[1]) if row else patches
-    return patches.transpose(1, 2).reshape(count, row)
+    channels, taps = x.shape[1], math.prod(window.kernel)
+    # No -1 in a shape: a rank may draw no position.
+    by_channel = patches.view(count, taps, channels).transpose(1, 2)
+    return by_channel.reshape(count, channels * taps)
 
 
 def drawing(x: Tensor, reading: Reading | None, total: int, size: int) -> None:
