@@ -134,11 +134,12 @@ def _ordinary(matrix: Tensor, finite: Tensor) -> Tensor | None:
     """
     if not (on_host(matrix) and bool(finite.all())):
         return None
-    norms = torch.linalg.matrix_norm(matrix).view(-1, 1, 1)
+    norms: Tensor = torch.linalg.matrix_norm(matrix).view(-1, 1, 1)
     if not all(1 / FAR < norm < FAR for norm in norms.flatten().tolist()):
         return None
     x = _lying(matrix)
-    return (x / norms).to(_narrow_dtype(x))
+    unit: Tensor = (x / norms).to(_narrow_dtype(x))
+    return unit
 
 
 def _normalized(matrix: Tensor, sizes: Tensor) -> Tensor:

@@ -189,7 +189,7 @@ class _Stack:
     def is_ordinary(self) -> bool:
         """Whether all is finite, and all squares are as accurate as without limits."""
         squares = torch.cat([self.mm, self.norms.amax(1)])
-        low, high = squares.aminmax()
+        low, high = (float(end) for end in squares.aminmax())
         return low > 1 / FAR and high < FAR and math.isfinite(self.mean.sum())
 
     def finite(self) -> list[bool]:
