@@ -241,7 +241,8 @@ class _FusedAdamW:
     def __init__(
         self, params: Sequence[nn.Parameter], states: Sequence[dict[str, Tensor]]
     ) -> None:
-        self._params, self._states = list(params), list(states)
+        self._params: list[Tensor] = list(params)
+        self._states = list(states)
         self._decayed = [p for p in params if p.ndim >= 2]
         self._strides = [p.stride() for p in params]
         self._kept = self._moments()
@@ -250,20 +251,21 @@ class _FusedAdamW:
         keys = ("exp_avg", "exp_avg_sq", "step")
         return [state[key] for key in keys for state in self._states]
 
-    def _is_as_it_was(self, grads: Sequence[Tensor | None]) -> bool:
+    def _is_as_it_was(self, grads: Sequence[Tensor]) -> bool:
         """Whether gradients lie as parameters do, and the moments are the same."""
-        lying = (
-            grad is not None and grad.stride() == stride and grad.dtype == param.dtype
+        lying = all(
+            grad.stride() == stride and grad.dtype == param.dtype
             for grad, stride, param in zip(
-                grads, self._strides, self._params, strict=True
+                grads, self._strides, self._params, strict=False
             )
         )
-        return all(lying) and all(map(operator.is_, self._kept, self._moments()))
+        same = all(map(operator.is_, self._kept, self._moments()))
+        return lying and same and len(grads) == len(self._params)
 
     def step(self, group: dict[str, Any], found_inf: Tensor | None) -> bool:
         """See `Prepared`."""
         params, count = self._params, len(self._params)
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         if not self._is_as_it_was(grads):
             return False
         if group["weight_decay"] != 0:

@@ -19,6 +19,7 @@ from .options import Options
 
 if TYPE_CHECKING:
     from .distributed import World
+    from .routines import Routines
 
 
 class Inspection(Optimizer):
@@ -30,6 +31,7 @@ class Inspection(Optimizer):
     _gradients: GradientWatch
     _solved: dict[str, str]
     _world: World
+    _routines: Routines
     _observe: Callable[..., None] | None
     _options: Options
 
@@ -63,7 +65,9 @@ class Inspection(Optimizer):
 
     def routes(self) -> RoutingTable:
         """What `describe` prints."""
-        return self._assignment.routes(self.param_groups, self._solved, self._world)
+        table = self._assignment.routes(self.param_groups, self._solved, self._world)
+        table.note = "\n".join(filter(None, [table.note, self._routines.summary()]))
+        return table
 
     def anomalies(self) -> dict[str, dict[str, int]]:
         """What was not finite so far; reading it waits for the device.

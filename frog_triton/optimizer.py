@@ -396,8 +396,8 @@ class FROG(Inspection):
                     fallback.step(params, own, group, found_inf)
             if now is not None:
                 grads = local_grads(groups, self._plan.names)
-                how = (gathered, grads, state, self._decided())
-                self._routines.meet(now, *how)
+                decided = self._decided()
+                self._routines.meet(now, gathered, grads, state, decided)
 
     def _decided(self) -> Hashable | None:
         """See `Routines`."""

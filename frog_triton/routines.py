@@ -153,6 +153,19 @@ class Routines:
         self._kept.clear()
         self._met.clear()
 
+    def summary(self) -> str:
+        """One line on how steps are taken, where there is something to say."""
+        if self._kept:
+            routine = next(reversed(self._kept.values())).routine
+            return (
+                f"steps are played from a recording: {routine.launches} kernels and "
+                f"{routine.operations} operations of torch's at once; it holds "
+                f"{routine.held / 2**20:.0f} MiB"
+            )
+        if self.refused:
+            return f"steps are taken launch by launch: {self.refused}"
+        return ""
+
     def look(
         self,
         groups: Sequence[dict[str, Any]],
@@ -207,6 +220,7 @@ class Routines:
         Returns:
             Not 0 where the step was skipped.
         """
+        found_inf: Tensor
         found_inf, largest = known.routine.play(now.moving, now.numbers)
         self._gradients.warn_of_growth(largest)
         return found_inf

@@ -138,6 +138,7 @@ class Magnitudes:
         numbers = (owner, begin, first, self._order, entries)
         packed = torch.tensor(list(chain(*numbers))).to(tensors[0].device)
         parts = packed.split([len(n) for n in numbers])
+        self._owner: Tensor
         self._owner, self._begin, self._first, self._places, self._entries = parts
 
     def fixed(self) -> Tensor:
@@ -155,7 +156,7 @@ class Magnitudes:
         tables = Tables([[tensors[i] for i in self._order]])
         like = tensors[0]
         partial = like.new_empty(len(self._owner), dtype=torch.float32)
-        largest = like.new_empty(len(tensors), dtype=torch.float32)
+        largest: Tensor = like.new_empty(len(tensors), dtype=torch.float32)
         for dtype, chunks in self._launches:
             MAGNITUDES.launch(
                 MagnitudesConfig(),

@@ -90,15 +90,16 @@ class Pair:
         for net, opt in zip(self.nets, self.opts, strict=True):
             change(net, opt)
 
-    def step(self, times=1, size=6, spoil=lambda net: None):
+    def step(self, times=1, size=6, spoil=lambda net: None, micro_batches=1):
         """Step both; equal, bit for bit."""
         for _ in range(times):
             for net, opt in zip(self.nets, self.opts, strict=True):
                 self.hold += [p.grad for p in net.parameters()]
                 opt.zero_grad()
-                x, y = batch(self.steps, size)
-                x = x.to(next(net.parameters()).dtype)
-                F.cross_entropy(net(x).float(), y).backward()
+                for micro in range(micro_batches):
+                    x, y = batch(10 * self.steps + micro, size)
+                    x = x.to(next(net.parameters()).dtype)
+                    F.cross_entropy(net(x).float(), y).backward()
                 spoil(net)
                 opt.step()
             self.steps += 1
@@ -123,6 +124,14 @@ def test_played_steps_are_the_steps(orthogonalize, formulation):
     assert len(pair.tapes) == 1
     # The first step shows the output layer, two more are alike, the rest is played.
     assert pair.plays == 3, pair.opts[0]._routines.refused
+
+
+def test_gradients_that_several_passes_add_to():
+    pair = Pair()
+    pair.step(5, micro_batches=2)
+    assert pair.plays == 2, pair.opts[0]._routines.refused
+    pair.step(micro_batches=1)
+    assert "played from a recording" in str(pair.opts[0].routes())
 
 
 def test_numbers_change_without_a_new_recording():
@@ -217,9 +226,9 @@ def test_no_address_is_ever_stale(change):
     pair.step(4)
     assert pair.plays == 1, pair.opts[0]._routines.refused
     pair.each(change)
-    pair.step(5)
-    pair.step(2, size=3)
-    pair.step(3)
+    pair.step(4)
+    pair.step(size=3)
+    pair.step()
 
 
 def test_old_memory_is_not_read():

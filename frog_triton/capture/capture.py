@@ -214,22 +214,25 @@ class SampleCapture:
     def matrices(self) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
         """Samples of all layers that have some, by name: rows of X and of Y.
 
-        None where they are no rows of one call.
+        None where they are whole examples, or rows of some groups alone.
         """
         for name, pool in self._pools.items():
-            calls = pool.calls
-            if not calls:
+            if not pool.calls:
                 continue
-            call = calls[0]
-            if len(calls) > 1 or call.adapter is not None or call.part is not None:
+            call = pool.rows()
+            if call is None:
                 yield name, None, None
             else:
                 yield name, call.x, call.y
 
     def samples(self, layer: Layer, bias: bool) -> tuple[LinearMap, Tensor] | None:
         """The layer's samples as a map and gradients ``(n, R, P)``, or None."""
-        calls = self.calls(layer.name)
-        return joined(layer.geometry, calls, bias) if calls else None
+        pool = self._pools.get(layer.name)
+        if pool is None or not pool.calls:
+            return None
+        together = pool.rows()
+        calls = pool.calls if together is None else [together]
+        return joined(layer.geometry, calls, bias)
 
     def draw(
         self,

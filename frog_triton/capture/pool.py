@@ -9,6 +9,7 @@ whatever hand, so are its samples.
 
 from __future__ import annotations
 
+import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -86,6 +87,7 @@ class Pool:
         """Forget all samples."""
         self.forwards = 0
         self._merges = 0
+        self._joined: tuple[tuple[Tensor, ...], Call] | None = None
         self._kept: Reservoirs = {}
         self._mark: _Mark | None = None
         self._arriving: dict[int, Reservoirs] = {}
@@ -115,6 +117,26 @@ class Pool:
         Where no pass wrote one, it was set by hand: then of the last pass.
         """
         return _calls(self._found)
+
+    def rows(self) -> Call | None:
+        """All samples as those of one call, if they are rows of X of all groups.
+
+        Joined once, so that who asks again finds them where they were.
+        """
+        calls = self.calls
+        if len(calls) < 2:
+            only = calls[0] if calls else None
+            plain = only is None or (only.adapter is None and only.part is None)
+            return only if plain else None
+        parts = tuple(t for call in calls for t in (call.x, call.y))
+        if self._joined is None or not _same(self._joined[0], parts):
+            if len({(c.adapter, c.part, c.x.shape[1]) for c in calls}) > 1:
+                return None
+            if calls[0].adapter is not None or calls[0].part is not None:
+                return None
+            x, y = torch.cat(parts[::2]), torch.cat(parts[1::2])
+            self._joined = parts, Call(calls[0].module, x, y)
+        return self._joined[1]
 
     @property
     def seen(self) -> int:
@@ -302,6 +324,11 @@ class Pool:
 
 def _calls(reservoirs: Reservoirs) -> list[Call]:
     return [call for reservoir in reservoirs.values() for call in reservoir.calls]
+
+
+def _same(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether they are the very same objects."""
+    return len(tensors) == len(others) and all(map(operator.is_, tensors, others))
 
 
 def current_pass() -> int | None:

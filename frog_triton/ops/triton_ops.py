@@ -84,7 +84,8 @@ def magnitudes(tensors: Sequence[Tensor], kept: dict[Hashable, Any]) -> Tensor:
     key = tensors[0].device, *((t.numel(), t.dtype) for t in tensors)
     if key not in kept:
         kept[key] = measured.Magnitudes(tensors)
-    return kept[key].of(tensors)
+    found: Tensor = kept[key].of(tensors)
+    return found
 
 
 def prepare(
