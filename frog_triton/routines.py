@@ -127,7 +127,7 @@ class Routines:
 
     Attributes:
         graphs: see the function.
-        refused: why the last step that could not be recorded was not; empty if none.
+        refused: why the last step could not be recorded; empty if it could, or was.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Routines:
         self._world = world
         self._formulation = formulation
         self._kept: OrderedDict[Hashable, KnownStep] = OrderedDict()
-        self._met: OrderedDict[Hashable, bool] = OrderedDict()  # may it be recorded?
+        self._met: OrderedDict[Hashable, str] = OrderedDict()  # why not recorded
         self.graphs = graphs
         self.refused = ""
 
@@ -184,6 +184,7 @@ class Routines:
         if decided is None or device is None or self.graphs(device) is None:
             return None
         keys: list[Hashable] = [tf32_convolutions()]
+        self.refused = ""
         moving: list[Tensor] = []
         numbers = []
         for group in groups:
@@ -192,16 +193,18 @@ class Routines:
             if ours:
                 values = tuple(group[name] for name in NUMBERS)
                 if any(isinstance(v, Tensor) and not v.is_cpu for v in values):
+                    self.refused = "a number of a group lies on the device"
                     return None
                 numbers.append(tuple(map(float, values)))
             if not _look_at(group["params"], ours, state, keys, moving):
                 return None
-        for name, x, y in self._capture.matrices():
-            if x is None or y is None:
+        for name, call in self._capture.as_calls():
+            if call is None:
+                self.refused = f"samples of {name} are of several calls"
                 return None
-            keys.append(name)
-            keys += _layout(x) + _layout(y)
-            moving += (x, y)
+            keys += (name, id(call.module), call.adapter)
+            keys += _layout(call.x) + _layout(call.y)
+            moving += (call.x, call.y)
         if any(t.device != device for t in moving):
             return None
         keys += ((n, c.data_ptr()) for n, c in self._anomalies.counts.items())
@@ -242,11 +245,11 @@ class Routines:
             state: of the parameters.
             decided: as for `look`, now that it was taken.
         """
-        due = self._met.pop(now.key, None)
-        self._met[now.key] = True if due is None else due
+        met = now.key in self._met
+        self.refused = self._met[now.key] = self._met.pop(now.key, "")
         if len(self._met) > REMEMBERED:
             self._met.popitem(last=False)
-        if not due or decided != now.decided:
+        if not met or self.refused or decided != now.decided:
             return
         device = now.moving[0].device
         make = self.graphs(device)
@@ -261,8 +264,7 @@ class Routines:
             routine = record(make(), work, *how)
             _check_memory(routine, device)
         except (Refused, RuntimeError) as error:  # torch's, of what cannot be captured
-            self._met[now.key] = False
-            self.refused = str(error) or type(error).__name__
+            self.refused = self._met[now.key] = str(error) or type(error).__name__
             return
         beside = [_beside(some, state) for some in gathered]
         self._kept[now.key] = KnownStep(routine, beside, counters)

@@ -126,6 +126,12 @@ def test_played_steps_are_the_steps(orthogonalize, formulation):
     assert pair.plays == 3, pair.opts[0]._routines.refused
 
 
+def test_whole_examples():
+    pair = Pair(sampling="examples")
+    pair.step(5)
+    assert pair.plays == 2, pair.opts[0]._routines.refused
+
+
 def test_gradients_that_several_passes_add_to():
     pair = Pair()
     pair.step(5, micro_batches=2)

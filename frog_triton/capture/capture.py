@@ -211,26 +211,21 @@ class SampleCapture:
         pool = self._pools.get(name)
         return [] if pool is None else pool.calls
 
-    def matrices(self) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
-        """Samples of all layers that have some, by name: rows of X and of Y.
+    def as_calls(self) -> Iterator[tuple[str, Call | None]]:
+        """Samples of all layers that have some, by name, as if of one call each.
 
-        None where they are whole examples, or rows of some groups alone.
+        None where they cannot be joined: whole examples, or rows of some groups alone.
         """
         for name, pool in self._pools.items():
-            if not pool.calls:
-                continue
-            call = pool.rows()
-            if call is None:
-                yield name, None, None
-            else:
-                yield name, call.x, call.y
+            if pool.calls:
+                yield name, pool.as_one()
 
     def samples(self, layer: Layer, bias: bool) -> tuple[LinearMap, Tensor] | None:
         """The layer's samples as a map and gradients ``(n, R, P)``, or None."""
         pool = self._pools.get(layer.name)
         if pool is None or not pool.calls:
             return None
-        together = pool.rows()
+        together = pool.as_one()
         calls = pool.calls if together is None else [together]
         return joined(layer.geometry, calls, bias)
 

@@ -118,16 +118,15 @@ class Pool:
         """
         return _calls(self._found)
 
-    def rows(self) -> Call | None:
-        """All samples as those of one call, if they are rows of X of all groups.
+    def as_one(self) -> Call | None:
+        """All samples as those of one call of all groups, if they can be.
 
-        Joined once, so that who asks again finds them where they were.
+        Rows of several calls are joined once: who asks again finds them where they
+        were.
         """
         calls = self.calls
         if len(calls) < 2:
-            only = calls[0] if calls else None
-            plain = only is None or (only.adapter is None and only.part is None)
-            return only if plain else None
+            return next((call for call in calls if call.part is None), None)
         parts = tuple(t for call in calls for t in (call.x, call.y))
         if self._joined is None or not _same(self._joined[0], parts):
             if len({(c.adapter, c.part, c.x.shape[1]) for c in calls}) > 1:
