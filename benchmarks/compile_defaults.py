@@ -77,6 +77,7 @@ def launches(
     dtypes = (DTYPES[dtype], torch.float32, torch.float32)
     bucket = Bucket(SHAPES[shape](samples), 2, dtypes=dtypes)
     made = [*step_launches(bucket, formulation), *gather(samples, dtype)]
+    made += look(dtype)
     if formulation == "gram":  # the update along a direction is the same for both
         made += step_launches(bucket, formulation, orthogonalize=True)
     if every_branch:
@@ -114,6 +115,13 @@ def rows(bucket: Bucket, formulation: str) -> list[Launch]:
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(size, dtype=dtype, device="meta")
+
+
+def look(dtype: str) -> list[Launch]:
+    """Launches of the look at the gradients."""
+    with recording(run=False) as made:
+        triton_ops.magnitudes([_empty((8, 8), DTYPES[dtype])], {})
+    return made
 
 
 def gather(samples: int, dtype: str) -> list[Any]:
