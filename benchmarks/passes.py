@@ -140,7 +140,7 @@ class Silence:
         """See `frog_triton.routine.Graph`; what is recorded is done, too."""
         return nullcontext()
 
-    def branch(self) -> AbstractContextManager[Any]:
+    def branch(self, entries: int) -> AbstractContextManager[Any]:
         """See `frog_triton.routine.Graph`."""
         return nullcontext()
 

@@ -37,7 +37,14 @@ SIZES_ALONE = frozenset(
 """Operations that read nothing of a tensor that they are given."""
 
 BRANCHES = 8
-"""Streams that geometries are spread over."""
+"""Streams that geometries are spread over: kernels of small ones leave a GPU idle."""
+
+LARGE = 2**22
+"""Entries of a geometry that fills a GPU by itself.
+
+Such share `BRANCHES_OF_LARGE` streams, so that one's memory serves the next."""
+
+BRANCHES_OF_LARGE = 2
 
 
 class Graph(Protocol):
@@ -46,8 +53,12 @@ class Graph(Protocol):
     def recording(self) -> Any:
         """A context whose work is recorded, not done."""
 
-    def branch(self) -> AbstractContextManager[Any]:
-        """A context whose work need not wait for that of other branches."""
+    def branch(self, entries: int) -> AbstractContextManager[Any]:
+        """A context whose work need not wait for that of other branches.
+
+        Args:
+            entries: that it works on.
+        """
 
     def replay(self) -> None:
         """Do the recorded work, at the same addresses."""
@@ -69,7 +80,7 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
         self._trunk: torch.cuda.Stream | None = None
         self._branches: list[torch.cuda.Stream] = []
-        self._begun = 0
+        self._begun = [0, 0]  # small and large
         self.held = 0
 
     @contextmanager
@@ -93,17 +104,15 @@ class CudaGraph:
         self.held = torch.cuda.memory_reserved(self._device) - before
 
     @contextmanager
-    def branch(self) -> Iterator[None]:
-        """See `Graph`: the next of `BRANCHES` streams, after what the trunk has done.
-
-        Kernels of small layers leave most of a GPU idle: those of several geometries
-        run side by side.
-        """
+    def branch(self, entries: int) -> Iterator[None]:
+        """See `Graph`: the next of the streams, after what the trunk has done."""
         assert self._trunk is not None
-        if len(self._branches) < BRANCHES:
+        large = entries >= LARGE
+        place = self._begun[large] % (BRANCHES_OF_LARGE if large else BRANCHES)
+        self._begun[large] += 1
+        while len(self._branches) <= place:
             self._branches.append(torch.cuda.Stream(self._device))
-        branch = self._branches[self._begun % BRANCHES]
-        self._begun += 1
+        branch = self._branches[place]
         branch.wait_stream(self._trunk)
         with torch.cuda.stream(branch):
             yield
@@ -135,15 +144,15 @@ class Routine:
         """Bytes that it keeps for what its launches hand on."""
         return self._graph.held
 
-    def play(self, moving: Sequence[Tensor], numbers: Sequence[Sequence[float]]) -> Any:
-        """Do it all, with these tensors and numbers; returns `found`.
+    def play(self, addresses: Sequence[int], numbers: Sequence[Sequence[float]]) -> Any:
+        """Do it all, with other tensors and numbers; returns `found`.
 
         Args:
-            moving: of the same sizes, dtypes, strides and alignment as those that it
-                was recorded with, in the same order.
+            addresses: of tensors of the same sizes, dtypes, strides and alignment as
+                those that it was recorded with, in the same order.
             numbers: of each group.
         """
-        self._board.write([t.data_ptr() for t in moving], numbers)
+        self._board.write(addresses, numbers)
         self._graph.replay()
         return self.found
 

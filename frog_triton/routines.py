@@ -54,12 +54,14 @@ class Circumstances:
         key: equal for steps that launch the same.
         decided: of these, what a step may change itself.
         moving: gradients and samples, which may lie elsewhere the next time.
+        addresses: of these, now.
         numbers: of each group.
     """
 
     key: Hashable
     decided: Hashable
     moving: list[Tensor]
+    addresses: list[int]
     numbers: list[tuple[float, ...]]
 
 
@@ -186,9 +188,10 @@ class Routines:
         keys: list[Hashable] = [tf32_convolutions()]
         self.refused = ""
         moving: list[Tensor] = []
+        addresses: list[int] = []
         numbers = []
         for group in groups:
-            keys.append(_options(group))
+            keys += (_options(group), *map(id, group["params"]))
             ours = group["updated_by"] == "frog"
             if ours:
                 values = tuple(group[name] for name in NUMBERS)
@@ -196,19 +199,22 @@ class Routines:
                     self.refused = "a number of a group lies on the device"
                     return None
                 numbers.append(tuple(map(float, values)))
-            if not _look_at(group["params"], ours, state, keys, moving):
+            own = state if ours else None
+            if not _look_at(group["params"], own, keys, moving, addresses):
+                self.refused = "gradients are no plain tensors"
                 return None
         for name, call in self._capture.as_calls():
             if call is None:
                 self.refused = f"samples of {name} are of several calls"
                 return None
             keys += (name, id(call.module), call.adapter)
-            keys += _layout(call.x) + _layout(call.y)
-            moving += (call.x, call.y)
-        if any(t.device != device for t in moving):
-            return None
+            for tensor in (call.x, call.y):
+                address = tensor.data_ptr()
+                keys += (tensor.shape, *_layout(tensor, address))
+                moving.append(tensor)
+                addresses.append(address)
         keys += ((n, c.data_ptr()) for n, c in self._anomalies.counts.items())
-        return Circumstances((decided, *keys), decided, moving, numbers)
+        return Circumstances((decided, *keys), decided, moving, addresses, numbers)
 
     def find(self, now: Circumstances) -> KnownStep | None:
         """What was recorded in such circumstances."""
@@ -224,7 +230,7 @@ class Routines:
             Not 0 where the step was skipped.
         """
         found_inf: Tensor
-        found_inf, largest = known.routine.play(now.moving, now.numbers)
+        found_inf, largest = known.routine.play(now.addresses, now.numbers)
         self._gradients.warn_of_growth(largest)
         return found_inf
 
@@ -254,6 +260,9 @@ class Routines:
         device = now.moving[0].device
         make = self.graphs(device)
         assert make is not None
+        if any(tensor.device != device for tensor in now.moving):
+            self.refused = self._met[now.key] = "it is on several devices"
+            return
         steps = [step for some in gathered for step in some.steps]
         counters = [*self._anomalies.counts.values(), *self._gradients.tensors()]
         words = WORDS_A_LAYER * (8 + len(steps)) + 2 * len(grads)
@@ -290,7 +299,8 @@ class Routines:
             numbers.vectors[vector.device] = vector
             how = (group, numbers, self._formulation, self._anomalies.counts)
             for some in alike(steps):
-                with graph.branch():
+                entries = sum(step.params.weight.numel() for step in some)
+                with graph.branch(entries):
                     step_layers(self._world, some, *how)
                     for step in some:
                         step.write_back()
@@ -326,41 +336,49 @@ def _check_memory(routine: Routine, device: torch.device) -> None:
 def _options(group: Mapping[str, Any]) -> Hashable:
     """Entries of a group that decide what is launched."""
     return tuple(
-        (name, value)
+        (name, tuple(value) if isinstance(value, list) else value)
         for name, value in group.items()
-        if name not in NUMBERS and name != "params" and isinstance(value, Hashable)
+        if name not in NUMBERS and name != "params"
     )
 
 
 def _look_at(
     params: Sequence[Tensor],
-    ours: bool,
-    state: Mapping[Any, dict[str, Any]],
+    state: Mapping[Any, dict[str, Any]] | None,
     keys: list[Hashable],
     moving: list[Tensor],
+    addresses: list[int],
 ) -> bool:
-    """Add what parameters bring; whether the step can be recorded with them."""
+    """Add what parameters bring; whether the step can be recorded with them.
+
+    Args:
+        params: of a group.
+        state: of parameters that FROG updates; None for the fallback's.
+        keys: gains what decides about launches.
+        moving: gains gradients.
+        addresses: gains theirs.
+    """
     for param in params:
         grad = param.grad
-        keys.append(id(param))
         if grad is None:
             keys.append(None)
             continue
         if type(grad) is not Tensor or grad.layout != torch.strided:
             return False
-        keys += _layout(grad)
+        address = grad.data_ptr()
+        keys += _layout(grad, address)
         moving.append(grad)
-        keys.append(param.data_ptr())
-        if ours:
-            own = state.get(param)
-            if own is None:
-                return False
-            keys += (param.dtype, param.stride())
-            for value in own.values():
-                keys += (value.data_ptr(), value.dtype, value.stride())
+        addresses.append(address)
+        if state is None:
+            continue
+        momentum = state.get(param, {}).get("momentum_buffer")
+        if momentum is None:
+            return False
+        for own in (param, momentum):
+            keys += (own.data_ptr(), own.dtype, own.stride())
     return True
 
 
-def _layout(tensor: Tensor) -> tuple[Hashable, ...]:
-    """What a launch is made for; of an address its alignment."""
-    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15)
+def _layout(tensor: Tensor, address: int) -> tuple[Hashable, ...]:
+    """What a launch is made for beside the shape; of an address its alignment."""
+    return tensor.stride(), tensor.dtype, tensor.get_device(), address & 15
