@@ -217,7 +217,10 @@ class SampleCapture:
         None where they cannot be joined: whole examples, or rows of some groups alone.
         """
         for name, pool in self._pools.items():
-            if pool.calls:
+            calls = pool.calls
+            if len(calls) == 1 and calls[0].part is None:
+                yield name, calls[0]
+            elif calls:
                 yield name, pool.as_one()
 
     def samples(self, layer: Layer, bias: bool) -> tuple[LinearMap, Tensor] | None:
