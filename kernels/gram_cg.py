@@ -5,7 +5,9 @@
     <v, m>  = s |m|^2 + <c, u>
     <v, v>  = s <v, m> + <u, X v>
 
-The last adjoint is never formed: k - 1 products with K serve k iterations.
+The last adjoint is never formed: k - 1 products with K serve k iterations. Squares of p
+come from those of r, to which the p before is orthogonal: ``|p|^2 = |r|^2 + beta^2
+|p|^2``; as a sum of their own they would be all rounding where p is short beside m.
 
 More than 400 lines: both ways to hold the vectors, with the recurrence they share.
 """
@@ -103,7 +105,7 @@ def _gram_cg_kernel(
     s_r = s + 1.0
     s_p = s + 1.0
     u, u_r, u_p, x_p = zero, zero, zero, c0
-    rho = mm
+    rho, pp = mm, mm
     active = rho > 0
     for _ in range(ITERS - 1):
         if BLOCK_K == BLOCK_N:
@@ -112,8 +114,6 @@ def _gram_cg_kernel(
             c = tl.load(c_ptr + at, mask=mask, other=0.0)
             weights = tl.load(weights_ptr + at, mask=mask, other=0.0)
         t = weights * x_p
-        c_u = sum_of_products(c, u_p, axis=0)
-        pp = s_p * (s_p * mm + c_u) + sum_of_products(u_p, x_p, axis=0)
         pap = sum_of_products(t, x_p, axis=0) + damping * pp
         alpha, active = _step_length(rho, pap, active)
         s += alpha * s_p
@@ -148,6 +148,7 @@ def _gram_cg_kernel(
         c_u = sum_of_products(c, u_r, axis=0)
         u_x = sum_of_products(u_r, x_r, axis=0)
         rho, beta, active = _next_direction(rho, s_r, mm, c_u, u_x, active)
+        pp = rho + beta * beta * pp
         s_p = s_r + beta * s_p
         u_p = u_r + beta[None, :] * u_p
         x_p = x_r + beta[None, :] * x_p
@@ -157,8 +158,6 @@ def _gram_cg_kernel(
     else:
         c = tl.load(c_ptr + at, mask=mask, other=0.0)
         weights = tl.load(weights_ptr + at, mask=mask, other=0.0)
-    c_u = sum_of_products(c, u_p, axis=0)
-    pp = s_p * (s_p * mm + c_u) + sum_of_products(u_p, x_p, axis=0)
     pap = sum_of_products(weights * x_p, x_p, axis=0) + damping * pp
     alpha, active = _step_length(rho, pap, active)
     s += alpha * s_p
@@ -230,12 +229,13 @@ def _gram_cg_tiled_kernel(
 
     zero = tl.zeros((BLOCK_R,), tl.float32)
     s, s_r, s_p, beta = zero, zero + 1.0, zero, zero
-    rho = mm
+    rho, pp = mm, zero
     active = rho > 0
     for iteration in range(ITERS):
         # p = r + beta p, and p^T A p.
         s_p = s_r + beta * s_p
-        c_u, u_x, txp = zero, zero, zero
+        pp = rho + beta * beta * pp
+        txp = zero
         for start in range(0, N, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N).to(tl.int64)
             at = n[:, None] * stride_n + rows[None, :]
@@ -246,13 +246,10 @@ def _gram_cg_tiled_kernel(
             x_p = tl.load(x_r_ptr + at, mask=mask, other=0.0) + beta[None, :] * x_p
             tl.store(u_p_ptr + at, u_p, mask=mask)
             tl.store(x_p_ptr + at, x_p, mask=mask)
-            c = tl.load(c_ptr + at, mask=mask, other=0.0)
             weights = tl.load(weights_ptr + at, mask=mask, other=0.0)
-            c_u += sum_of_products(c, u_p, axis=0)
-            u_x += sum_of_products(u_p, x_p, axis=0)
             txp += sum_of_products(weights * x_p, x_p, axis=0)
         tl.debug_barrier()
-        pap = txp + damping * (s_p * (s_p * mm + c_u) + u_x)
+        pap = txp + damping * pp
         alpha, active = _step_length(rho, pap, active)
         s += alpha * s_p
         s_r -= alpha * damping * s_p
