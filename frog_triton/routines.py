@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 KEPT = 2
 """Recordings that are kept: two sets of circumstances may take turns."""
 
+IN_A_ROW = 5
+"""Steps alike after which more than `KEPT` are recorded: where circumstances keep
+changing, as lengths of sequences below the sample size do, none is."""
+
 REMEMBERED = 16
 """Circumstances that are remembered without a recording."""
 
@@ -147,6 +151,9 @@ class Routines:
         self._formulation = formulation
         self._kept: OrderedDict[Hashable, KnownStep] = OrderedDict()
         self._met: OrderedDict[Hashable, str] = OrderedDict()  # why not recorded
+        self._recorded = 0
+        self._last: Hashable = None
+        self._alike = 0  # steps in a row
         self.graphs = graphs
         self.refused = ""
 
@@ -214,7 +221,13 @@ class Routines:
                 moving.append(tensor)
                 addresses.append(address)
         keys += ((n, c.data_ptr()) for n, c in self._anomalies.counts.items())
-        return Circumstances((decided, *keys), decided, moving, addresses, numbers)
+        key = (decided, *keys)
+        try:
+            hash(key)
+        except TypeError:
+            self.refused = "a group has an entry that cannot be compared"
+            return None
+        return Circumstances(key, decided, moving, addresses, numbers)
 
     def find(self, now: Circumstances) -> KnownStep | None:
         """What was recorded in such circumstances."""
@@ -251,11 +264,15 @@ class Routines:
             state: of the parameters.
             decided: as for `look`, now that it was taken.
         """
-        met = now.key in self._met
+        self._alike = self._alike + 1 if now.key == self._last else 1
+        self._last, met = now.key, now.key in self._met
         self.refused = self._met[now.key] = self._met.pop(now.key, "")
         if len(self._met) > REMEMBERED:
             self._met.popitem(last=False)
         if not met or self.refused or decided != now.decided:
+            return
+        if self._recorded >= KEPT and self._alike < IN_A_ROW:
+            self.refused = "circumstances keep changing"
             return
         device = now.moving[0].device
         make = self.graphs(device)
@@ -275,6 +292,7 @@ class Routines:
         except (Refused, RuntimeError) as error:  # torch's, of what cannot be captured
             self.refused = self._met[now.key] = str(error) or type(error).__name__
             return
+        self._recorded += 1
         beside = [_beside(some, state) for some in gathered]
         self._kept[now.key] = KnownStep(routine, beside, counters)
         if len(self._kept) > KEPT:

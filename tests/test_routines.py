@@ -66,7 +66,7 @@ class Pair:
     """A net whose steps are recorded, beside its twin's, which are not."""
 
     def __init__(self, **options):
-        options = {"sample_size": 5, "backend": "triton", "lr": 1e-2} | options
+        options = {"sample_size": 6, "backend": "triton", "lr": 1e-2} | options
         nets = [Net().to(DEVICE)]
         nets.append(copy.deepcopy(nets[0]))
         self.nets = nets
@@ -130,6 +130,24 @@ def test_whole_examples():
     pair = Pair(sampling="examples")
     pair.step(5)
     assert pair.plays == 2, pair.opts[0]._routines.refused
+
+
+def test_changing_circumstances_are_not_recorded_over_and_over():
+    pair = Pair()
+    for size in (3, 4, 5, 6) * 3:  # each with another number of samples for `up`
+        pair.step(size=size)
+    assert len(pair.tapes) == 2
+    assert "keep changing" in pair.opts[0]._routines.refused
+    pair.step(6)  # of one kind, after all
+    assert len(pair.tapes) == 3
+
+
+def test_an_entry_that_cannot_be_compared():
+    pair = Pair()
+    pair.each(lambda net, opt: opt.param_groups[0].update(note={}))
+    pair.step(4)
+    assert pair.plays == 0
+    assert "cannot be compared" in str(pair.opts[0].routes())
 
 
 def test_gradients_that_several_passes_add_to():
