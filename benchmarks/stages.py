@@ -59,7 +59,7 @@ def stages(out: Path, wanted: Wanted) -> list[Stage]:
         out: folder of the results.
         wanted: by the command line.
     """
-    found = [_smoke(out), _tests(out), *_benches(out, "")]
+    found = [_smoke(out), _tests(out), _host(out), *_benches(out, "")]
     if wanted.profile:
         found += [_profile(out), _sanitizer()]
     found += [_autotune(out), *_benches(out, "-tuned")]
@@ -93,6 +93,12 @@ def _tests(out: Path) -> Stage:
     few = [str(tests / name) for name in ("test_kernels.py", "test_conv_kernels.py")]
     rehearsal = command(2, *few, "-k", "test_gather or signals or same_bits")
     return Stage("tests", command(WORKERS, str(tests), "-m", "gpu"), 240, rehearsal)
+
+
+def _host(out: Path) -> Stage:
+    command = _module("bench_host", "--json", out / "bench-host.json")
+    brief = (*command, "--model", "resnet18", "--repeats", "1")
+    return Stage("bench-host", (*command, "--repeats", "20"), 120, brief)
 
 
 def _benches(out: Path, suffix: str) -> list[Stage]:

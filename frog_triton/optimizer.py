@@ -89,6 +89,11 @@ class FROG(Inspection):
     loss is scaled up weighs more in the Fisher. So it is with the mean over a smaller
     batch, whose examples weigh more in the averaged gradient, too.
 
+    On a single GPU a step is recorded as a CUDA graph when its like comes a second time,
+    and played from then on: from step to step only gradients and samples lie elsewhere
+    and rates change. Whatever else changes, the step is taken launch by launch.
+    `describe` says how steps are taken.
+
     A step in which any gradient is not finite changes nothing, on all ranks alike; see
     `anomalies`. Gradients that grow a thousandfold within a few steps earn a warning,
     once (not with `capturable`, which reads nothing from the device).

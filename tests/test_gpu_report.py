@@ -236,11 +236,11 @@ EVERYTHING = Wanted(True, Path("frog.py"), Path("data.npz"))
 def test_stages_come_in_order_of_worth(tmp_path):
     names = [stage.name for stage in stages(tmp_path, Wanted())]
     assert names == [
-        *("smoke", "tests", "bench-step", "bench-kernels"),
+        *("smoke", "tests", "bench-host", "bench-step", "bench-kernels"),
         *("autotune", "bench-step-tuned", "bench-kernels-tuned"),
     ]
     names = [stage.name for stage in stages(tmp_path, EVERYTHING)]
-    assert names[4:7] == ["profile", "sanitizer", "autotune"]
+    assert names[5:8] == ["profile", "sanitizer", "autotune"]
     assert names[-2:] == ["reference", "training"]
 
 
@@ -263,6 +263,7 @@ def test_tests_run_side_by_side_where_that_is_possible(tmp_path, monkeypatch):
     ("name", "expected"),
     [
         ("smoke", 1),  # no case was run
+        ("bench-host", 0),
         ("bench-step", 0),
         ("bench-kernels", 0),
         ("profile", 0),

@@ -277,7 +277,8 @@ def _advance(
         parts = [part for part in batch.ms[i] if part is not None]
         ready = parts
         if batch.grads is not None:
-            grads = [part for part in batch.grads[i] if part is not None]
+            wide = parts[0].dtype
+            grads = [part.to(wide) for part in batch.grads[i] if part is not None]
             pairs = list(zip(grads, parts, strict=True))
             ready = after = [torch.add(g, m, alpha=beta) for g, m in pairs]
             if batch.nesterov:
