@@ -199,7 +199,7 @@ def running(pid):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--only", "three"], "no stage 'three'; there are: smoke, tests, bench-step"),
+        (["--only", "three"], "no stage 'three'; there are: smoke, tests, bench-host"),
         (["--seconds", "0"], "--seconds must be positive"),
         (["--seconds", "nan"], "--seconds must be positive"),
         (["--archive", "FOLDER/none/a.tar.gz"], "there is no folder"),
