@@ -114,6 +114,11 @@ class Assignment:
         decided, outputs = self.outputs.look(known.sampled)
         return known._replace(decided=decided, outputs=outputs)
 
+    def serves(self, param: nn.Parameter) -> bool:
+        """Whether FROG updates a parameter, as far as is decided."""
+        layer = self.layer_of.get(param)
+        return layer is not None and not self.unhooked.holds(layer)
+
     def settled(self) -> Hashable | None:
         """Who updates what, where nothing suggests that a step might change that."""
         if self.unhooked.misses or self.outputs.seeking:

@@ -25,10 +25,13 @@ from .state import complete, step_counter
 
 
 class Prepared(Protocol):
-    """A group's step, looked at once."""
+    """A group's step, looked at once, for gradients of the same strides and dtypes."""
 
-    def step(self, group: dict[str, Any], found_inf: Tensor | None) -> bool:
-        """As `Fallback.step`; False, and nothing is done, if anything has changed."""
+    def fits(self, states: Sequence[Mapping[str, Tensor]]) -> bool:
+        """Whether the parameters' states are those that were looked at."""
+
+    def step(self, group: dict[str, Any], found_inf: Tensor | None) -> None:
+        """As `Fallback.step`."""
 
 
 class Fallback(ABC):
@@ -191,6 +194,9 @@ class AdamW(Fallback):
             and p.dtype == first.dtype
             and p.device == first.device
             and _dense(p) is p
+            and p.grad is not None
+            and p.grad.stride() == p.stride()
+            and p.grad.dtype == p.dtype
             for p in params
         )
         return _FusedAdamW(params, states) if fits else None
@@ -242,32 +248,17 @@ class _FusedAdamW:
         self, params: Sequence[nn.Parameter], states: Sequence[dict[str, Tensor]]
     ) -> None:
         self._params: list[Tensor] = list(params)
-        self._states = list(states)
         self._decayed = [p for p in params if p.ndim >= 2]
-        self._strides = [p.stride() for p in params]
-        self._kept = self._moments()
+        self._kept = _moments(states)
 
-    def _moments(self) -> list[Tensor]:
-        keys = ("exp_avg", "exp_avg_sq", "step")
-        return [state[key] for key in keys for state in self._states]
+    def fits(self, states: Sequence[Mapping[str, Tensor]]) -> bool:
+        """See `Prepared`."""
+        return all(map(operator.is_, self._kept, _moments(states)))
 
-    def _is_as_it_was(self, grads: Sequence[Tensor]) -> bool:
-        """Whether gradients lie as parameters do, and the moments are the same."""
-        lying = all(
-            grad.stride() == stride and grad.dtype == param.dtype
-            for grad, stride, param in zip(
-                grads, self._strides, self._params, strict=False
-            )
-        )
-        same = all(map(operator.is_, self._kept, self._moments()))
-        return lying and same and len(grads) == len(self._params)
-
-    def step(self, group: dict[str, Any], found_inf: Tensor | None) -> bool:
+    def step(self, group: dict[str, Any], found_inf: Tensor | None) -> None:
         """See `Prepared`."""
         params, count = self._params, len(self._params)
         grads = [p.grad for p in params if p.grad is not None]
-        if not self._is_as_it_was(grads):
-            return False
         if group["weight_decay"] != 0:
             rate = group["lr"] * group["weight_decay"]
             if found_inf is not None:
@@ -297,7 +288,11 @@ class _FusedAdamW:
         )
         if found_inf is not None:
             torch._foreach_sub_(steps, [found_inf] * count)
-        return True
+
+
+def _moments(states: Sequence[Mapping[str, Tensor]]) -> list[Any]:
+    keys = ("exp_avg", "exp_avg_sq", "step")
+    return [state.get(key) for key in keys for state in states]
 
 
 def _dense(param: Tensor) -> Tensor:

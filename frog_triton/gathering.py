@@ -85,6 +85,7 @@ class Gathering:
             else:
                 fallback = FALLBACKS[group["updated_by"]]
                 fallback.complete(state[param], param, names[param])
+            _check_shapes(names[param], param, state[param])
         move_state(state, group, params)
 
     def bring(
@@ -119,3 +120,14 @@ class Gathering:
                 torch._foreach_add_(counters, [taken] * len(counters))
             else:
                 torch._foreach_add_(counters, taken)
+
+
+def _check_shapes(name: str, param: nn.Parameter, own: dict[str, Any]) -> None:
+    """Raise ValueError for state that a parameter has outgrown."""
+    for key, value in own.items():
+        if isinstance(value, Tensor) and value.ndim and value.shape != param.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(param.shape)}, but its {key} "
+                f"{tuple(value.shape)}: was the parameter resized? Remove its entry "
+                "from the optimizer's state to begin anew"
+            )

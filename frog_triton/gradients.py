@@ -211,7 +211,7 @@ class _Mail:
             arrived.append(float(self._sent[1]))
             self._sent = None
         if self._sent is None:
-            copy = torch.empty((), dtype=number.dtype, pin_memory=True)
+            copy = torch.empty((), dtype=number.dtype, device="cpu", pin_memory=True)
             copy.copy_(number, non_blocking=True)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(number.device))

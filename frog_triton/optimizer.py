@@ -89,10 +89,10 @@ class FROG(Inspection):
     loss is scaled up weighs more in the Fisher. So it is with the mean over a smaller
     batch, whose examples weigh more in the averaged gradient, too.
 
-    On a single GPU a step is recorded as a CUDA graph when its like comes a second time,
-    and played from then on: from step to step only gradients and samples lie elsewhere
-    and rates change. Whatever else changes, the step is taken launch by launch.
-    `describe` says how steps are taken.
+    On a single GPU a step is recorded as a CUDA graph when its like comes a second
+    time, and played from then on: from step to step only gradients and samples lie
+    elsewhere and rates change. Whatever else changes, the step is taken launch by
+    launch. `describe` says how steps are taken.
 
     A step in which any gradient is not finite changes nothing, on all ranks alike; see
     `anomalies`. Gradients that grow a thousandfold within a few steps earn a warning,
@@ -337,8 +337,9 @@ class FROG(Inspection):
                 loss = closure()
         check_updated_by(self.param_groups)
         check_groups(self.param_groups)
-        now = self._routines.look(self.param_groups, self.state, self._decided())
-        known = None if now is None else self._routines.find(now)
+        known, now = None, self._circumstances()
+        if now is not None:
+            known = self._routines.find(now, self.state)
         if now is not None and known is not None:
             self._play(known, now)
         else:
@@ -347,6 +348,10 @@ class FROG(Inspection):
         self.capture.next_step()  # drops its samples
         self._stepped = True
         return loss
+
+    def _circumstances(self) -> Circumstances | None:
+        decided, serves = self._decided(), self._assignment.serves
+        return self._routines.look(self.param_groups, self.state, decided, serves)
 
     def _verify(self) -> None:
         """Raise RuntimeError where no step can be made, on all ranks alike."""

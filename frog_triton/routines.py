@@ -22,7 +22,7 @@ from .fallback import FALLBACKS, Prepared
 from .kernels.board import Board, Refused
 from .linalg.precision import tf32_convolutions
 from .routine import MOST_MEMORY, CudaGraph, Graph, Routine, record
-from .step import LayerStep
+from .step import LayerStep, is_mixture
 from .update import Gathered, alike, numbers_of, step_layers
 
 if TYPE_CHECKING:
@@ -76,12 +76,23 @@ class Beside:
     Attributes:
         counted: weights of layers whose steps are counted.
         params: that the fallback updates.
+        needs: what their states must hold.
         prepared: does so, where it can.
     """
 
     counted: Sequence[nn.Parameter] = ()
     params: Sequence[nn.Parameter] = ()
+    needs: frozenset[str] = frozenset()
     prepared: Prepared | None = None
+
+    def fits(self, state: Mapping[Any, dict[str, Any]]) -> bool:
+        """Whether all is there that `step` will read."""
+        if not all("step" in state.get(w, ()) for w in self.counted):
+            return False
+        own = [state.get(p, {}) for p in self.params]
+        if self.prepared is not None:
+            return self.prepared.fits(own)
+        return all(self.needs <= held.keys() for held in own)
 
     def step(
         self,
@@ -92,9 +103,9 @@ class Beside:
         """Do it; see `Fallback.step`."""
         if self.counted:
             torch._foreach_add_([state[w]["step"] for w in self.counted], 1)
-        if self.prepared is not None and self.prepared.step(group, found_inf):
-            return
-        if self.params:
+        if self.prepared is not None:
+            self.prepared.step(group, found_inf)
+        elif self.params:
             own = [state[p] for p in self.params]
             fallback = FALLBACKS[group["updated_by"]]
             fallback.step(self.params, own, group, found_inf)
@@ -152,6 +163,7 @@ class Routines:
         self._kept: OrderedDict[Hashable, KnownStep] = OrderedDict()
         self._met: OrderedDict[Hashable, str] = OrderedDict()  # why not recorded
         self._recorded = 0
+        self._served: dict[Hashable, list[bool]] = {}
         self._last: Hashable = None
         self._alike = 0  # steps in a row
         self.graphs = graphs
@@ -161,6 +173,7 @@ class Routines:
         """Forget everything, and free its memory."""
         self._kept.clear()
         self._met.clear()
+        self._served.clear()
 
     def summary(self) -> str:
         """One line on how steps are taken, where there is something to say."""
@@ -180,14 +193,16 @@ class Routines:
         groups: Sequence[dict[str, Any]],
         state: Mapping[Any, dict[str, Any]],
         decided: Hashable | None,
+        serves: Callable[[nn.Parameter], bool],
     ) -> Circumstances | None:
         """The circumstances of the step that is due; None if it cannot be recorded.
 
         Args:
             groups: parameter groups.
             state: of the parameters.
-            decided: circumstances beyond parameters and samples; None where a step must
-                be thought through, whatever was before.
+            decided: who updates what; None where a step must be thought through,
+                whatever was before.
+            serves: whether FROG updates a parameter, as far as is decided.
         """
         device = next((p.device for g in groups for p in g["params"]), None)
         if decided is None or device is None or self.graphs(device) is None:
@@ -198,26 +213,33 @@ class Routines:
         addresses: list[int] = []
         numbers = []
         for group in groups:
-            keys += (_options(group), *map(id, group["params"]))
-            ours = group["updated_by"] == "frog"
-            if ours:
+            ids = tuple(map(id, group["params"]))
+            keys += (_options(group), ids)
+            if group["updated_by"] == "frog":
                 values = tuple(group[name] for name in NUMBERS)
                 if any(isinstance(v, Tensor) and not v.is_cpu for v in values):
                     self.refused = "a number of a group lies on the device"
                     return None
                 numbers.append(tuple(map(float, values)))
-            own = state if ours else None
-            if not _look_at(group["params"], own, keys, moving, addresses):
-                self.refused = "gradients are no plain tensors"
+            if (decided, ids) not in self._served:
+                self._served[decided, ids] = [serves(p) for p in group["params"]]
+            served = zip(group["params"], self._served[decided, ids], strict=True)
+            why = _look_at(served, state, keys, moving, addresses)
+            if why is not None:
+                self.refused = why
                 return None
+        if not any(grad.numel() for grad in moving):
+            return None
         for name, call in self._capture.as_calls():
             if call is None:
                 self.refused = f"samples of {name} are of several calls"
                 return None
             keys += (name, id(call.module), call.adapter)
+            if call.adapter is not None:
+                keys.append(call.adapter.reads_by(call.module))
             for tensor in (call.x, call.y):
                 address = tensor.data_ptr()
-                keys += (tensor.shape, *_layout(tensor, address))
+                keys += _layout(tensor, address)
                 moving.append(tensor)
                 addresses.append(address)
         keys += ((n, c.data_ptr()) for n, c in self._anomalies.counts.items())
@@ -229,11 +251,14 @@ class Routines:
             return None
         return Circumstances(key, decided, moving, addresses, numbers)
 
-    def find(self, now: Circumstances) -> KnownStep | None:
-        """What was recorded in such circumstances."""
+    def find(
+        self, now: Circumstances, state: Mapping[Any, dict[str, Any]]
+    ) -> KnownStep | None:
+        """What was recorded in such circumstances, if the fallback's state fits."""
         found = self._kept.get(now.key)
-        if found is not None:
-            self._kept.move_to_end(now.key)
+        if found is None or not all(beside.fits(state) for beside in found.beside):
+            return None
+        self._kept.move_to_end(now.key)
         return found
 
     def play(self, known: KnownStep, now: Circumstances) -> Tensor:
@@ -281,6 +306,9 @@ class Routines:
             self.refused = self._met[now.key] = "it is on several devices"
             return
         steps = [step for some in gathered for step in some.steps]
+        if any(is_mixture(step.layer) or step.homes for step in steps):
+            self.refused = self._met[now.key] = "of experts, or rows that lie apart"
+            return
         counters = [*self._anomalies.counts.values(), *self._gradients.tensors()]
         words = WORDS_A_LAYER * (8 + len(steps)) + 2 * len(grads)
         work = partial(self._work, gathered, grads)
@@ -289,8 +317,12 @@ class Routines:
         try:
             routine = record(make(), work, *how)
             _check_memory(routine, device)
-        except (Refused, RuntimeError) as error:  # torch's, of what cannot be captured
-            self.refused = self._met[now.key] = str(error) or type(error).__name__
+        except Refused as error:
+            self.refused = self._met[now.key] = str(error)
+            return
+        except RuntimeError as error:  # torch's, of what no graph can hold
+            self.refused = str(error) or type(error).__name__
+            self.graphs = lambda device: None  # what it has left is not known
             return
         self._recorded += 1
         beside = [_beside(some, state) for some in gathered]
@@ -307,7 +339,8 @@ class Routines:
     ) -> tuple[Tensor, Tensor]:
         """All that is recorded of a step."""
         largest = self._gradients.look(grads)
-        assert largest is not None
+        if largest is None:
+            raise Refused("no gradient has entries")
         found_inf = (~torch.isfinite(largest)).float()
         self._gradients.count_skipped(found_inf)
         ours = [some for some in gathered if some.group["updated_by"] == "frog"]
@@ -332,7 +365,7 @@ def _beside(some: Gathered, state: Mapping[Any, dict[str, Any]]) -> Beside:
         return Beside()
     fallback = FALLBACKS[some.group["updated_by"]]
     prepared = fallback.prepare(some.params, [state[p] for p in some.params])
-    return Beside(params=some.params, prepared=prepared)
+    return Beside(params=some.params, needs=fallback.keys, prepared=prepared)
 
 
 def _own(steps: Iterable[LayerStep]) -> Iterator[Tensor]:
@@ -361,42 +394,47 @@ def _options(group: Mapping[str, Any]) -> Hashable:
 
 
 def _look_at(
-    params: Sequence[Tensor],
-    state: Mapping[Any, dict[str, Any]] | None,
+    params: Iterable[tuple[Tensor, bool]],
+    state: Mapping[Any, dict[str, Any]],
     keys: list[Hashable],
     moving: list[Tensor],
     addresses: list[int],
-) -> bool:
-    """Add what parameters bring; whether the step can be recorded with them.
+) -> str | None:
+    """Add what parameters bring.
 
     Args:
-        params: of a group.
-        state: of parameters that FROG updates; None for the fallback's.
+        params: of a group, each with whether FROG updates it.
+        state: of all parameters.
         keys: gains what decides about launches.
         moving: gains gradients.
         addresses: gains theirs.
+
+    Returns:
+        Why the step cannot be recorded with them; None if it can.
     """
-    for param in params:
+    for param, ours in params:
         grad = param.grad
         if grad is None:
             keys.append(None)
             continue
-        if type(grad) is not Tensor or grad.layout != torch.strided:
-            return False
+        if type(grad) is not Tensor or grad.layout != torch.strided or grad.is_neg():
+            return "gradients are no plain tensors"
         address = grad.data_ptr()
         keys += _layout(grad, address)
         moving.append(grad)
         addresses.append(address)
-        if state is None:
+        if not ours:
             continue
         momentum = state.get(param, {}).get("momentum_buffer")
         if momentum is None:
-            return False
+            return ""  # made by this step
         for own in (param, momentum):
-            keys += (own.data_ptr(), own.dtype, own.stride())
-    return True
+            keys += _layout(own, own.data_ptr())
+            keys.append(own.data_ptr())
+    return None
 
 
 def _layout(tensor: Tensor, address: int) -> tuple[Hashable, ...]:
-    """What a launch is made for beside the shape; of an address its alignment."""
-    return tensor.stride(), tensor.dtype, tensor.get_device(), address & 15
+    """What a launch is made for; of an address its alignment."""
+    form = (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device())
+    return (*form, address & 15)

@@ -222,12 +222,12 @@ def no_samples(
 
 
 def _without_overlap(grad: Tensor) -> Tensor:
-    """The gradient, or a copy of one whose entries share memory, as if expanded."""
+    """The gradient; a copy if its entries share memory, or wait for their signs."""
     overlaps = any(
         size > 1 and stride == 0
         for size, stride in zip(grad.shape, grad.stride(), strict=True)
     )
-    return grad.contiguous() if overlaps else grad
+    return grad.contiguous() if overlaps else grad.resolve_neg()
 
 
 def narrow(rows: Rows, index: slice) -> Rows:

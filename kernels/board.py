@@ -43,7 +43,10 @@ class Pages:
             return
         room = self.words + self.words // 4 + 1024
         if self.spare is None or len(self.spare) < room:
-            self.spare = torch.zeros(room, dtype=torch.int64, pin_memory=True)
+            host = torch.device("cpu")  # whatever device is the default
+            self.spare = torch.zeros(
+                room, dtype=torch.int64, device=host, pin_memory=True
+            )
 
     def take(self) -> Tensor:
         """The page for a graph that is being captured."""
@@ -111,7 +114,7 @@ def uploaded(words: Sequence[int], device: torch.device) -> Tensor:
     # Pinned memory of the caching allocator: it is not given away again before the
     # copy has been made.
     pinned = device.type == "cuda"
-    host = torch.empty(len(words), dtype=torch.int64, pin_memory=pinned)
+    host = torch.empty(len(words), dtype=torch.int64, device="cpu", pin_memory=pinned)
     host.numpy()[:] = words
     return host.to(device, non_blocking=True)
 
@@ -228,11 +231,15 @@ class Board:
         now = self._words[: self._used]
         if self._sent is not None and np.array_equal(self._sent, now):
             return False
-        self._sent = now.copy()
-        on_gpu = self._block.is_cuda
-        host = torch.empty(self._used, dtype=torch.int64, pin_memory=on_gpu)  # as above
+        host = torch.empty(
+            self._used,
+            dtype=torch.int64,
+            device="cpu",
+            pin_memory=self._block.is_cuda,  # as above
+        )
         host.numpy()[:] = now
         self._block[: self._used].copy_(host, non_blocking=True)
+        self._sent = now.copy()
         return True
 
 

@@ -136,7 +136,8 @@ class Magnitudes:
             self._launches.append((dtype, slice(chunks, len(owner))))
         entries = [tensors[i].numel() for i in self._order]
         numbers = (owner, begin, first, self._order, entries)
-        packed = torch.tensor(list(chain(*numbers))).to(tensors[0].device)
+        listed = torch.tensor(list(chain(*numbers)), device="cpu")
+        packed = listed.to(tensors[0].device)
         parts = packed.split([len(n) for n in numbers])
         self._owner: Tensor
         self._owner, self._begin, self._first, self._places, self._entries = parts

@@ -9,7 +9,9 @@ from tape import Tape
 from torch import nn
 
 from frog_triton import FROG
-from frog_triton.kernels.board import Board, Refused
+from frog_triton.fallback import FALLBACKS, _FusedAdamW
+from frog_triton.kernels.board import Board, Refused, uploaded
+from frog_triton.kernels.magnitudes import Magnitudes
 from frog_triton.kernels.splits import sum_splits
 from frog_triton.kernels.tables import Tables
 from frog_triton.ops import torch_ops
@@ -65,9 +67,9 @@ class Counted:
 class Pair:
     """A net whose steps are recorded, beside its twin's, which are not."""
 
-    def __init__(self, **options):
+    def __init__(self, kind=Net, **options):
         options = {"sample_size": 6, "backend": "triton", "lr": 1e-2} | options
-        nets = [Net().to(DEVICE)]
+        nets = [kind().to(DEVICE)]
         nets.append(copy.deepcopy(nets[0]))
         self.nets = nets
         self.opts = [FROG(net, **options) for net in nets]
@@ -274,6 +276,166 @@ def test_nothing_is_copied_where_nothing_has_changed():
     assert not board.write([x.data_ptr()], [(0.5, 1.0)])
     assert board.write([x.data_ptr()], [(0.5, 2.0)])
     assert board.write([x.data_ptr() + 64], [(0.5, 2.0)])
+
+
+class Taught(Net):
+    """Whose last layer by order is not the last by call, so that FROG takes it back."""
+
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.conv(x))).mean((2, 3))
+        return self.head(torch.tanh(self.extra(x)))
+
+
+def test_layers_taken_back_from_the_fallback_move():
+    pair = Pair(Taught)
+    pair.step(5)
+    assert pair.plays, pair.opts[0]._routines.refused
+    assert pair.opts[0]._assignment.serves(pair.nets[0].extra.weight)
+    plays = pair.plays
+
+    def other_memory(net, opt):
+        for param in net.extra.parameters():
+            pair.hold.append(param.data)
+            param.data = param.data.clone()
+
+    pair.each(other_memory)
+    pair.step(4)
+    assert pair.plays > plays
+
+
+class Experts(nn.Module):
+    num_experts, is_transposed = 3, False
+
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(3, 5, 4))
+
+    def forward(self, x):
+        return torch.bmm(x, self.w1.mT)
+
+
+class Mixture(Net):
+    def __init__(self):
+        super().__init__()
+        self.experts, self.out, self.dead = Experts(), nn.Linear(5, 3), False
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.conv(x))).mean((2, 3)).view(3, -1, 4)
+        if self.dead:
+            x = torch.cat([x[:2], 0 * x[2:]])
+        return self.out(torch.tanh(self.experts(x))).flatten(0, 1)
+
+
+def test_experts_are_left_alone():
+    pair = Pair(Mixture)
+    pair.step(4)
+    pair.each(lambda net, opt: setattr(net, "dead", True))
+    pair.step(2)
+    assert pair.plays == 0
+    assert "experts" in pair.opts[0]._routines.refused
+
+
+def _forget_moments(net, opt):
+    for group in opt.param_groups[1::2]:
+        for param in group["params"]:
+            opt.state.pop(param, None)
+
+
+@pytest.mark.parametrize("fallback", ["sgd", "adamw"])
+def test_state_of_the_fallback_that_is_gone(fallback):
+    pair = Pair(fallback=fallback)
+    pair.step(5)
+    pair.each(_forget_moments)
+    pair.step(2)
+    state = pair.opts[0].state_dict()["state"]
+    assert len(state) == len(list(pair.nets[0].parameters()))
+
+
+def test_prepared_moments_must_be_those_of_the_state():
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))]
+    states = [FALLBACKS["adamw"].init_state(p) for p in params]
+    prepared = _FusedAdamW(params, states)
+    assert prepared.fits(states)
+    assert not prepared.fits([states[0], {}])
+    states[1] = dict(states[1], exp_avg=states[1]["exp_avg"].clone())
+    assert not prepared.fits(states)
+
+
+def test_steps_without_gradients():
+    pair = Pair()
+    pair.step(4)
+    for opt in pair.opts:
+        opt.zero_grad()
+        for _ in range(4):
+            opt.step()
+    pair.compare()
+    pair.step(2)
+
+
+def test_options_of_convolutions_decide_too():
+    pair = Pair(sampling="examples")
+    pair.step(5)
+
+    def change(net, opt):
+        net.conv.dilation = net.conv.padding = (2, 2)
+        net.conv._reversed_padding_repeated_twice = [2, 2, 2, 2]
+
+    pair.each(change)
+    pair.step(4)
+
+
+def test_a_parameter_that_grows():
+    class Words(Net):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(8, 4)
+
+        def forward(self, x):
+            h = F.relu(self.norm(self.conv(x))).mean((2, 3))
+            return self.head(h + self.words(torch.arange(len(h), device=h.device)))
+
+    pair = Pair(Words)
+    pair.step(5)
+
+    def grow(net, opt):
+        weight = net.words.weight
+        weight.data = torch.cat([weight.data, torch.ones_like(weight.data)])
+        weight.grad = None
+
+    pair.each(grow)
+    for net, opt in zip(pair.nets, pair.opts, strict=True):
+        before = copy.deepcopy(net.state_dict())
+        opt.zero_grad()
+        x, y = batch(0)
+        F.cross_entropy(net(x), y).backward()
+        with pytest.raises(ValueError, match=r"words.weight has shape \(16, 4\)"):
+            opt.step()
+        for name, value in net.named_parameters():
+            assert torch.equal(value, before[name])
+        for key in ("exp_avg", "exp_avg_sq"):
+            own = opt.state[net.words.weight]
+            own[key] = torch.cat([own[key], torch.zeros_like(own[key])])
+
+    def spoil(net):
+        net.words.weight.grad[-1] = float("nan")
+
+    pair.step(2)
+    pair.step(spoil=spoil)
+    assert pair.opts[0].anomalies()["model"] == {"skipped_steps": 1}
+
+
+def test_another_default_device():
+    pair = Pair()
+    with torch.device("meta"):
+        board = Board([torch.ones(8, device="cpu")], [], 64, 1, CPU)
+        assert board.write([0], [(0.5,)])
+        assert uploaded([1, 2], CPU).tolist() == [1, 2]
+        assert Magnitudes([torch.ones(3, device="cpu")]) is not None
+    pair.step()
 
 
 class TestWhatIsRefused:

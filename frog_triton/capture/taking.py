@@ -68,6 +68,8 @@ class Taker:
             y_shape: shape of its output, batched.
             key: of the draw.
         """
+        if x.is_neg():  # the kernel reads what lies there
+            x = x.resolve_neg()
         options = adapter.reads_by(module)
         form = (x.shape, x.stride(), x.dtype, x.device, y_shape, adapter, options)
         found = self._inputs.get(form)
@@ -106,6 +108,8 @@ class Taker:
             shape: of the output.
             drawn: from `inputs`.
         """
+        if grad.is_neg():
+            grad = grad.resolve_neg()
         form = (
             *(grad.shape, grad.stride(), grad.dtype, grad.device),
             *(shape, drawn.total, adapter),
