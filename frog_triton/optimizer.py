@@ -19,6 +19,7 @@ from .assignment import Assignment
 from .autotune.tuning import Tuning
 from .capture.capture import SampleCapture
 from .capture.evaluation import FusedInference
+from .circumstances import Circumstances
 from .distributed import find_world
 from .fallback import FALLBACKS, check_updated_by
 from .gathering import Gathering
@@ -32,7 +33,7 @@ from .model.plan import Plan
 from .model.routing import Exclusion
 from .options import Options, check, check_model, scalar
 from .partition import Partition
-from .routines import Circumstances, KnownStep, Routines
+from .routines import KnownStep, Routines
 from .scaling import unscaled
 from .state import STATE_VERSION
 from .unhooked import Known

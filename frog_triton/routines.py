@@ -1,10 +1,7 @@
 """Which steps are recorded, and when a recording may be played.
 
-A step's *circumstances* are all that decides what it launches: parameters, state and
-counters with their addresses, sizes, dtypes and strides of gradients and samples,
-options that are no plain numbers, who updates which layer. A step whose circumstances
-were met before is recorded, and played from then on; the least change, and the step is
-taken launch by launch.
+A step whose circumstances were met before is recorded, and played from then on; the
+least change, and the step is taken launch by launch.
 """
 
 from __future__ import annotations
@@ -18,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .circumstances import NUMBERS, Circumstances, Look
 from .fallback import FALLBACKS, Prepared
 from .kernels.board import Board, Refused
-from .linalg.precision import tf32_convolutions
 from .routine import MOST_MEMORY, CudaGraph, Graph, Routine, record
 from .step import LayerStep, is_mixture
 from .update import Gathered, alike, numbers_of, step_layers
@@ -41,32 +38,8 @@ changing, as lengths of sequences below the sample size do, none is."""
 REMEMBERED = 16
 """Circumstances that are remembered without a recording."""
 
-NUMBERS = ("momentum", "damping", "lr", "weight_decay")
-"""Entries of a group that may differ from step to step; all others may not.
-
-In the order of `Numbers`, where whether the step is skipped comes next."""
-
 WORDS_A_LAYER = 512
 """Of tables: ten of a step, each with up to eight rows and what fills them up."""
-
-
-@dataclass(frozen=True)
-class Circumstances:
-    """Of one step.
-
-    Attributes:
-        key: equal for steps that launch the same.
-        decided: of these, what a step may change itself.
-        moving: gradients and samples, which may lie elsewhere the next time.
-        addresses: of these, now.
-        numbers: of each group.
-    """
-
-    key: Hashable
-    decided: Hashable
-    moving: list[Tensor]
-    addresses: list[int]
-    numbers: list[tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -155,7 +128,7 @@ class Routines:
         world: World,
         formulation: str,
     ) -> None:
-        self._capture = capture
+        self._look = Look(capture, anomalies)
         self._gradients = gradients
         self._anomalies = anomalies
         self._world = world
@@ -163,7 +136,6 @@ class Routines:
         self._kept: OrderedDict[Hashable, KnownStep] = OrderedDict()
         self._met: OrderedDict[Hashable, str] = OrderedDict()  # why not recorded
         self._recorded = 0
-        self._served: dict[Hashable, list[bool]] = {}
         self._last: Hashable = None
         self._alike = 0  # steps in a row
         self.graphs = graphs
@@ -173,7 +145,7 @@ class Routines:
         """Forget everything, and free its memory."""
         self._kept.clear()
         self._met.clear()
-        self._served.clear()
+        self._look.forget()
 
     def summary(self) -> str:
         """One line on how steps are taken, where there is something to say."""
@@ -207,49 +179,9 @@ class Routines:
         device = next((p.device for g in groups for p in g["params"]), None)
         if decided is None or device is None or self.graphs(device) is None:
             return None
-        keys: list[Hashable] = [tf32_convolutions()]
-        self.refused = ""
-        moving: list[Tensor] = []
-        addresses: list[int] = []
-        numbers = []
-        for group in groups:
-            ids = tuple(map(id, group["params"]))
-            keys += (_options(group), ids)
-            if group["updated_by"] == "frog":
-                values = tuple(group[name] for name in NUMBERS)
-                if any(isinstance(v, Tensor) and not v.is_cpu for v in values):
-                    self.refused = "a number of a group lies on the device"
-                    return None
-                numbers.append(tuple(map(float, values)))
-            if (decided, ids) not in self._served:
-                self._served[decided, ids] = [serves(p) for p in group["params"]]
-            served = zip(group["params"], self._served[decided, ids], strict=True)
-            why = _look_at(served, state, keys, moving, addresses)
-            if why is not None:
-                self.refused = why
-                return None
-        if not any(grad.numel() for grad in moving):
-            return None
-        for name, call in self._capture.as_calls():
-            if call is None:
-                self.refused = f"samples of {name} are of several calls"
-                return None
-            keys += (name, id(call.module), call.adapter)
-            if call.adapter is not None:
-                keys.append(call.adapter.reads_by(call.module))
-            for tensor in (call.x, call.y):
-                address = tensor.data_ptr()
-                keys += _layout(tensor, address)
-                moving.append(tensor)
-                addresses.append(address)
-        keys += ((n, c.data_ptr()) for n, c in self._anomalies.counts.items())
-        key = (decided, *keys)
-        try:
-            hash(key)
-        except TypeError:
-            self.refused = "a group has an entry that cannot be compared"
-            return None
-        return Circumstances(key, decided, moving, addresses, numbers)
+        found = self._look.at(groups, state, decided, serves)
+        self.refused = found if isinstance(found, str) else ""
+        return None if isinstance(found, str) or found.device != device else found
 
     def find(
         self, now: Circumstances, state: Mapping[Any, dict[str, Any]]
@@ -299,12 +231,8 @@ class Routines:
         if self._recorded >= KEPT and self._alike < IN_A_ROW:
             self.refused = "circumstances keep changing"
             return
-        device = now.moving[0].device
-        make = self.graphs(device)
+        make = self.graphs(now.device)
         assert make is not None
-        if any(tensor.device != device for tensor in now.moving):
-            self.refused = self._met[now.key] = "it is on several devices"
-            return
         steps = [step for some in gathered for step in some.steps]
         if any(is_mixture(step.layer) or step.homes for step in steps):
             self.refused = self._met[now.key] = "of experts, or rows that lie apart"
@@ -313,10 +241,10 @@ class Routines:
         words = WORDS_A_LAYER * (8 + len(steps)) + 2 * len(grads)
         work = partial(self._work, gathered, grads)
         still = [*counters, *_own(steps)]
-        how = (now.moving, still, words, len(now.numbers), device)
+        how = (now.moving, still, words, len(now.numbers), now.device)
         try:
             routine = record(make(), work, *how)
-            _check_memory(routine, device)
+            _check_memory(routine, now.device)
         except Refused as error:
             self.refused = self._met[now.key] = str(error)
             return
@@ -382,59 +310,3 @@ def _check_memory(routine: Routine, device: torch.device) -> None:
     total = torch.cuda.get_device_properties(device).total_memory
     if routine.held > MOST_MEMORY * total:
         raise Refused(f"it would hold {routine.held / 2**20:.0f} MiB")
-
-
-def _options(group: Mapping[str, Any]) -> Hashable:
-    """Entries of a group that decide what is launched."""
-    return tuple(
-        (name, tuple(value) if isinstance(value, list) else value)
-        for name, value in group.items()
-        if name not in NUMBERS and name != "params"
-    )
-
-
-def _look_at(
-    params: Iterable[tuple[Tensor, bool]],
-    state: Mapping[Any, dict[str, Any]],
-    keys: list[Hashable],
-    moving: list[Tensor],
-    addresses: list[int],
-) -> str | None:
-    """Add what parameters bring.
-
-    Args:
-        params: of a group, each with whether FROG updates it.
-        state: of all parameters.
-        keys: gains what decides about launches.
-        moving: gains gradients.
-        addresses: gains theirs.
-
-    Returns:
-        Why the step cannot be recorded with them; None if it can.
-    """
-    for param, ours in params:
-        grad = param.grad
-        if grad is None:
-            keys.append(None)
-            continue
-        if type(grad) is not Tensor or grad.layout != torch.strided or grad.is_neg():
-            return "gradients are no plain tensors"
-        address = grad.data_ptr()
-        keys += _layout(grad, address)
-        moving.append(grad)
-        addresses.append(address)
-        if not ours:
-            continue
-        momentum = state.get(param, {}).get("momentum_buffer")
-        if momentum is None:
-            return ""  # made by this step
-        for own in (param, momentum):
-            keys += _layout(own, own.data_ptr())
-            keys.append(own.data_ptr())
-    return None
-
-
-def _layout(tensor: Tensor, address: int) -> tuple[Hashable, ...]:
-    """What a launch is made for; of an address its alignment."""
-    form = (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device())
-    return (*form, address & 15)
