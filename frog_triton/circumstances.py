@@ -30,6 +30,27 @@ NUMBERS = ("momentum", "damping", "lr", "weight_decay")
 In the order of `Numbers`, where whether the step is skipped comes next."""
 
 
+class Key:
+    """A long tuple whose hash is found once.
+
+    Args:
+        parts: of which each can be hashed.
+    """
+
+    __slots__ = ("_hash", "_parts")
+
+    def __init__(self, parts: tuple[Hashable, ...]) -> None:
+        self._parts, self._hash = parts, hash(parts)
+
+    def __hash__(self) -> int:
+        """Of all parts."""
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all parts are equal."""
+        return isinstance(other, Key) and self._parts == other._parts
+
+
 @dataclass(frozen=True)
 class Circumstances:
     """Of one step.
@@ -118,9 +139,8 @@ class Look:
         if any(tensor.device != device for tensor in moving):
             return "it is on several devices"
         keys += ((n, c.data_ptr()) for n, c in self._anomalies.counts.items())
-        key = (decided, *keys)
         try:
-            hash(key)
+            key = Key((decided, *keys))
         except TypeError:
             return "a group has an entry that cannot be compared"
         return Circumstances(key, decided, moving, addresses, numbers, device)
@@ -167,12 +187,13 @@ def _look_at(
         addresses.append(address)
         if not ours:
             continue
-        momentum = state.get(param, {}).get("momentum_buffer")
+        held = state.get(param)
+        momentum = None if held is None else held.get("momentum_buffer")
         if momentum is None:
             return ""  # made by this step
-        for own in (param, momentum):
-            keys += _layout(own, own.data_ptr())
-            keys.append(own.data_ptr())
+        # Of the gradient's shape, both; where they lie says on which device.
+        keys += (param.data_ptr(), param.dtype, param.stride())
+        keys += (momentum.data_ptr(), momentum.dtype, momentum.stride())
     return None
 
 

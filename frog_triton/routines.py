@@ -89,12 +89,14 @@ class KnownStep:
     """A step that can be played.
 
     Attributes:
+        key: of its circumstances.
         routine: look at the gradients, solve, update; it finds whether the step was to
             be skipped, and the largest gradient.
         beside: of each group.
         held: what the routine reads and writes, and who else holds it may let go.
     """
 
+    key: Hashable
     routine: Routine
     beside: Sequence[Beside]
     held: Sequence[Tensor]
@@ -190,7 +192,7 @@ class Routines:
         found = self._kept.get(now.key)
         if found is None or not all(beside.fits(state) for beside in found.beside):
             return None
-        self._kept.move_to_end(now.key)
+        self._kept.move_to_end(found.key)
         return found
 
     def play(self, known: KnownStep, now: Circumstances) -> Tensor:
@@ -254,7 +256,7 @@ class Routines:
             return
         self._recorded += 1
         beside = [_beside(some, state) for some in gathered]
-        self._kept[now.key] = KnownStep(routine, beside, counters)
+        self._kept[now.key] = KnownStep(now.key, routine, beside, counters)
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
 
