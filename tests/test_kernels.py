@@ -4,6 +4,7 @@ More than 400 lines: a test for each kernel, on shared inputs.
 """
 
 import inspect
+import math
 
 import numpy as np
 import oracles
@@ -13,6 +14,7 @@ from cases import PAPER, ROUNDING, precondition, without_tensors
 from torch import Tensor, nn
 
 from frog_triton import FROG
+from frog_triton.kernels import magnitudes
 from frog_triton.kernels.gram import GRAM
 from frog_triton.kernels.launch import recording
 from frog_triton.kernels.splits import SUM_SPLITS
@@ -176,6 +178,34 @@ def test_weights_of_samples_that_are_not_finite(bad):
     expected[1, 20:] = torch_ops.NON_FINITE
     assert torch.equal(status, expected)
     assert not weights.transpose(1, 2)[status != 0].any()
+
+
+@pytest.mark.parametrize("dtypes", [(F32,), (F32, BF16, torch.float16)])
+def test_magnitudes(dtypes):
+    """Exact: no entry is added to another; around whole blocks, and chunks."""
+    block = magnitudes.MagnitudesConfig().BLOCK
+    sides = (1, block, magnitudes.CHUNK, 2 * magnitudes.CHUNK)
+    sizes = [size + more for size in sides for more in (-1, 0, 1)]
+    tensors = [
+        randn(size, seed=i).to(dtypes[i % len(dtypes)]) for i, size in enumerate(sizes)
+    ]
+    tensors[1] = torch.zeros_like(tensors[1])
+    tensors.append(randn(4, 6, 5, 3).to(memory_format=torch.channels_last))
+    tensors[3][17], tensors[6][-1] = float("nan"), float("-inf")
+    tensors[7][-1] = tensors[11][-1] = -50.0
+    expected = []
+    for tensor in tensors:
+        largest = max((abs(x) for x in tensor.double().flatten().tolist()), default=0)
+        finite = torch.isfinite(tensor).all()
+        expected.append(largest if finite else math.inf)
+    kept = {}
+    for _ in range(2):  # what is kept serves again
+        found = triton_ops.magnitudes(tensors, kept)
+        assert found.tolist() == expected
+    assert len(kept) == 1
+    gaps = [tensors[10][::2], tensors[11]]  # torch's own serve what is not dense
+    expected = [float(t.double().abs().max()) for t in gaps]
+    assert triton_ops.magnitudes(gaps, kept).tolist() == expected
 
 
 def strided(rows, how):

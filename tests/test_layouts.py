@@ -95,7 +95,11 @@ def solved(ops, name, layouts, formulation, nesterov, dtype):
 @pytest.mark.parametrize("formulation", ["gram", "primal", "directions"])
 @pytest.mark.parametrize("name", MODULES)
 def test_any_layout_is_the_same_step(name, formulation, nesterov):
-    """The very bits of dense rows, and those are float64's but for rounding."""
+    """The very bits of dense rows, and those are float64's but for rounding.
+
+    In the interpreter, that is: compiled code may add a row up in another order where
+    it lies otherwise (one rounding, measured for a transposed convolution's rows).
+    """
     how = (formulation, nesterov)
     plain = solved(triton_ops, name, (dense,) * 3, *how, torch.float32)
     exact = solved(torch_ops, name, (dense,) * 3, *how, torch.float64)
