@@ -116,7 +116,7 @@ def products(batch: Batch) -> dict[str, Launch]:
     """Launches of one forward and one adjoint product from the middle of a solve."""
     with recording() as launches:
         solved(batch, "primal", iters=3)
-    middle = [a for a in launches if not a.args.get("FIRST", True)]
+    middle = [a for a in launches.parts if not a.args.get("FIRST", True)]
     named = {
         "forward": [a for a in middle if a.kernel is PRIMAL_FORWARD],
         "adjoint": [

@@ -110,7 +110,7 @@ def rows(bucket: Bucket, formulation: str) -> list[Launch]:
         FORMULATIONS[formulation](triton_ops, replace(batch, grads=None), bucket.iters)
         if batch.xs[0].window is not None:
             triton_ops.write_out(batch.xs, batch.ys)
-    return made
+    return made.parts
 
 
 def _empty(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -121,7 +121,7 @@ def look(dtype: str) -> list[Launch]:
     """Launches of the look at the gradients."""
     with recording(run=False) as made:
         triton_ops.magnitudes([_empty((8, 8), DTYPES[dtype])], {})
-    return made
+    return made.parts
 
 
 def gather(samples: int, dtype: str) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -18,9 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from .. import FROG, ops, optimizer
 from ..eager import eager_work
+from ..kernels.bundle import Bundle
 from ..kernels.launch import Launch, recording
+from ..linalg.rows import Rows
 from ..presets import SAMPLINGS
 from ..solve import orthogonal
+from ..update import Job, in_turn
 from .models import resnet
 from .train.models import GPT
 
@@ -113,9 +116,10 @@ def triton_anywhere(device: torch.device) -> Iterator[Callable[[], None]]:
 
     taken = mock.patch.object(ops, "resolve", lambda *_: triton_ops)
     idle = mock.patch.object(Launch, "run", _pretend)
+    bound = mock.patch.object(Bundle, "run", lambda bundle: bundle.bound)
     unread = mock.patch.object(optimizer, "may_read", lambda *_: False)
     unseen = mock.patch.object(orthogonal, "on_host", lambda _: False)
-    with taken, idle, unread, unseen, recording() as launches:
+    with taken, idle, bound, unread, unseen, recording() as launches:
 
         def forget() -> None:
             launches.clear()
@@ -140,9 +144,9 @@ class Silence:
         """See `frog_triton.routine.Graph`; what is recorded is done, too."""
         return nullcontext()
 
-    def branch(self, entries: int) -> AbstractContextManager[Any]:
+    def spread(self, jobs: Sequence[Job]) -> list[Rows]:
         """See `frog_triton.routine.Graph`."""
-        return nullcontext()
+        return in_turn(jobs)
 
     def replay(self) -> None:
         """Do nothing."""

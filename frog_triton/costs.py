@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .capture.capture import SAMPLINGS
 from .counting import CountedStep, sampled, stand_ins, without_memory
 from .eager import Launched
-from .kernels.gpu import GPUS
+from .kernels.gpu import GPUS, assuming
 from .kernels.work import Work
 from .layers import ConvMap, LinearMap, Seen, adapter_for
 from .model.plan import Layer
@@ -25,13 +25,13 @@ from .solve.launches import Bucket, LayerShape
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One line of a report; launches are those of all layers of its geometry.
+    """One line of a report.
 
     Attributes:
         layer: the layer.
         formulation: ``"primal"`` or ``"gram"``.
-        shared_by: how many layers share the launches.
-        launches: of the geometry.
+        shared_by: how many layers are of its geometry, and share their launches.
+        launches: of the geometry; those of others may be parts of the same.
         operations: of this layer.
         bytes: through device memory, of this layer.
         state_bytes: what the optimizer keeps for it.
@@ -58,7 +58,8 @@ class Cost:
         layers: a line each, for their solve and update.
         gpu: whose rates the floor is for.
         launched: launches by name: of kernels, of torch's operations, and copies from
-            the host. Those of `layers` are among them, and those of `beside`.
+            the host. Those of `layers` are among them, many as parts of one that serves
+            several geometries, and those of `beside`.
         beside: launches that belong to no geometry: that draw ``"samples"`` in forward
             and backward passes, look at the ``"gradients"``, and bring ``"numbers"``
             such as the rate to the device.
@@ -185,14 +186,11 @@ def cost(
     shaped = [(shape, without_memory(x, param_dtype)) for shape, x in served]
     step = CountedStep(shaped, dtypes, group)
     lines: dict[str, LayerCost] = {}
-    everything: list[Launched] = []
     for members in step.geometries():
         count, shape = len(members), step.shape(members[0])
         bucket = Bucket(shape, count, cg_iters, nesterov, dtypes)
         chosen = choose(bucket, GPUS[gpu]) if formulation == "auto" else formulation
-        launched = step.solve(members, chosen)
-        everything += launched
-        done, floor = _summed(launched, gpu)
+        done, floor = _summed(step.solve(members, chosen), gpu)
         for member in members:
             shape = step.shape(member)
             lines[shape.name] = LayerCost(
@@ -206,6 +204,8 @@ def cost(
                 sum(sampled(shape)) * sample_dtype.itemsize,
                 floor / count,
             )
+    with assuming(GPUS[gpu]):
+        everything = step.solve(None, formulation)
     beside = step.beside()
     everything += chain(*beside.values())
     total, floor = _summed(everything, gpu)

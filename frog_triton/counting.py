@@ -112,13 +112,21 @@ class CountedStep:
         """Of a layer."""
         return self._shapes[step.layer.name]
 
-    def solve(self, steps: Sequence[LayerStep], formulation: str) -> list[Launched]:
-        """Momentum, solve and update of layers of one geometry."""
+    def solve(
+        self, steps: Sequence[LayerStep] | None, formulation: str
+    ) -> list[Launched]:
+        """Momentum, solve and update.
+
+        Args:
+            steps: layers; None for all.
+            formulation: ``"primal"``, ``"gram"`` or ``"auto"``.
+        """
+        some = self._steps if steps is None else steps
 
         def run() -> None:
             how = (self._group, self._numbers, formulation, self._counts)
-            step_layers(self._world, steps, *how)
-            for step in steps:
+            step_layers(self._world, some, *how)
+            for step in some:
                 step.write_back()
 
         return self._counted(run)

@@ -14,7 +14,7 @@ refused is taken launch by launch, as before.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -23,21 +23,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .kernels.board import Board, Refused, placing_on
-from .kernels.launch import Launch, showing
+from .kernels.bundle import SIZES_ALONE
+from .kernels.launch import Made, showing
+from .linalg.rows import Rows
+from .update import Job
 
 MOST_MEMORY = 1 / 16
 """Of a GPU's memory that one recording may hold for what its launches hand on."""
 
 
-SIZES_ALONE = frozenset(
-    f"aten::{name}"
-    for what in ("empty", "zeros", "ones", "full")
-    for name in (f"new_{what}", f"{what}_like")
-) | {"aten::new_empty_strided"}
-"""Operations that read nothing of a tensor that they are given."""
-
 BRANCHES = 8
-"""Streams that geometries are spread over: kernels of small ones leave a GPU idle."""
+"""Streams that directions are orthogonalized on, a geometry on one: products of small
+ones leave a GPU idle."""
 
 LARGE = 2**22
 """Entries of a geometry that fills a GPU by itself.
@@ -53,12 +50,8 @@ class Graph(Protocol):
     def recording(self) -> Any:
         """A context whose work is recorded, not done."""
 
-    def branch(self, entries: int) -> AbstractContextManager[Any]:
-        """A context whose work need not wait for that of other branches.
-
-        Args:
-            entries: that it works on.
-        """
+    def spread(self, jobs: Sequence[Job]) -> list[Rows]:
+        """Do jobs that do not depend on each other, at the same time."""
 
     def replay(self) -> None:
         """Do the recorded work, at the same addresses."""
@@ -80,7 +73,6 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
         self._trunk: torch.cuda.Stream | None = None
         self._branches: list[torch.cuda.Stream] = []
-        self._begun = [0, 0]  # small and large
         self.held = 0
 
     @contextmanager
@@ -96,26 +88,33 @@ class CudaGraph:
             try:
                 yield
             finally:
-                for branch in self._branches:
-                    trunk.wait_stream(branch)
-                self._branches.clear()
                 self._graph.capture_end()
         here.wait_stream(trunk)
         self.held = torch.cuda.memory_reserved(self._device) - before
 
-    @contextmanager
-    def branch(self, entries: int) -> Iterator[None]:
-        """See `Graph`: the next of the streams, after what the trunk has done."""
+    def spread(self, jobs: Sequence[Job]) -> list[Rows]:
+        """See `Graph`: each on one of the streams, all of which are waited for.
+
+        What the jobs hold stays until then: no stream reuses what another still reads.
+        """
         assert self._trunk is not None
-        large = entries >= LARGE
-        place = self._begun[large] % (BRANCHES_OF_LARGE if large else BRANCHES)
-        self._begun[large] += 1
-        while len(self._branches) <= place:
-            self._branches.append(torch.cuda.Stream(self._device))
-        branch = self._branches[place]
-        branch.wait_stream(self._trunk)
-        with torch.cuda.stream(branch):
-            yield
+        found: list[Rows] = []
+        begun = [0, 0]  # small and large
+        try:
+            for entries, job in jobs:
+                large = entries >= LARGE
+                place = begun[large] % (BRANCHES_OF_LARGE if large else BRANCHES)
+                begun[large] += 1
+                while len(self._branches) <= place:
+                    self._branches.append(torch.cuda.Stream(self._device))
+                branch = self._branches[place]
+                branch.wait_stream(self._trunk)
+                with torch.cuda.stream(branch):
+                    found.append(job())
+        finally:
+            for branch in self._branches:
+                self._trunk.wait_stream(branch)
+        return found
 
     def replay(self) -> None:
         """See `Graph`."""
@@ -200,11 +199,11 @@ class _Watch(TorchDispatchMode):
         self.launches = 0
         self.operations = 0
 
-    def look(self, launch: Launch) -> None:
+    def look(self, launch: Made) -> None:
         """Raise Refused if a launch has got an address that may change."""
         self.launches += 1
-        for tensor in launch.args.values():
-            if isinstance(tensor, Tensor) and not self._board.lies_still(tensor):
+        for tensor in launch.tensors():
+            if not self._board.lies_still(tensor):
                 raise Refused(f"{launch.name} of a tensor that may lie elsewhere")
 
     def __torch_dispatch__(

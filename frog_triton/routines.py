@@ -20,7 +20,7 @@ from .fallback import FALLBACKS, Prepared
 from .kernels.board import Board, Refused
 from .routine import MOST_MEMORY, CudaGraph, Graph, Routine, record
 from .step import LayerStep, is_mixture
-from .update import Gathered, alike, numbers_of, step_layers
+from .update import Gathered, numbers_of, step_layers
 
 if TYPE_CHECKING:
     from .anomalies import Anomalies
@@ -38,8 +38,9 @@ changing, as lengths of sequences below the sample size do, none is."""
 REMEMBERED = 16
 """Circumstances that are remembered without a recording."""
 
-WORDS_A_LAYER = 512
-"""Of tables: ten of a step, each with up to eight rows and what fills them up."""
+WORDS_A_LAYER = 1024
+"""Of tables: some fifteen of a step, with eight rows each and what fills them up, and
+the arguments of as many launches that are parts of a bundle, up to forty each."""
 
 
 @dataclass(frozen=True)
@@ -279,12 +280,9 @@ class Routines:
             numbers = numbers_of(group, found_inf)
             numbers.vectors[vector.device] = vector
             how = (group, numbers, self._formulation, self._anomalies.counts)
-            for some in alike(steps):
-                entries = sum(step.params.weight.numel() for step in some)
-                with graph.branch(entries):
-                    step_layers(self._world, some, *how)
-                    for step in some:
-                        step.write_back()
+            step_layers(self._world, steps, *how, spread=graph.spread)
+            for step in steps:
+                step.write_back()
         return found_inf, largest
 
 

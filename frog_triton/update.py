@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from .autotune.tuning import Tuning
 from .linalg.numbers import Numbers
 from .linalg.rows import Rows
 from .model.plan import Layer
+from .ops.backend import Backend
 from .preconditioner import solve
 from .scaling import Left, leaving
 from .solve import Batch, Solution, together
@@ -40,6 +43,10 @@ class Directions(Protocol):
 
     def rows(self) -> Rows:
         """The directions written out, ``(L, R, D)``."""
+
+    @property
+    def backend(self) -> Backend:
+        """Serves them."""
 
     def step_along_(self, rows: Rows, numbers: Numbers) -> None:
         """Equation (5) along other directions, in place.
@@ -75,6 +82,11 @@ class Solved(NamedTuple):
         """See `Directions`."""
         return self.solution.finite
 
+    @property
+    def backend(self) -> Backend:
+        """See `Directions`."""
+        return self.steps[0].backend
+
     def rows(self) -> Rows:
         """See `Directions`."""
         return self.solution.rows()
@@ -82,7 +94,7 @@ class Solved(NamedTuple):
     def step_along_(self, rows: Rows, numbers: Numbers) -> None:
         """See `Directions`; counts anomalies, too."""
         params, solution = [step.params for step in self.steps], self.solution
-        self.steps[0].backend.direction_update_(
+        self.backend.direction_update_(
             params,
             rows,
             solution.status,
@@ -95,6 +107,28 @@ class Solved(NamedTuple):
         """Equation (5) along the directions as they are; counts anomalies, too."""
         params = [step.params for step in self.steps]
         self.solution.update_(params, self.counts)
+
+
+T = TypeVar("T")
+
+
+def side_by_side(
+    some: Sequence[Directions], jobs: Sequence[Callable[[], T]]
+) -> list[T]:
+    """See `Backend.side_by_side`."""
+    return some[0].backend.side_by_side(jobs) if some else []
+
+
+Job = tuple[int, Callable[[], Rows]]
+"""How many entries it works on, and what does it."""
+
+Spread = Callable[[Sequence[Job]], list[Rows]]
+"""Does jobs that do not depend on each other."""
+
+
+def in_turn(jobs: Sequence[Job]) -> list[Rows]:
+    """One after the other."""
+    return [job() for _, job in jobs]
 
 
 class Gathered(NamedTuple):
@@ -167,6 +201,7 @@ def step_layers(
     formulation: str,
     counts: Mapping[str, Tensor],
     observe: Callable[..., None] | None = None,
+    spread: Spread = in_turn,
 ) -> dict[str, str]:
     """Momentum, solve and update of all layers, those of one geometry together.
 
@@ -178,6 +213,7 @@ def step_layers(
         formulation: ``"primal"``, ``"gram"`` or ``"auto"``.
         counts: of each layer by name, as in `Solved`; updated in place.
         observe: called with layers, solution and group between solve and update.
+        spread: orthogonalizes several geometries.
 
     Returns:
         How each layer was solved, in words.
@@ -186,14 +222,29 @@ def step_layers(
     here = world.own(steps, numbers, group["nesterov"])
     solved = solutions(here, group, numbers, formulation, counts, observe, how)
     if group["orthogonalize"]:
-        for whole in world.whole(steps, solved, numbers):
-            z = orthogonalize(whole.rows(), whole.finite, whole.groups)
-            whole.step_along_(z, numbers)
+        for some in world.whole(steps, solved, numbers):
+            _step_orthogonalized(some, numbers, spread)
     else:
-        for some in solved:
-            some.update_()
+        for portion in solved:
+            side_by_side(portion, [each.update_ for each in portion])
         world.share_rows(steps)
     return how
+
+
+def _step_orthogonalized(
+    some: Sequence[Directions], numbers: Numbers, spread: Spread
+) -> None:
+    """Equation (5) along directions with singular values near one."""
+    rows = side_by_side(some, [each.rows for each in some])
+    jobs = [
+        (z.weight.numel(), partial(orthogonalize, z, each.finite, each.groups))
+        for each, z in zip(some, rows, strict=True)
+    ]
+    steps = [
+        partial(each.step_along_, z, numbers)
+        for each, z in zip(some, spread(jobs), strict=True)
+    ]
+    side_by_side(some, steps)
 
 
 def solutions(
@@ -204,8 +255,8 @@ def solutions(
     counts: Mapping[str, Tensor],
     observe: Callable[..., None] | None,
     how: dict[str, str],
-) -> Iterator[Solved]:
-    """Solve layers, those of one geometry together; see `step_layers`.
+) -> Iterator[list[Solved]]:
+    """Solve layers, those of one geometry together, a portion at a time.
 
     Args:
         steps: of the rows that are solved here.
@@ -216,15 +267,19 @@ def solutions(
         observe: called after each solve.
         how: is told how each layer was solved.
     """
-    for bucket, solution in _solutions(steps, group, numbers, formulation):
-        if observe is not None:
-            observe(bucket, solution, group)
-        for step in bucket:
-            count = step.x.samples * step.x.positions
-            how[step.layer.name] = f"{solution.formulation}, N = {count}"
-        counted = bucket if solution.has_anomalies else []
-        counters = [_counter(counts[s.layer.name], s.counted) for s in counted]
-        yield Solved(bucket, solution, [counter for _, counter in counters])
+    for portion in _solutions(steps, group, numbers, formulation):
+        solved, counters = [], []
+        for bucket, solution in portion:
+            if observe is not None:
+                observe(bucket, solution, group)
+            for step in bucket:
+                count = step.x.samples * step.x.positions
+                how[step.layer.name] = f"{solution.formulation}, N = {count}"
+            counted = bucket if solution.has_anomalies else []
+            each = [_counter(counts[s.layer.name], s.counted) for s in counted]
+            solved.append(Solved(bucket, solution, [counter for _, counter in each]))
+            counters += each
+        yield solved
         for part, counter in counters:
             if part is not counter:
                 part += counter
@@ -235,8 +290,8 @@ def _solutions(
     group: dict[str, Any],
     numbers: Numbers,
     formulation: str,
-) -> Iterator[tuple[list[LayerStep], Solution]]:
-    """Layers of one geometry each, with their solution."""
+) -> Iterator[list[tuple[list[LayerStep], Solution]]]:
+    """Portions: layers of one geometry each, with their solution."""
     iters, nesterov = group["cg_iters"], group["nesterov"]
     joined: dict[Hashable, list[LayerStep]] = {}
     alone = []
@@ -251,13 +306,19 @@ def _solutions(
             if solution is None:
                 alone.append(some[i])
             else:
-                yield [some[i]], solution
-    for bucket in alike(alone):
+                yield [([some[i]], solution)]
+
+    def solved(bucket: Sequence[LayerStep]) -> Solution:
         finite = [step.finite for step in bucket if step.finite is not None]
         rows = torch.stack(finite) if finite else None
         batch = _batch(bucket, numbers, nesterov, rows)
         backend = bucket[0].backend
-        yield bucket, solve(backend, batch, cg_iters=iters, formulation=formulation)
+        return solve(backend, batch, cg_iters=iters, formulation=formulation)
+
+    for portion in portions(alike(alone)):
+        jobs = [partial(solved, bucket) for bucket in portion]
+        backend = portion[0][0].backend
+        yield list(zip(portion, backend.side_by_side(jobs), strict=True))
 
 
 def _batch(
@@ -289,18 +350,23 @@ def advance_momentum(
     Returns:
         The steps, without gradients; their momentum is what to precondition.
     """
-    advanced = []
-    for bucket in alike(steps):
+
+    def advance(bucket: Sequence[LayerStep]) -> list[LayerStep]:
         ms, _, finite = bucket[0].backend.momentum_(
             [step.momentum for step in bucket],
             [step.grads for step in bucket if step.grads is not None],
             numbers,
             nesterov,
         )
-        advanced += [
+        return [
             replace(step, momentum=m, grads=None, finite=rows)
             for step, m, rows in zip(bucket, ms, finite, strict=True)
         ]
+
+    advanced: list[LayerStep] = []
+    for portion in portions(alike(steps)):
+        jobs = [partial(advance, bucket) for bucket in portion]
+        advanced += chain(*portion[0][0].backend.side_by_side(jobs))
     return advanced
 
 
@@ -359,6 +425,32 @@ def buckets_of(steps: Iterable[LayerStep], group: dict[str, Any]) -> list[Bucket
 def alike(steps: Iterable[LayerStep]) -> list[list[LayerStep]]:
     """Those that can share launches together, as many as a launch can hold."""
     return in_launches(steps, lambda step: step.key, lambda step: step.x.groups)
+
+
+PORTION = 2**26
+"""Weights of layers that are solved at once, whatever their sizes.
+
+Small layers share launches so; large ones fill a GPU alone, and what a solve keeps
+beside them, some times their size, serves the next portion."""
+
+
+def portions(
+    buckets: Iterable[list[LayerStep]],
+) -> Iterator[list[list[LayerStep]]]:
+    """Layers of one geometry each, as many together as are solved at once."""
+    some: list[list[LayerStep]] = []
+    size = 0
+    for bucket in buckets:
+        more = sum(step.momentum.weight.numel() for step in bucket)
+        backend = bucket[0].backend
+        fits = backend.GROUPS_LAYERS and size + more <= PORTION
+        if some and not (fits and backend is some[0][0].backend):
+            yield some
+            some, size = [], 0
+        some.append(bucket)
+        size += more
+    if some:
+        yield some
 
 
 def _counter(counts: Tensor, rows: slice | None) -> tuple[Tensor, Tensor]:

@@ -186,8 +186,8 @@ class Board:
         """A table of addresses on the device.
 
         Args:
-            words: the addresses now.
-            tensors: that they are of; None for padding.
+            words: the addresses now, and words that stay.
+            tensors: that they are of; None for words that are no addresses.
 
         Raises:
             Refused: a tensor neither moves nor lies still, or the board is full.
@@ -196,6 +196,8 @@ class Board:
         if self._used > len(self._words):
             raise Refused("more tables than were expected")
         for i, (word, tensor) in enumerate(zip(words, tensors, strict=True)):
+            if tensor is None:
+                self._words[first + i] = word
             if tensor is None or not tensor.numel():
                 continue
             at = bisect_right(self._begins, word) - 1

@@ -129,13 +129,25 @@ def ordered_sum(partial_ptr, count, stride, offsets, mask):
 
 
 @triton.jit
-def grouped_program(rows_blocks, other_blocks, GROUP_M: tl.constexpr):
-    """Block of rows and block of the other axis that this program works on.
+def programs(within):
+    """Where a program stands on the three axes of its launch's grid.
+
+    Args:
+        within: the same of a launch that is one of a `bundle`; else None.
+    """
+    if within is None:
+        return (tl.program_id(0), tl.program_id(1), tl.program_id(2))
+    else:
+        return within
+
+
+@triton.jit
+def grouped_program(program, rows_blocks, other_blocks, GROUP_M: tl.constexpr):
+    """Block of rows and block of the other axis that a program works on.
 
     GROUP_M blocks of rows advance together along the other axis, so that what they
     share is still in the cache.
     """
-    program = tl.program_id(0)
     first = program // (GROUP_M * other_blocks) * GROUP_M
     height = tl.minimum(rows_blocks - first, GROUP_M)
     within = program % (GROUP_M * other_blocks)

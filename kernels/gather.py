@@ -9,9 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..linalg.rows import Window
+from .common import programs
 from .config import Config, tile_side
 from .kernel import Args, Kernel, Parts, Values, blocks
-from .samples import load_window, windowed
+from .samples import Place, load_window, windowed
 from .work import Sizes
 
 
@@ -26,19 +27,22 @@ def _gather_kernel(
     STENCIL: tl.constexpr,
     INDEXED: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    within=None,
 ):
     """One piece of one row: channel, then kernel row, then kernel column.
 
     Positions are flat indices over (example, output row, output column). Without
     INDEXED, every position is wanted.
     """
-    position = tl.program_id(0).to(tl.int64)
+    program = programs(within)
+    place = Place(*place)
+    position = program[0].to(tl.int64)
     if INDEXED:
         position = tl.load(index_ptr + position)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
+    d = program[1] * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
     tap, channel = d % STENCIL.TAPS, d // STENCIL.TAPS
     x = load_window(x_ptr, position, channel, tap, d < ROW, place, STENCIL)
-    out_at = tl.program_id(0).to(tl.int64) * ROW + d
+    out_at = program[0].to(tl.int64) * ROW + d
     tl.store(out_ptr + out_at, x, mask=d < ROW)
 
 

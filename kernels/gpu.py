@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -47,15 +49,32 @@ GPUS = {
 }
 
 
-@lru_cache(maxsize=64)
+_ASSUMED: ContextVar[GPU | None] = ContextVar("assumed", default=None)
+
+
+@contextmanager
+def assuming(gpu: GPU) -> Iterator[None]:
+    """Let tensors without memory count as of a GPU."""
+    token = _ASSUMED.set(gpu)
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(token)
+
+
 def detect(device: torch.device) -> GPU | None:
     """The GPU that a device is, or the one nearest to it; None for a CPU.
 
     A GPU that is not listed takes the rates of the newest listed one that is not
     newer, scaled by their numbers of processors.
     """
-    if device.type != "cuda":
-        return None
+    if device.type == "meta":
+        return _ASSUMED.get()
+    return _detected(device) if device.type == "cuda" else None
+
+
+@lru_cache(maxsize=64)
+def _detected(device: torch.device) -> GPU:
     import torch  # not needed for the names alone
 
     found = torch.cuda.get_device_properties(device)

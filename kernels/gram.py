@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..linalg.rows import SampleMap
-from .common import layer_pointer, load_scale
+from .common import layer_pointer, load_scale, programs
 from .config import SplitConfig, tile_side
 from .kernel import STAGES, TILES, WARPS, Args, Kernel, Parts, Values, blocks, ceil_div
 from .largest import largest_of
@@ -36,6 +36,7 @@ def _gram_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    within=None,
 ):
     """One tile of ``X X^T`` over one slice of D; one more everywhere with a bias.
 
@@ -44,12 +45,13 @@ def _gram_kernel(
     Slices are summed in order by `_sum_splits_kernel`. 16-bit samples fit tf32 exactly,
     so their products need PRECISION no higher than that.
     """
+    program = programs(within)
     blocks = tl.cdiv(N, BLOCK_N)
-    problem = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2).to(tl.int64)
+    problem = program[1].to(tl.int64)
+    split = program[2].to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
-    i = (tl.program_id(0) // blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    j = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    i = (program[0] // blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    j = (program[0] % blocks) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
     scale = load_scale(x_largest_table_ptr, layer, group)
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..linalg.numbers import Numbers
-from .common import DAMPING, load_scalar, problem_base, sum_of_products
+from .common import DAMPING, load_scalar, problem_base, programs, sum_of_products
 from .config import Config, tile_side
 from .kernel import TILES, WARPS, Args, Kernel, Values, blocks, covering
 from .launchers import PRECISION, by_group, stored
@@ -77,6 +77,7 @@ def _gram_cg_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    within=None,
 ):
     """All iterations of a block of rows, with every vector in registers.
 
@@ -84,9 +85,10 @@ def _gram_cg_kernel(
     the product with K goes through `u_ptr` as scratch, BLOCK_K columns at a time, and c
     and Lambda are read again each time to make room.
     """
-    problem = tl.program_id(1).to(tl.int64)
+    program = programs(within)
+    problem = program[1].to(tl.int64)
     damping = load_scalar(scalars_ptr, DAMPING)
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = program[0] * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
     n = tl.arange(0, BLOCK_N)
     mask = (n < N)[:, None] & row_ok[None, :]
@@ -191,15 +193,17 @@ def _gram_cg_tiled_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    within=None,
 ):
     """The same for any N: vectors of length N live in scratch memory, tile by tile.
 
     A program touches only its own rows of the scratch, so it stays in the cache; the
     barriers order the program's own stores and loads.
     """
-    problem = tl.program_id(1).to(tl.int64)
+    program = programs(within)
+    problem = program[1].to(tl.int64)
     damping = load_scalar(scalars_ptr, DAMPING)
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = program[0] * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
     stride_n = R * GROUPS
     base = problem_base(problem, GROUPS, N, R)

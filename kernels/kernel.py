@@ -49,6 +49,9 @@ class Kernel:
         loop: letter of the block that a program's loop advances by.
         rule: why values cannot serve sizes and a kind of samples, or None.
         variant: which kernel serves arguments, of those that share configurations.
+        most_programs: of a launch that may be part of a `bundle`. To look up its many
+            arguments takes a program so many registers that fewer fit a processor,
+            which does not matter where there are few.
     """
 
     fn: Any
@@ -62,6 +65,7 @@ class Kernel:
     loop: str = ""
     rule: Callable[[Values, Mapping[str, int], str], str | None] = _no_rule
     variant: Callable[[Kernel, Args, Values], Kernel] = _itself
+    most_programs: int = 2**31 - 1
 
     @property
     def name(self) -> str:
@@ -127,6 +131,9 @@ def covering(letters: Sequence[str]) -> Callable[[Args, int, Values], Parts]:
 
     return parts
 
+
+FEW = 4 * 132
+"""Programs that fit a GPU at once, four on each of an H200's processors."""
 
 TILES = (16, 32, 64, 128)
 WARPS = (4, 8)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..linalg.rows import SampleMap
-from .common import PARTS, layer_pointer
+from .common import PARTS, layer_pointer, programs
 from .config import Config
 from .kernel import Args, Kernel, Parts, Values
 from .launchers import DTYPES
@@ -24,6 +24,7 @@ def _largest_kernel(
     x_table_ptr,
     largest_ptr,
     ENTRIES,
+    PROGRAMS,
     part_length,
     GROUPS,
     SIZE_0,
@@ -39,15 +40,18 @@ def _largest_kernel(
     DENSE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
+    within=None,
 ):
     """Largest ``|x|`` of one of PARTS parts of a group: ``(layers, groups, PARTS)``.
 
     The 1 that stands for a bias is one of the entries. Sizes and strides are those of
     four dimensions, the innermost in memory first; DENSE samples need none.
+    PROGRAMS see to a group.
     """
-    problem = tl.program_id(1).to(tl.int64)
+    program = programs(within)
+    problem = program[1].to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
-    part = tl.program_id(0)
+    part = program[0]
     x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * stride_group
     begin = part.to(tl.int64) * part_length
     end = tl.minimum(begin + part_length, ENTRIES)
@@ -68,7 +72,7 @@ def _largest_kernel(
     # Where there are fewer programs than parts, the first sees to the others.
     parts = tl.arange(0, PARTS)
     found = tl.where(parts == part, tl.max(largest, axis=0), 0.0)
-    mine = (parts == part) | ((part == 0) & (parts >= tl.num_programs(0)))
+    mine = (parts == part) | ((part == 0) & (parts >= PROGRAMS))
     tl.store(largest_ptr + problem * PARTS + parts, found, mask=mine)
 
 
@@ -85,7 +89,7 @@ def _programs(entries: int, block: int) -> int:
 
 
 def _parts(args: Args, problems: int, values: Values) -> Parts:
-    return [((_programs(args["ENTRIES"], values["BLOCK"]), problems), {})]
+    return [((args["PROGRAMS"], problems), {})]
 
 
 def _count(s: Sizes) -> tuple[int, int]:
@@ -134,14 +138,15 @@ def with_largest(xs: Sequence[SampleMap]) -> list[SampleMap]:
     config = LargestConfig()
     tables = Tables([samples])
     largest = first.new_empty(layers, groups, parts, dtype=torch.float32)
-    programs = _programs(entries, config.BLOCK)
+    count = _programs(entries, config.BLOCK)
     LARGEST.launch(
         config,
         layers * groups,
         x_table_ptr=tables[0],
         largest_ptr=largest,
         ENTRIES=entries,
-        part_length=16 * -(-entries // (16 * programs)),  # whole vectors of any type
+        PROGRAMS=count,
+        part_length=16 * -(-entries // (16 * count)),  # whole vectors of any type
         GROUPS=groups,
         SIZE_0=ordered[0],
         SIZE_1=ordered[1],

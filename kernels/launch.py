@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -60,6 +60,18 @@ class Launch:
         """The kernel's name."""
         return self.kernel.name
 
+    @property
+    def parts(self) -> tuple[Launch, ...]:
+        """What is launched, by geometry; a `Bundle` has several."""
+        return (self,)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that it is given."""
+        for value in self.args.values():
+            for each in value if isinstance(value, tuple) else (value,):
+                if isinstance(each, torch.Tensor):
+                    yield each
+
     def compile(self) -> Any:
         """What Triton makes of it for the active GPU, a ``CompiledKernel``."""
         options = self.config.options()
@@ -67,14 +79,43 @@ class Launch:
 
     def run(self) -> Any:
         """Launch; returns what Triton has compiled for it, but in the interpreter."""
-        first = next(a for a in self.args.values() if isinstance(a, torch.Tensor))
+        first = next(self.tensors())
         # Triton launches on the current device, which need not be the tensors'.
         on_device = torch.cuda.device(first.device) if first.is_cuda else nullcontext()
         with on_device:
             return self.kernel.fn[self.grid](**self.args, **self.config.options())
 
 
-class Launches(list[Launch]):
+class Made(Protocol):
+    """A launch, or several as one."""
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+
+    @property
+    def kernel(self) -> Kernel:
+        """What is launched."""
+
+    @property
+    def parts(self) -> tuple[Launch, ...]:
+        """What is launched, by geometry."""
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Programs along each axis."""
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All that it is given."""
+
+    def compile(self) -> Any:
+        """What Triton makes of it for the active GPU, a ``CompiledKernel``."""
+
+    def run(self) -> Any:
+        """Launch; returns what Triton has compiled for it, but in the interpreter."""
+
+
+class Launches(list[Made]):
     """Launches, and the tensors that their tables of addresses speak of.
 
     Attributes:
@@ -84,6 +125,11 @@ class Launches(list[Launch]):
     def __init__(self) -> None:
         super().__init__()
         self.tensors: list[Any] = []
+
+    @property
+    def parts(self) -> list[Launch]:
+        """What is launched, by geometry."""
+        return [part for made in self for part in made.parts]
 
 
 @dataclass
@@ -112,23 +158,58 @@ def recording(run: bool = True) -> Iterator[Launches]:
     current = Recording(run, Launches())
     token = _RECORDING.set(current)
     try:
-        yield current.launches
+        with deferring(None):  # what waits around this context is no part of it
+            yield current.launches
     finally:
         _RECORDING.reset(token)
 
 
 def hold(tensors: Any) -> None:
-    """Keep tensors that a table addresses alive as long as a recording of now."""
+    """Keep tensors that a table addresses alive until launches have read them.
+
+    A recording of now keeps them as long as itself.
+    """
     current = _RECORDING.get()
     if current is not None:
         current.launches.tensors.append(tensors)
+    queue = _QUEUE.get()
+    if queue is not None:
+        queue.hold(tensors)
 
 
-_SHOWN: ContextVar[Callable[[Launch], None] | None] = ContextVar("shown", default=None)
+class Queue(Protocol):
+    """Launches that wait."""
+
+    def add(self, launch: Launch) -> None:
+        """One more."""
+
+    def hold(self, tensors: Any) -> None:
+        """Tensors that a table of a launch addresses."""
+
+
+_QUEUE: ContextVar[Queue | None] = ContextVar("queue", default=None)
 
 
 @contextmanager
-def showing(look: Callable[[Launch], None]) -> Iterator[None]:
+def deferring(queue: Queue | None) -> Iterator[None]:
+    """Let launches of this context wait in a queue; None makes them at once."""
+    token = _QUEUE.set(queue)
+    try:
+        yield
+    finally:
+        _QUEUE.reset(token)
+
+
+def is_deferring() -> bool:
+    """Whether launches wait now."""
+    return _QUEUE.get() is not None
+
+
+_SHOWN: ContextVar[Callable[[Made], None] | None] = ContextVar("shown", default=None)
+
+
+@contextmanager
+def showing(look: Callable[[Made], None]) -> Iterator[None]:
     """Show each launch of this context before it is made; none of it is kept.
 
     Args:
@@ -147,7 +228,16 @@ def is_recording() -> bool:
 
 
 def launch(made: Launch) -> None:
-    """Launch, unless a recording only counts."""
+    """Launch, unless a recording only counts, now or when its queue does."""
+    queue = _QUEUE.get()
+    if queue is None:
+        make(made)
+    else:
+        queue.add(made)
+
+
+def make(made: Made) -> None:
+    """Launch now, unless a recording only counts."""
     look = _SHOWN.get()
     if look is not None:
         look(made)

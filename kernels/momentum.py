@@ -19,6 +19,7 @@ from .common import (
     load_taken,
     power_of_two,
     problem_base,
+    programs,
 )
 from .config import Config, tile_side
 from .kernel import PRODUCT, TILES, Args, Kernel, Parts, Values, blocks
@@ -33,7 +34,7 @@ from .launchers import (
     in_place,
     write_back,
 )
-from .layouts import entries, row_layout
+from .layouts import RowPlace, entries, row_layout
 from .tables import Tables, numbers_on
 from .work import Sizes
 
@@ -92,6 +93,7 @@ def _momentum_project_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    within=None,
 ):
     """``M <- beta M + G``, ``C = X V^T`` and ``|v|^2`` for a block of rows.
 
@@ -102,10 +104,13 @@ def _momentum_project_kernel(
     second read comes from the cache. Without UPDATE, V is read as it is; without
     MEASURE, so is its scale.
     """
-    problem = tl.program_id(1).to(tl.int64)
+    program = programs(within)
+    g_place = RowPlace(*g_place)
+    m_place = RowPlace(*m_place)
+    problem = program[1].to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
-    block_n = first_block_n + tl.program_id(2)
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    block_n = first_block_n + program[2]
+    rows = program[0] * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
     # Rows of the whole layer: its groups follow each other.
     layer_rows = group * R + rows.to(tl.int64)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..linalg.numbers import Numbers
-from ..linalg.rows import SampleMap
+from ..linalg.rows import Rows, SampleMap
 from .common import (
     DAMPING,
     grouped_program,
@@ -19,14 +19,16 @@ from .common import (
     load_scale,
     load_scales,
     ordered_sum,
+    programs,
     sum_of_products,
 )
 from .config import SplitConfig, tile_side
-from .kernel import PRODUCT, TILES, Args, Kernel, Parts, Values, blocks, pieces
+from .kernel import FEW, PRODUCT, TILES, Args, Kernel, Parts, Values, blocks, pieces
 from .launchers import DTYPES, biases
-from .layouts import row_layout
+from .layouts import RowPlace, row_layout
 from .primal import PrimalState, step_length
 from .samples import (
+    Place,
     as_factor,
     load_window,
     native_entries,
@@ -158,6 +160,7 @@ def _primal_adjoint_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
+    within=None,
 ):
     """``X^T T``; alpha is known already, so ``z += alpha p``, ``r -= alpha A p``.
 
@@ -165,11 +168,20 @@ def _primal_adjoint_kernel(
     products behind; a second adds them up in order and advances (ADVANCE). Else one
     launch does both.
     """
-    problem = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2).to(tl.int64)
+    program = programs(within)
+    p_rows = Rows(*p_rows)
+    r_rows = Rows(*r_rows)
+    z_rows = Rows(*z_rows)
+    ap_rows = Rows(*ap_rows)
+    m_place = RowPlace(*m_place)
+    place = Place(*place)
+    problem = program[1].to(tl.int64)
+    split = program[2].to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
     blocks_d = tl.maximum(tl.cdiv(D, BLOCK_D), 1)
-    block_r, block_d = grouped_program(tl.cdiv(R, BLOCK_R), blocks_d, GROUP_M)
+    block_r, block_d = grouped_program(
+        program[0], tl.cdiv(R, BLOCK_R), blocks_d, GROUP_M
+    )
     rows = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
     layer_rows = group * R + rows.to(tl.int64)
@@ -380,6 +392,7 @@ PRIMAL_ADJOINT = Kernel(
     tiles=(("BLOCK_N", "BLOCK_D"), ("BLOCK_N", "BLOCK_R")),
     loop="N",
     rule=_rule,
+    most_programs=FEW,
 )
 
 

@@ -7,23 +7,25 @@ import triton
 import triton.language as tl
 
 from ..linalg.numbers import Numbers
-from ..linalg.rows import SampleMap
+from ..linalg.rows import Rows, SampleMap
 from .common import (
     grouped_program,
     layer_pointer,
     load_scale,
     load_scales,
     ordered_sum,
+    programs,
     sum_of_products,
 )
 from .config import Config, tile_side
-from .kernel import PRODUCT, Kernel, Values, blocks, covering
+from .kernel import FEW, PRODUCT, Kernel, Values, blocks, covering
 from .launchers import DTYPES, biases
-from .layouts import row_layout
+from .layouts import RowPlace, row_layout
 from .outputs import OutputPlace, load_outputs
 from .primal import FLOOR, PrimalState
 from .row_weights import RowWeights
 from .samples import (
+    Place,
     as_factor,
     load_window,
     native_entries,
@@ -84,16 +86,26 @@ def _primal_forward_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
+    within=None,
 ):
     """``p = r + beta p``, then ``T = Lambda * (X p)`` and what ``p^T A p`` is made of.
 
     Every program forms the p it needs; those of the first samples write it down. Lambda
     is formed from Y and never stored. The last iteration needs no T.
     """
-    problem = tl.program_id(1).to(tl.int64)
+    program = programs(within)
+    r_rows = Rows(*r_rows)
+    old_p_rows = Rows(*old_p_rows)
+    p_rows = Rows(*p_rows)
+    m_place = RowPlace(*m_place)
+    y_place = OutputPlace(*y_place)
+    place = Place(*place)
+    problem = program[1].to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
     blocks_n = tl.cdiv(N, BLOCK_N)
-    block_r, block_n = grouped_program(tl.cdiv(R, BLOCK_R), blocks_n, GROUP_M)
+    block_r, block_n = grouped_program(
+        program[0], tl.cdiv(R, BLOCK_R), blocks_n, GROUP_M
+    )
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     rows = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
@@ -272,6 +284,7 @@ PRIMAL_FORWARD = Kernel(
     tiles=(("BLOCK_N", "BLOCK_D"), ("BLOCK_R", "BLOCK_D")),
     loop="D",
     rule=_rule,
+    most_programs=FEW,
 )
 
 

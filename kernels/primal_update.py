@@ -17,11 +17,12 @@ from .common import (
     layer_pointer,
     load_scalar,
     load_taken,
+    programs,
 )
 from .config import Config
-from .kernel import WARPS, Kernel, covering
+from .kernel import FEW, WARPS, Kernel, covering
 from .launchers import DTYPES, biases, empty_rows, in_place, write_back
-from .layouts import row_layout
+from .layouts import RowPlace, row_layout
 from .primal import PrimalState, step_length
 from .samples import Stencil, native_entries
 from .tables import Tables, numbers_on
@@ -65,13 +66,19 @@ def _primal_update_kernel(
     STEP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    within=None,
 ):
     """The last ``z += alpha p``, normalized, and equation (5); not STEP: z itself."""
-    problem = tl.program_id(1).to(tl.int64)
+    program = programs(within)
+    p_rows = Rows(*p_rows)
+    z_rows = Rows(*z_rows)
+    theta_place = RowPlace(*theta_place)
+    m_place = RowPlace(*m_place)
+    problem = program[1].to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
     blocks_d = tl.maximum(tl.cdiv(D, BLOCK_D), 1)
-    block_d = tl.program_id(0) % blocks_d
-    rows = (tl.program_id(0) // blocks_d) * BLOCK_R + tl.arange(0, BLOCK_R)
+    block_d = program[0] % blocks_d
+    rows = (program[0] // blocks_d) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
     layer_rows = group * R + rows.to(tl.int64)
     at = problem * R + rows
@@ -177,6 +184,7 @@ PRIMAL_UPDATE = Kernel(
         "num_warps": WARPS,
     },
     accumulator=("BLOCK_R", "BLOCK_D"),
+    most_programs=FEW,
 )
 
 

@@ -18,12 +18,24 @@ from .common import (
     load_scale,
     load_scales,
     power_of_two,
+    programs,
 )
 from .config import Config, SplitConfig, tile_side
-from .kernel import TILES, WARPS, Args, Kernel, Parts, Values, blocks, covering, pieces
+from .kernel import (
+    FEW,
+    TILES,
+    WARPS,
+    Args,
+    Kernel,
+    Parts,
+    Values,
+    blocks,
+    covering,
+    pieces,
+)
 from .launchers import DTYPES
 from .outputs import OutputPlace, load_outputs
-from .samples import load_window, samples
+from .samples import Place, load_window, samples
 from .splits import SumConfig
 from .tables import Tables
 from .work import Sizes
@@ -45,11 +57,14 @@ def _row_norms_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    within=None,
 ):
     """``|x|^2`` of scaled samples, and of the 1 of a bias: ``(layers, N, groups)``."""
-    problem = tl.program_id(1).to(tl.int64)
+    program = programs(within)
+    place = Place(*place)
+    problem = program[1].to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    n = program[0] * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN)
     x_ptr += group * group_channels * place.stride_c
     scale = load_scale(x_largest_table_ptr, layer, group)
@@ -101,15 +116,19 @@ def _row_scale_kernel(
     DEPTHWISE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    within=None,
 ):
     """Largest ``|Y|`` of each row, and its trace at the scale of that, over one split.
 
     One pass over Y: when a larger entry turns up, the trace so far is rescaled.
     """
-    problem = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2).to(tl.int64)
+    program = programs(within)
+    y_place = OutputPlace(*y_place)
+    place = Place(*place)
+    problem = program[1].to(tl.int64)
+    split = program[2].to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = program[0] * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
     layer_rows = group * R + rows.to(tl.int64)
     y_ptr = layer_pointer(y_table_ptr, layer, Y_DTYPE, ALIGN)
@@ -168,9 +187,11 @@ def _row_scale_sum_kernel(
     row_length,
     SPLITS,
     BLOCK: tl.constexpr,
+    within=None,
 ):
     """What turns Y into Lambda: ``(Y scale)^2 factor``; and the rows' status."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    program = programs(within)
+    at = program[0] * BLOCK + tl.arange(0, BLOCK)
     mask = at < total
     largest = tl.zeros((BLOCK,), tl.float32)
     for i in range(SPLITS):
@@ -229,6 +250,7 @@ ROW_NORMS = Kernel(
     },
     accumulator=("BLOCK_N", "BLOCK_D"),
     loop="D",
+    most_programs=FEW,
 )
 
 
@@ -257,6 +279,7 @@ ROW_SCALE = Kernel(
         "programs": (128, 256, 512),
     },
     loop="N",
+    most_programs=FEW,
 )
 
 

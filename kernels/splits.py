@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import ordered_sum
+from .common import ordered_sum, programs
 from .config import Config
 from .kernel import Args, Kernel, Parts, Values, blocks
 from .work import Sizes
@@ -15,10 +15,17 @@ from .work import Sizes
 
 @triton.jit
 def _sum_splits_kernel(
-    partial_ptr, out_ptr, numel, split_stride, SPLITS, BLOCK: tl.constexpr
+    partial_ptr,
+    out_ptr,
+    numel,
+    split_stride,
+    SPLITS,
+    BLOCK: tl.constexpr,
+    within=None,
 ):
     """Second stage of a split reduction: ``out = sum over splits``, in order."""
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    program = programs(within)
+    offsets = program[0].to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
     total = ordered_sum(partial_ptr, SPLITS, split_stride, offsets, mask)
     tl.store(out_ptr + offsets, total, mask=mask)

@@ -22,6 +22,7 @@ from .common import (
     load_scale,
     load_taken,
     problem_base,
+    programs,
 )
 from .config import Config, tile_side
 from .kernel import PRODUCT, Kernel, Values, blocks, covering
@@ -36,7 +37,7 @@ from .launchers import (
     stored,
     write_back,
 )
-from .layouts import entries, row_layout
+from .layouts import RowPlace, entries, row_layout
 from .tables import Tables, numbers_on
 from .work import Sizes
 
@@ -76,6 +77,7 @@ def _update_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
+    within=None,
 ):
     """One tile of rows; the programs of the first columns see to the biases too.
 
@@ -83,10 +85,15 @@ def _update_kernel(
     X^T u``. Rows whose u is zero must not see samples that are not finite, so those
     samples count as zero.
     """
-    problem = tl.program_id(1).to(tl.int64)
+    program = programs(within)
+    theta_place = RowPlace(*theta_place)
+    m_place = RowPlace(*m_place)
+    problem = program[1].to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
     blocks_d = tl.maximum(tl.cdiv(D, BLOCK_D), 1)
-    block_r, block_d = grouped_program(tl.cdiv(R, BLOCK_R), blocks_d, GROUP_M)
+    block_r, block_d = grouped_program(
+        program[0], tl.cdiv(R, BLOCK_R), blocks_d, GROUP_M
+    )
     rows = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
     if STEP:  # none of a skipped step

@@ -13,6 +13,7 @@ from .common import (
     layer_pointer,
     power_of_two,
     problem_base,
+    programs,
     sum_of_products,
 )
 from .config import Config, tile_side
@@ -40,6 +41,7 @@ def _fisher_weights_kernel(
     Y_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    within=None,
 ):
     """``Lambda = Y^2 / (trace / D)`` for a block of rows, and each row's status.
 
@@ -48,9 +50,11 @@ def _fisher_weights_kernel(
     Status: 0 Fisher, 1 no sampled gradient, 2 samples that are not finite; the last two
     get weights of zero.
     """
-    problem = tl.program_id(1).to(tl.int64)
+    program = programs(within)
+    y_place = OutputPlace(*y_place)
+    problem = program[1].to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = program[0] * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
     y_ptr = layer_pointer(y_table_ptr, layer, Y_DTYPE, ALIGN)
     y_ptr += group * R * y_place.stride_r

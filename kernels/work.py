@@ -7,10 +7,10 @@ count a multiply-add as two.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .gpu import GPU
-from .launch import Launch
+from .launch import Launch, Made
 
 PRICES = {"tf32x3": 3.0, "tf32": 1.0, "bf16": 0.5, "bf16_tf32": 0.5}
 """tf32 products that one product takes, by precision."""
@@ -51,8 +51,12 @@ class Work:
         return 1e6 * max(compute, self.bytes / gpu.bandwidth)
 
 
-def work(launch: Launch) -> Work:
-    """Operations and bytes of one launch."""
+def work(launch: Made) -> Work:
+    """Operations and bytes of one launch, of a bundle those of all its parts."""
+    return replace(sum(map(_work, launch.parts), Work()), launches=1)
+
+
+def _work(launch: Launch) -> Work:
     operations, moved = launch.kernel.count(Sizes(launch))
     price = PRICES[launch.args.get("PRECISION", "tf32")]
     return Work(operations, price * operations, moved, 1)

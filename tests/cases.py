@@ -11,13 +11,16 @@ import frog_triton
 
 
 def without_tensors(launch):
-    """A launch's arguments that are not tensors, nor rows of them."""
+    """Arguments of a launch's parts that are not tensors, nor rows of them."""
 
     def plain(value):
         parts = value if isinstance(value, tuple) else (value,)
         return not any(isinstance(part, torch.Tensor) for part in parts)
 
-    return {name: value for name, value in launch.args.items() if plain(value)}
+    return [
+        {name: value for name, value in part.args.items() if plain(value)}
+        for part in launch.parts
+    ]
 
 
 ROUNDING = 8 if torch.cuda.is_available() else 2

@@ -6,14 +6,16 @@ to what it was. What is repeated writes to the very memory that recording has us
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from frog_triton.kernels import launch as launches
+from frog_triton.kernels.bundle import Bundle
+from frog_triton.kernels.launch import Launch
+from frog_triton.update import in_turn
 
 
 class Tape(TorchDispatchMode):
@@ -28,25 +30,31 @@ class Tape(TorchDispatchMode):
 
     @contextmanager
     def recording(self):
-        before = launches.Launch.run
+        kinds = (Launch, Bundle)
+        before = [kind.run for kind in kinds]
 
-        def run(launch):
-            for tensor in launch.args.values():
-                if isinstance(tensor, Tensor):
+        def taped(run):
+            def keep(launch):
+                getattr(launch, "bound", None)  # its table is made now
+                for tensor in launch.tensors():
                     self._keep(tensor)
-            self.entries.append(lambda: before(launch))
+                self.entries.append(lambda: run(launch))
 
-        launches.Launch.run = run
+            return keep
+
+        for kind, run in zip(kinds, before, strict=True):
+            kind.run = taped(run)
         try:
             with self:
                 yield
         finally:
-            launches.Launch.run = before
+            for kind, run in zip(kinds, before, strict=True):
+                kind.run = run
             for storage, old in self._before.values():
                 torch.tensor([], dtype=torch.uint8).set_(storage).copy_(old)
 
-    def branch(self, entries):
-        return nullcontext()
+    def spread(self, jobs):
+        return in_turn(jobs)
 
     def replay(self):
         for entry in self.entries:

@@ -156,7 +156,7 @@ class Tuner:
                 if candidate.config == default:
                     return  # there is nothing to compare the others with
                 continue
-            groups.append([a for a in launches if a.config.key == request.key])
+            groups.append([a for a in launches.parts if a.config.key == request.key])
             alive.append(launches)
             places.append(i)
         times = self.timer(groups)
@@ -185,7 +185,7 @@ class Tuner:
         for name in names:
             with using(self.table), recording() as launches:
                 self._trial(bucket, name).step(triton_ops)
-            groups.append(launches)
+            groups.append(launches.parts)
         times = self.timer(groups)
         medians = [statistics.median(t) for t in times]
         ahead = medians[0] - medians[1] > max(map(_spread, times))

@@ -79,8 +79,11 @@ class Alone:
         """Nobody else holds them."""
 
     def whole(
-        self, steps: Sequence[LayerStep], solved: Iterable[Solved], numbers: Numbers
-    ) -> Iterable[Solved]:
+        self,
+        steps: Sequence[LayerStep],
+        solved: Iterable[Sequence[Solved]],
+        numbers: Numbers,
+    ) -> Iterable[Sequence[Solved]]:
         """They are whole as they were solved."""
         return solved
 

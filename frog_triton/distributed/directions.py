@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..linalg.numbers import Numbers
 from ..linalg.rows import Rows, stack_rows
+from ..ops.backend import Backend
 from ..step import LayerStep, narrow
-from ..update import Solved
+from ..update import Solved, side_by_side
 from . import collectives
 from .division import Division
 
@@ -44,6 +45,11 @@ class Whole:
     held: slice
 
     @property
+    def backend(self) -> Backend:
+        """See `frog_triton.update.Directions`."""
+        return self.step.backend
+
+    @property
     def groups(self) -> int:
         """Of the layer."""
         return self.step.layer.geometry.groups
@@ -59,7 +65,7 @@ class Whole:
 
     def step_along_(self, rows: Rows, numbers: Numbers) -> None:
         """Update the rows held here; each rank has counted those that it solved."""
-        self.step.backend.step_along_(
+        self.backend.step_along_(
             [self.step.params],
             stack_rows([narrow(rows.layer(0), self.held)]),
             self.finite[:, self.held],
@@ -67,21 +73,23 @@ class Whole:
         )
 
 
-def collect(solved: Iterable[Solved]) -> dict[str, list[Direction]]:
+def collect(solved: Iterable[Sequence[Solved]]) -> dict[str, list[Direction]]:
     """Directions of each layer by name, in the order of its rows; counts anomalies.
 
     Args:
-        solved: pieces of layers. Those of a layer that share a geometry are solved
-            together, out of order.
+        solved: portions of pieces of layers. Those of a layer that share a geometry are
+            solved together, out of order.
     """
     found: dict[str, dict[int, Direction]] = {}
-    for steps, solution, counts in solved:
-        rows, finite = solution.rows(), solution.finite
-        steps[0].backend.count_(counts, solution.status, finite, solution.numbers)
-        for i, step in enumerate(steps):
-            first = 0 if step.counted is None else step.counted.start
-            pieces = found.setdefault(step.layer.name, {})
-            pieces[first] = Direction(rows.layer(i), finite[i])
+    for portion in solved:
+        written = side_by_side(portion, [each.rows for each in portion])
+        for (steps, solution, counts), rows in zip(portion, written, strict=True):
+            finite = solution.finite
+            steps[0].backend.count_(counts, solution.status, finite, solution.numbers)
+            for i, step in enumerate(steps):
+                first = 0 if step.counted is None else step.counted.start
+                pieces = found.setdefault(step.layer.name, {})
+                pieces[first] = Direction(rows.layer(i), finite[i])
     return {name: [d[first] for first in sorted(d)] for name, d in found.items()}
 
 

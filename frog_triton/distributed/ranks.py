@@ -206,16 +206,22 @@ class Ranks:
             self._row_bytes[layer.name] = before + sent.nbytes * len(others)
 
     def whole(
-        self, steps: Sequence[LayerStep], solved: Iterable[Solved], numbers: Numbers
-    ) -> Iterator[directions.Whole]:
+        self,
+        steps: Sequence[LayerStep],
+        solved: Iterable[Sequence[Solved]],
+        numbers: Numbers,
+    ) -> Iterator[list[directions.Whole]]:
         """Layer by layer, as each rank sends what it has solved to all ranks."""
         found = directions.collect(solved)
         for shared in directions.share(self.division, steps, found):
             self._gathers += 1
+            wholes = []
             for step, direction, sent in shared:
                 self._row_bytes[step.layer.name] = sent
                 held = self.division.held(step.layer, self.division.rank)
-                yield directions.Whole(step, direction, slice(held.start, held.stop))
+                here = slice(held.start, held.stop)
+                wholes.append(directions.Whole(step, direction, here))
+            yield wholes
 
     def describe(self, layer: Layer) -> str:
         """What this rank does for a layer, with the bytes it last sent."""

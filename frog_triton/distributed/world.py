@@ -136,15 +136,18 @@ class World(Protocol):
         """
 
     def whole(
-        self, steps: Sequence[LayerStep], solved: Iterable[Solved], numbers: Numbers
-    ) -> Iterable[Directions]:
+        self,
+        steps: Sequence[LayerStep],
+        solved: Iterable[Sequence[Solved]],
+        numbers: Numbers,
+    ) -> Iterable[Sequence[Directions]]:
         """Directions with all rows of their layers, whoever has solved them.
 
         Every rank must exhaust the result: it communicates on the way.
 
         Args:
             steps: of all rows that this rank holds.
-            solved: those that it solves.
+            solved: those that it solves, a portion an item.
             numbers: of the group.
         """
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..linalg.numbers import Numbers
 from ..linalg.rows import Reading, Rows, SampleMap, Window
+
+T = TypeVar("T")
 
 
 class Drawing(Protocol):
@@ -37,6 +39,9 @@ class Backend(Protocol):
 
     NAME: str
     GROUPS_LAYERS: bool
+
+    def side_by_side(self, jobs: Iterable[Callable[[], T]]) -> list[T]:
+        """Do jobs that share no memory that any of them writes, all at once or not."""
 
     def magnitudes(
         self, tensors: Sequence[Tensor], kept: dict[Hashable, Any]

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -37,11 +37,18 @@ from ..linalg.scales import row_scales, scaled
 from .backend import Backend
 from .gram_space import cg_in_gram_space, normalizer
 
+T = TypeVar("T")
+
 NAME = "torch_ops"
 GROUPS_LAYERS = False  # one layer at a time: stacking would only copy
 
 # Status of a row. All but FISHER take the identity in place of their Fisher matrix.
 FISHER, NO_GRADIENT, NON_FINITE = 0, 1, 2
+
+
+def side_by_side(jobs: Iterable[Callable[[], T]]) -> list[T]:
+    """Do jobs that share no memory that any of them writes: here one by one."""
+    return [job() for job in jobs]
 
 
 def magnitudes(tensors: Sequence[Tensor], kept: dict[Hashable, Any]) -> Tensor:

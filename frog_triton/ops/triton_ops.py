@@ -1,9 +1,10 @@
 """The backend in Triton: the functions of `torch_ops` as launches of `kernels`.
 
-Layers of one geometry share every launch. Samples may be float32, bfloat16 or float16,
-parameters and gradients float32 or 16-bit, the momentum float32 or bfloat16; sums,
-weights and the vectors of CG are float32. Arrays over samples and rows are stored as
-``(L, N, R)``, whatever view of them a function returns.
+Layers of one geometry share every launch, and `side_by_side` those of several do.
+Samples may be float32, bfloat16 or float16, parameters and gradients float32 or 16-bit,
+the momentum float32 or bfloat16; sums, weights and the vectors of CG are float32.
+Arrays over samples and rows are stored as ``(L, N, R)``, whatever view of them a
+function returns.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..kernels import magnitudes as measured
 from ..kernels import weights
+from ..kernels.bundle import side_by_side
 from ..kernels.draws import drawing
 from ..kernels.gather import gather
 from ..kernels.gram import gram
@@ -69,6 +71,7 @@ __all__ = [
     "on_rows",
     "prepare",
     "row_weights",
+    "side_by_side",
     "step_along_",
     "write_out",
 ]
