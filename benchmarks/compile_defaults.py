@@ -22,12 +22,18 @@ import torch
 import triton
 
 from ..autotune.offline import compiled, inexact, resources
-from ..kernels.launch import Launch, recording
+from ..kernels.launch import Launch, Made, recording
 from ..layers.conv import ConvSpec
 from ..linalg.rows import Reading, Window
 from ..ops import triton_ops
 from ..solve import FORMULATIONS
-from ..solve.launches import Bucket, LayerShape, step_launches, trial_step
+from ..solve.launches import (
+    Bucket,
+    LayerShape,
+    step_launches,
+    steps_launches,
+    trial_step,
+)
 
 DTYPES = {
     "float32": torch.float32,
@@ -60,35 +66,48 @@ SHAPES: dict[str, Callable[[int], LayerShape]] = {
 }
 """Layers by name, as functions of the samples (of a convolution: examples)."""
 
+TOGETHER = "together"
+"""Layers of two sizes, which share launches."""
+
 
 @functools.lru_cache(maxsize=8)  # jobs of one list follow each other
 def launches(
     samples: int, dtype: str, formulation: str, shape: str, every_branch: bool = False
-) -> list[Launch]:
+) -> list[Made]:
     """One launch of each kind in a step on two layers of a shape.
 
     Args:
         samples: N; of a convolution: examples.
         dtype: of the samples.
         formulation: ``"primal"`` or ``"gram"``.
-        shape: a name of `SHAPES`.
+        shape: a name of `SHAPES`, or `TOGETHER`.
         every_branch: with what other options of an optimizer launch.
     """
     dtypes = (DTYPES[dtype], torch.float32, torch.float32)
-    bucket = Bucket(SHAPES[shape](samples), 2, dtypes=dtypes)
-    made = [*step_launches(bucket, formulation), *gather(samples, dtype)]
-    made += look(dtype)
-    if formulation == "gram":  # the update along a direction is the same for both
-        made += step_launches(bucket, formulation, orthogonalize=True)
-    if every_branch:
-        made += step_launches(replace(bucket, nesterov=True), formulation)
-        made += rows(bucket, formulation)
-    kinds: dict[Any, Launch] = {}
+    made: list[Made] = []
+    if shape == TOGETHER:
+        shapes = [LayerShape("", 768, dim, samples) for dim in (768, 320)]
+        buckets = [Bucket(each, 2, dtypes=dtypes) for each in shapes]
+        made += steps_launches(buckets, formulation)
+        if every_branch:
+            buckets = [replace(bucket, nesterov=True) for bucket in buckets]
+            made += steps_launches(buckets, formulation)
+    else:
+        bucket = Bucket(SHAPES[shape](samples), 2, dtypes=dtypes)
+        made += [*step_launches(bucket, formulation), *gather(samples, dtype)]
+        made += look(dtype)
+        if formulation == "gram":  # the update along a direction is the same for both
+            made += step_launches(bucket, formulation, orthogonalize=True)
+        if every_branch:
+            made += step_launches(replace(bucket, nesterov=True), formulation)
+            made += rows(bucket, formulation)
+    kinds: dict[Any, Made] = {}
     for launch in made:
+        part = launch.parts[0]
         flags = {
-            k: v for k, v in launch.args.items() if isinstance(v, bool) or k == "KEY"
+            k: v for k, v in part.args.items() if isinstance(v, bool) or k == "KEY"
         }
-        values = sorted((flags | launch.config.values()).items())
+        values = sorted((flags | part.config.values()).items())
         kinds.setdefault((launch.name, *values), launch)
     return list(kinds.values())
 
@@ -147,7 +166,7 @@ Job = tuple[int, int, str, str, str, bool, int]
 """A capability, arguments of `launches`, and which of them."""
 
 
-def _launch(job: Job) -> Launch:
+def _launch(job: Job) -> Made:
     _, samples, dtype, formulation, shape, every_branch, i = job
     return launches(samples, dtype, formulation, shape, every_branch)[i]
 
@@ -174,9 +193,9 @@ def _described(job: Job) -> dict[str, Any]:
         "dtype": dtype,
         "formulation": formulation,
         "shape": shape,
-        "multiplies": _multiplies(launch.args),
+        "multiplies": _multiplies(launch.parts[0].args),
         "triton": triton.__version__,
-        "config": launch.config.options(),
+        "config": launch.parts[0].config.options(),
     }
 
 
@@ -229,7 +248,9 @@ def main(argv: Sequence[str] | None = None, compiler: Compiler | None = None) ->
     parser.add_argument(
         "--formulation", nargs="+", choices=("gram", "primal"), default=["gram"]
     )
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["linear"])
+    parser.add_argument(
+        "--shape", nargs="+", choices=(*SHAPES, TOGETHER), default=["linear"]
+    )
     parser.add_argument(
         "--every-branch",
         action="store_true",

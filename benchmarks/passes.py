@@ -23,7 +23,7 @@ from ..kernels.launch import Launch, recording
 from ..linalg.rows import Rows
 from ..presets import SAMPLINGS
 from ..solve import orthogonal
-from ..update import Job, in_turn
+from ..solve.orthogonal import Job, in_turn
 from .models import resnet
 from .train.models import GPT
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from queue import Queue
 from threading import Event
@@ -74,6 +75,13 @@ def _conv(groups: int = 1) -> nn.Module:
     return nn.Sequential(layers[0], nn.Tanh(), layers[1])
 
 
+def _sizes() -> nn.Module:
+    """Layers of four sizes, which share launches."""
+    sizes = (40, 24, 64, 33, 48)
+    layers = [(nn.Linear(dim, rows), nn.Tanh()) for dim, rows in pairwise(sizes)]
+    return nn.Sequential(*(part for pair in layers for part in pair))
+
+
 _GRAM, _PRIMAL = {"formulation": "gram"}, {"formulation": "primal"}
 _WHOLE = {"sampling": "examples", "sample_size": 2}
 _BF16 = torch.bfloat16
@@ -90,6 +98,8 @@ CASES: dict[str, Case] = {
     "primal-images": Case(_conv, (3, 8, 7, 6), _PRIMAL | _WHOLE),
     "primal-images-bfloat16": Case(_conv, (3, 8, 7, 6), _PRIMAL | _WHOLE, _BF16),
     "depthwise": Case(lambda: _conv(8), (3, 8, 7, 6), _PRIMAL | _WHOLE),
+    "gram-sizes": Case(_sizes, (20, 40), _GRAM),
+    "primal-sizes": Case(_sizes, (70, 40), _PRIMAL),
     "positions": Case(_conv, (3, 8, 7, 6), {"sample_size": 20}),
     "capturable": Case(_linear, (24, 40), {"capturable": True}),
     "orthogonal": Case(_linear, (24, 40), {"orthogonalize": True}),

@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ..autotune.cache import Cache, Machine, shipped
-from ..autotune.shortlist import KeyReport, keys
-from ..autotune.tuner import CudaTimer, Timer, Tuner, costliest_first
+from ..autotune.shortlist import keys
+from ..autotune.tuner import CudaTimer, Timer, Tuner
 from ..autotune.tuning import machine_of
 from ..capture.capture import SAMPLINGS
 from ..cli.candidates import show, to_json
 from ..kernels.gpu import GPU, GPUS, detect
-from ..kernels.launch import Launch
+from ..kernels.launch import Made
 from ..kernels.table import Table
 from ..solve.launches import Bucket
 from . import bench_kernels, shapes
@@ -35,9 +34,6 @@ DTYPE = torch.bfloat16
 """Of the samples, the benches' default."""
 
 BENCHES = ("step", "kernels")
-
-TOGETHER = 4
-"""Geometries whose candidates are listed together."""
 
 
 def buckets(bench: str, rehearse: bool = False) -> list[Bucket]:
@@ -59,13 +55,7 @@ def buckets(bench: str, rehearse: bool = False) -> list[Bucket]:
     return found
 
 
-def in_order(found: Sequence[Bucket], gpu: GPU) -> list[Bucket]:
-    """Layers by what tuning them may gain, the costliest first."""
-    asked = costliest_first(keys(found), gpu)
-    return list(dict.fromkeys([*(a.bucket for a in asked), *found]))
-
-
-def count_launches(groups: Sequence[Sequence[Launch]]) -> list[list[float]]:
+def count_launches(groups: Sequence[Sequence[Made]]) -> list[list[float]]:
     """A timer that times nothing: a microsecond a launch."""
     return [[float(len(launches))] for launches in groups]
 
@@ -82,7 +72,7 @@ def tune(
     """Tune what the cache lacks, and keep it there.
 
     Args:
-        found: the layers, in order.
+        found: the layers.
         device: to run on.
         gpu: what is tuned for.
         machine: whose table it is.
@@ -101,16 +91,10 @@ def tune(
         compile=not args.rehearse,
         keep=lambda table: cache.store(machine, table),
     )
-    reports: list[KeyReport] = []
-    # Some at a time: candidates are listed for no more than the budget can time.
-    for first in range(0, len(found), TOGETHER):
-        if time.monotonic() > tuner.deadline:
-            break
-        tuner.tune(found[first : first + TOGETHER])
-        show(tuner.reports, gpu)
-        reports += tuner.reports
-        if args.json:
-            write_json(args.json, to_json(reports, gpu))
+    tuner.tune(found)
+    show(tuner.reports, gpu)
+    if args.json:
+        write_json(args.json, to_json(tuner.reports, gpu))
     return tuner.table
 
 
@@ -149,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gpu, machine, timer = here, machine_of(device), CudaTimer(device)
     found: list[Bucket] = []
     for bench in args.bench:
-        found += in_order(buckets(bench, args.rehearse), gpu)
+        found += buckets(bench, args.rehearse)
     cache = Cache(args.cache_dir)
     table = tune(found, device, gpu, machine, cache, timer, args)
     left = sum(asked.key not in table.configs for asked in keys(found))

@@ -11,7 +11,7 @@ from ..autotune.jobs import Job, compile_jobs
 from ..autotune.offline import Resources
 from ..kernels.gpu import GPU, detect
 from ..solve.formulation import choose
-from ..solve.launches import Bucket, step_launches
+from ..solve.launches import Bucket, in_portions, steps_launches
 
 SECONDS = 60.0
 """After which no further kernel is begun: a bench compiles what is missing."""
@@ -46,10 +46,7 @@ def warm(buckets: Sequence[Bucket], formulation: str = "auto") -> None:
 
 
 def jobs(buckets: Sequence[Bucket], formulation: str, gpu: GPU) -> list[Job]:
-    """What there is to compile.
-
-    Layers whose keys are equal may differ in what is compiled into a kernel: each
-    brings its own.
+    """What there is to compile: launches of layers that are solved at once, together.
 
     Args:
         buckets: the layers.
@@ -57,12 +54,17 @@ def jobs(buckets: Sequence[Bucket], formulation: str, gpu: GPU) -> list[Job]:
         gpu: to compile for.
     """
     found: list[Job] = []
-    for bucket in buckets:
-        how = choose(bucket, gpu) if formulation == "auto" else formulation
-        configs = {a.config.key: a.config for a in step_launches(bucket, how)}
-        found += [
-            Job(bucket, how, key, config, gpu.capability)
-            for key, config in configs.items()
-            if key
-        ]
+    for portion in in_portions(buckets, lambda bucket: bucket.weights):
+        alike: dict[str, list[Bucket]] = {}
+        for bucket in portion:
+            how = choose(bucket, gpu) if formulation == "auto" else formulation
+            alike.setdefault(how, []).append(bucket)
+        for how, some in alike.items():
+            made = steps_launches(some, how)
+            configs = {part.config.key: part.config for part in made.parts}
+            found += [
+                Job(tuple(some), how, key, config, gpu.capability)
+                for key, config in configs.items()
+                if key
+            ]
     return found

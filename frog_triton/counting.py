@@ -24,8 +24,8 @@ from .linalg.numbers import Numbers
 from .model.plan import Layer
 from .model.routing import route
 from .solve.launches import Bucket, DTypes, LayerShape, trial_step
-from .step import LayerStep, Samples, layer_step
-from .update import alike, numbers_of, step_layers
+from .step import LayerStep, Samples, alike, layer_step
+from .update import numbers_of, step_layers
 
 META = torch.device("meta")
 

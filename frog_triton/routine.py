@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .kernels.board import Board, Refused, placing_on
-from .kernels.bundle import SIZES_ALONE
-from .kernels.launch import Made, showing
+from .kernels.launch import SIZES_ALONE, Made, showing
 from .linalg.rows import Rows
-from .update import Job
+
+if TYPE_CHECKING:
+    from .solve.orthogonal import Job
 
 MOST_MEMORY = 1 / 16
 """Of a GPU's memory that one recording may hold for what its launches hand on."""

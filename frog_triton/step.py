@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,9 @@ from .layers import LinearMap, MatrixMap, RowAxes
 from .linalg.rows import Rows, local, written_out
 from .model.plan import Layer
 from .ops.backend import Backend
-from .solve.launches import MOST_PROBLEMS
+from .solve.batch import Batch
+from .solve.launches import MOST_PROBLEMS, PORTION, Bucket, in_portions, shape_of
+from .solve.launches import together as in_launches
 from .solve.together import may_join
 
 if TYPE_CHECKING:
@@ -164,6 +166,41 @@ def layer_step(
             f"{MOST_PROBLEMS}; build FROG with backend='torch', or exclude the layer"
         )
     return LayerStep(layer, chosen, x, y, momentum, grads, params, homes=tuple(homes))
+
+
+def buckets_of(steps: Iterable[LayerStep], group: dict[str, Any]) -> list[Bucket]:
+    """Layers that share launches, as the tuner wants to know them.
+
+    Args:
+        steps: from `layer_step`.
+        group: hyperparameters.
+    """
+    found = []
+    for bucket in alike(step for step in steps if step.backend.GROUPS_LAYERS):
+        first = bucket[0]
+        shape = shape_of(Batch([first.x], [first.y], [first.momentum]))
+        param, momentum = first.params.weight.dtype, first.momentum.weight.dtype
+        dtypes = (first.x.dtype, param, momentum)
+        named = replace(shape, name=first.layer.name)
+        iters, nesterov = group["cg_iters"], group["nesterov"]
+        found.append(Bucket(named, len(bucket), iters, nesterov, dtypes))
+    return found
+
+
+def alike(steps: Iterable[LayerStep]) -> list[list[LayerStep]]:
+    """Those that can share launches together, as many as a launch can hold."""
+    return in_launches(steps, lambda step: step.key, lambda step: step.x.groups)
+
+
+def portions(buckets: Iterable[list[LayerStep]]) -> list[list[list[LayerStep]]]:
+    """Layers of one geometry each, as many together as are solved at once."""
+
+    def size(bucket: Sequence[LayerStep]) -> int:
+        # A backend that shares no launches takes one after the other.
+        weights = sum(step.momentum.weight.numel() for step in bucket)
+        return weights if bucket[0].backend.GROUPS_LAYERS else PORTION + 1
+
+    return in_portions(buckets, size)
 
 
 def is_mixture(layer: Layer) -> bool:

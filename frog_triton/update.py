@@ -21,10 +21,9 @@ from .ops.backend import Backend
 from .preconditioner import solve
 from .scaling import Left, leaving
 from .solve import Batch, Solution, together
-from .solve.launches import Bucket, shape_of
-from .solve.launches import together as in_launches
-from .solve.orthogonal import orthogonalize
-from .step import LayerStep, is_mixture, untouched
+from .solve.launches import Bucket
+from .solve.orthogonal import Spread, in_turn, orthogonalize
+from .step import LayerStep, alike, buckets_of, is_mixture, portions, untouched
 
 if TYPE_CHECKING:
     from .distributed import World
@@ -117,18 +116,6 @@ def side_by_side(
 ) -> list[T]:
     """See `Backend.side_by_side`."""
     return some[0].backend.side_by_side(jobs) if some else []
-
-
-Job = tuple[int, Callable[[], Rows]]
-"""How many entries it works on, and what does it."""
-
-Spread = Callable[[Sequence[Job]], list[Rows]]
-"""Does jobs that do not depend on each other."""
-
-
-def in_turn(jobs: Sequence[Job]) -> list[Rows]:
-    """One after the other."""
-    return [job() for _, job in jobs]
 
 
 class Gathered(NamedTuple):
@@ -401,56 +388,6 @@ def tuned(
         ]
 
     return tuning.applied(weight.device, solved_here)
-
-
-def buckets_of(steps: Iterable[LayerStep], group: dict[str, Any]) -> list[Bucket]:
-    """Layers that share launches, as the tuner wants to know them.
-
-    Args:
-        steps: from `layer_step`.
-        group: hyperparameters.
-    """
-    found = []
-    for bucket in alike(step for step in steps if step.backend.GROUPS_LAYERS):
-        first = bucket[0]
-        shape = shape_of(Batch([first.x], [first.y], [first.momentum]))
-        param, momentum = first.params.weight.dtype, first.momentum.weight.dtype
-        dtypes = (first.x.dtype, param, momentum)
-        named = replace(shape, name=first.layer.name)
-        iters, nesterov = group["cg_iters"], group["nesterov"]
-        found.append(Bucket(named, len(bucket), iters, nesterov, dtypes))
-    return found
-
-
-def alike(steps: Iterable[LayerStep]) -> list[list[LayerStep]]:
-    """Those that can share launches together, as many as a launch can hold."""
-    return in_launches(steps, lambda step: step.key, lambda step: step.x.groups)
-
-
-PORTION = 2**26
-"""Weights of layers that are solved at once, whatever their sizes.
-
-Small layers share launches so; large ones fill a GPU alone, and what a solve keeps
-beside them, some times their size, serves the next portion."""
-
-
-def portions(
-    buckets: Iterable[list[LayerStep]],
-) -> Iterator[list[list[LayerStep]]]:
-    """Layers of one geometry each, as many together as are solved at once."""
-    some: list[list[LayerStep]] = []
-    size = 0
-    for bucket in buckets:
-        more = sum(step.momentum.weight.numel() for step in bucket)
-        backend = bucket[0].backend
-        fits = backend.GROUPS_LAYERS and size + more <= PORTION
-        if some and not (fits and backend is some[0][0].backend):
-            yield some
-            some, size = [], 0
-        some.append(bucket)
-        size += more
-    if some:
-        yield some
 
 
 def _counter(counts: Tensor, rows: slice | None) -> tuple[Tensor, Tensor]:

@@ -9,21 +9,19 @@ each program looks up whose it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .board import board_in_use, uploaded
-from .launch import Launch, deferring, is_deferring, make
+from .launch import Launch
 
 MOST: tl.constexpr = tl.constexpr(64)
 """Launches in a bundle at most."""
@@ -81,7 +79,7 @@ def _named(proxy: Any) -> str:
 
 
 @triton.jit(repr=_named, do_not_specialize=["COUNT"])
-def _bundle_kernel(
+def _bundle(
     words_ptr,
     shared,
     forms,
@@ -214,14 +212,14 @@ class Bundle:
 
     def compile(self) -> Any:
         """See `Launch.compile`."""
-        return _bundle_kernel.warmup(grid=self.grid, **self.bound)
+        return _bundle.warmup(grid=self.grid, **self.bound)
 
     def run(self) -> Any:
         """See `Launch.run`."""
         device = device_of(self.parts[0])
         on_device = torch.cuda.device(device) if device.type == "cuda" else None
         with on_device or nullcontext():
-            return _bundle_kernel[self.grid](**self.bound)
+            return _bundle[self.grid](**self.bound)
 
     @cached_property
     def bound(self) -> dict[str, Any]:
@@ -326,125 +324,3 @@ def _constant(value: Any) -> Any:
         parts = map(_constant, value)
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return tl.constexpr(value)
-
-
-# -- which launches are made as one ----------------------------------------------------
-
-T = TypeVar("T")
-
-
-def side_by_side(jobs: Iterable[Callable[[], T]]) -> list[T]:
-    """Do jobs whose launches do not depend on each other's; return what they return.
-
-    Launches of one kernel go together, whichever jobs make them, each job's in its
-    order. They wait until all jobs are done, or until an operation of torch's would
-    read or write what one of them does.
-
-    Args:
-        jobs: that share no memory that any of them writes.
-    """
-    jobs = list(jobs)
-    if len(jobs) < 2 or is_deferring():
-        return [job() for job in jobs]
-    queue = _Queue()
-    found = []
-    with deferring(queue), _Ahead(queue):
-        for job in jobs:
-            queue.lanes.append([])
-            found.append(job())
-    queue.flush()
-    return found
-
-
-class _Queue:
-    """Launches that wait.
-
-    Attributes:
-        lanes: those of each job.
-        places: storages of their tensors.
-    """
-
-    def __init__(self) -> None:
-        self.lanes: list[list[Launch]] = []
-        self.places: set[int] = set()
-        self._held: list[Any] = []
-
-    def add(self, launch: Launch) -> None:
-        """One more, of the last job."""
-        self.lanes[-1].append(launch)
-        self.hold(list(launch.tensors()))
-
-    def hold(self, tensors: Any) -> None:
-        """Tensors of a launch, or of a table that a launch reads."""
-        self._held.append(tensors)
-        self.places |= {place(t) for t in tree_leaves(tensors) if torch.is_tensor(t)}
-
-    def flush(self) -> None:
-        """Make them."""
-        lanes, self.lanes = self.lanes, [[]]
-        with deferring(None):
-            for parts in merged(lanes):
-                make(parts[0] if len(parts) == 1 else Bundle(parts))
-        self.places.clear()
-        self._held.clear()
-
-
-def place(tensor: Tensor) -> int:
-    """Which storage a tensor is in, be it one without memory."""
-    found: int = tensor.untyped_storage()._cdata
-    return found
-
-
-def merged(lanes: Sequence[Sequence[Launch]]) -> Iterator[tuple[Launch, ...]]:
-    """Launches that go together, in an order that keeps each lane's."""
-    waiting = [[(kind(launch), launch) for launch in lane] for lane in lanes if lane]
-    while waiting:
-        # One that another lane is yet to come to waits for it.
-        behind = {lane[0][0]: set[Any]() for lane in waiting}
-        for lane in waiting:
-            for head, later in behind.items():
-                if lane[0][0] != head:
-                    later.update(what for what, _ in lane[1:])
-        chosen = next(
-            (head for head, later in behind.items() if head not in later), None
-        )
-        chosen = chosen or max(waiting, key=len)[0][0]
-        taken = [lane.pop(0)[1] for lane in waiting if lane[0][0] == chosen]
-        waiting = [lane for lane in waiting if lane]
-        # Long programs first, so that no few of them are left at the end.
-        taken.sort(key=_length, reverse=True)
-        most = int(MOST.value)
-        for i in range(0, len(taken), most):
-            yield tuple(taken[i : i + most])
-
-
-def _length(launch: Launch) -> int:
-    """Trips of a program, or programs where all have one."""
-    loop = launch.kernel.loop
-    return int(launch.args[loop] if loop else math.prod(launch.grid))
-
-
-class _Ahead(TorchDispatchMode):
-    """Makes launches that wait, before torch reads or writes what they do."""
-
-    def __init__(self, queue: _Queue) -> None:
-        super().__init__()
-        self._queue = queue
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        queue, kwargs = self._queue, kwargs or {}
-        if queue.places and not func.is_view and func._schema.name not in SIZES_ALONE:
-            tensors = filter(torch.is_tensor, tree_leaves((args, kwargs)))
-            if any(place(tensor) in queue.places for tensor in tensors):
-                queue.flush()
-        return func(*args, **kwargs)
-
-
-SIZES_ALONE = frozenset(
-    f"aten::{name}"
-    for what in ("empty", "zeros", "ones", "full")
-    for name in (f"new_{what}", f"{what}_like")
-) | {"aten::new_empty_strided"}
-"""Operations that read nothing of a tensor that they are given."""

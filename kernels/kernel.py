@@ -19,6 +19,13 @@ Parts = list[tuple[tuple[int, ...], dict[str, Any]]]
 """A grid for each launch of a product, and the arguments that go with it."""
 
 
+SIDE = 64
+"""Rows and columns of an ordinary tile."""
+
+MANY = 256 * SIDE**2
+"""Entries whose tiles fill a large GPU about twice."""
+
+
 def _no_rereads(sizes: Sizes, values: Values) -> float:
     return 0.0
 
@@ -79,8 +86,28 @@ class Kernel:
         dtypes: Sequence[torch.dtype] = (),
         kind: str = "",
     ) -> C:
-        """The configuration of the table in force, else the default; see `tuned`."""
-        return tuned(self.name, default, sizes, dtypes, kind)
+        """The configuration of the table in force, else the default; see `tuned`.
+
+        Layers of different sizes share launches where they share a key. So sizes are in
+        it no further than the largest tile that is tried, beyond which there are more
+        programs of the same; and of their number, whether it fills a GPU.
+
+        Args:
+            default: its default.
+            sizes: n samples, r rows and d weights in a row of p problems.
+            dtypes: of what it reads.
+            kind: what else makes another kernel of it.
+        """
+        known = {}
+        for letter, size in sizes.items():
+            tiles = self.values.get(f"BLOCK_{letter.upper()}")
+            most = max(tiles) if tiles and letter in "rd" else size
+            if letter != "p":
+                known[letter] = min(size, most)
+        if "p" in sizes:
+            entries = sizes["p"] * sizes.get("r", SIDE) * sizes.get("d", SIDE)
+            kind = f"{kind} {'many' if entries >= MANY else 'few'}".strip()
+        return tuned(self.name, default, known, dtypes, kind)
 
     def launches(self, config: Config, problems: int, args: Args) -> list[Launch]:
         """What a configuration makes of arguments.

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 """Programs along each axis at most, on every GPU (CUDA's guide)."""
 
+SIZES_ALONE = frozenset(
+    f"aten::{name}"
+    for what in ("empty", "zeros", "ones", "full")
+    for name in (f"new_{what}", f"{what}_like")
+) | {"aten::new_empty_strided"}
+"""Operations that read nothing of a tensor that they are given."""
+
 
 @dataclass(frozen=True, eq=False)  # tensors have no equality to build on
 class Launch:

@@ -22,6 +22,13 @@ class RowPlace(NamedTuple):
     stride_t: int
 
 
+class RowPointers(NamedTuple):
+    """Dense rows, and their biases, which are not read where there are none."""
+
+    weight: Any
+    bias: Any
+
+
 def row_layout(name: str, weight: Tensor) -> dict[str, Any]:
     """Arguments that address rows: their place, and how many taps a channel has.
 

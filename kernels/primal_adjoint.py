@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..linalg.numbers import Numbers
-from ..linalg.rows import Rows, SampleMap
+from ..linalg.rows import SampleMap
 from .common import (
     DAMPING,
     grouped_program,
@@ -25,7 +25,7 @@ from .common import (
 from .config import SplitConfig, tile_side
 from .kernel import FEW, PRODUCT, TILES, Args, Kernel, Parts, Values, blocks, pieces
 from .launchers import DTYPES, biases
-from .layouts import RowPlace, row_layout
+from .layouts import RowPlace, RowPointers, row_layout
 from .primal import PrimalState, step_length
 from .samples import (
     Place,
@@ -169,10 +169,10 @@ def _primal_adjoint_kernel(
     launch does both.
     """
     program = programs(within)
-    p_rows = Rows(*p_rows)
-    r_rows = Rows(*r_rows)
-    z_rows = Rows(*z_rows)
-    ap_rows = Rows(*ap_rows)
+    p_rows = RowPointers(*p_rows)
+    r_rows = RowPointers(*r_rows)
+    z_rows = RowPointers(*z_rows)
+    ap_rows = RowPointers(*ap_rows)
     m_place = RowPlace(*m_place)
     place = Place(*place)
     problem = program[1].to(tl.int64)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..linalg.numbers import Numbers
-from ..linalg.rows import Rows, SampleMap
+from ..linalg.rows import SampleMap
 from .common import (
     grouped_program,
     layer_pointer,
@@ -20,7 +20,7 @@ from .common import (
 from .config import Config, tile_side
 from .kernel import FEW, PRODUCT, Kernel, Values, blocks, covering
 from .launchers import DTYPES, biases
-from .layouts import RowPlace, row_layout
+from .layouts import RowPlace, RowPointers, row_layout
 from .outputs import OutputPlace, load_outputs
 from .primal import FLOOR, PrimalState
 from .row_weights import RowWeights
@@ -94,9 +94,9 @@ def _primal_forward_kernel(
     is formed from Y and never stored. The last iteration needs no T.
     """
     program = programs(within)
-    r_rows = Rows(*r_rows)
-    old_p_rows = Rows(*old_p_rows)
-    p_rows = Rows(*p_rows)
+    r_rows = RowPointers(*r_rows)
+    old_p_rows = RowPointers(*old_p_rows)
+    p_rows = RowPointers(*p_rows)
     m_place = RowPlace(*m_place)
     y_place = OutputPlace(*y_place)
     place = Place(*place)

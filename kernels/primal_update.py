@@ -22,7 +22,7 @@ from .common import (
 from .config import Config
 from .kernel import FEW, WARPS, Kernel, covering
 from .launchers import DTYPES, biases, empty_rows, in_place, write_back
-from .layouts import RowPlace, row_layout
+from .layouts import RowPlace, RowPointers, row_layout
 from .primal import PrimalState, step_length
 from .samples import Stencil, native_entries
 from .tables import Tables, numbers_on
@@ -70,8 +70,8 @@ def _primal_update_kernel(
 ):
     """The last ``z += alpha p``, normalized, and equation (5); not STEP: z itself."""
     program = programs(within)
-    p_rows = Rows(*p_rows)
-    z_rows = Rows(*z_rows)
+    p_rows = RowPointers(*p_rows)
+    z_rows = RowPointers(*z_rows)
     theta_place = RowPlace(*theta_place)
     m_place = RowPlace(*m_place)
     problem = program[1].to(tl.int64)

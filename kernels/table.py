@@ -1,8 +1,9 @@
 """Tuned configurations by key, and how a launcher asks for one.
 
-A key is the kernel, its sizes, each rounded up to a power of two so that a change of
-batch size does not call for new tuning, and the dtypes it reads. A table belongs to one
-GPU and one version of Triton; `using` says which table holds in a context.
+A key is the kernel, its sizes as far as they tell kernels apart (`Kernel.tuned`), each
+rounded up to a power of two so that a change of batch size does not call for new
+tuning, and the dtypes it reads. A table belongs to one GPU and one version of Triton;
+`using` says which table holds in a context.
 """
 
 from __future__ import annotations

@@ -70,7 +70,14 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
 
 
-KERNEL_TESTS = ("test_kernels", "test_conv_kernels", "test_ranges", "test_routines")
+KERNEL_TESTS = (
+    "test_bundle",
+    "test_kernels",
+    "test_conv_kernels",
+    "test_queue",
+    "test_ranges",
+    "test_routines",
+)
 """Modules whose tests run on the GPU where there is one, so that `-m gpu` has them.
 
 So do single tests whose name ends in ``_of_kernels``.

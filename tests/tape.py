@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from frog_triton.kernels.bundle import Bundle
 from frog_triton.kernels.launch import Launch
-from frog_triton.update import in_turn
+from frog_triton.solve.orthogonal import in_turn
 
 
 class Tape(TorchDispatchMode):

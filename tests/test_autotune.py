@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ H200 = GPUS["h200"]
 def test_candidates_are_compiled_in_processes_of_their_own():
     asked = next(a for a in keys([geometry(LINEAR)]) if a.key.startswith("gram n"))
     good, big = GramConfig(), GramConfig(BLOCK_N=64, BLOCK_D=8)
-    jobs = [Job(asked.bucket, "gram", asked.key, c, 90) for c in (good, big)]
+    jobs = [Job(asked.buckets, "gram", asked.key, c, 90) for c in (good, big)]
     seen = []
     found = compile_jobs(jobs, workers=1, done=lambda: seen.append(1))
     assert found[0].registers > 0 and found[0].spilled == 0
@@ -63,13 +64,14 @@ def test_candidates_are_compiled_in_processes_of_their_own():
 def test_all_launches_of_a_key_are_compiled(monkeypatch):
     """One of them may spill, or need more shared memory, where the others do not."""
     asked = next(a for a in keys([geometry(LINEAR)]) if "forward" in a.key)
-    job = Job(asked.bucket, "primal", asked.key, asked.launch.config, 90)
+    job = Job(asked.buckets, "primal", asked.key, asked.launch.config, 90)
     seen = []
 
     def compile_launch(launch, capability):
-        assert launch.config.key == asked.key and capability == 90
+        (part,) = launch.parts
+        assert part.config.key == asked.key and capability == 90
         seen.append(launch)
-        first, last = launch.args["FIRST"], launch.args["LAST"]
+        first, last = part.args["FIRST"], part.args["LAST"]
         return Resources(100 + 5 * first, 8 * last, 1024 * (1 + first), 1, 1)
 
     monkeypatch.setattr("frog_triton.autotune.jobs.compile_launch", compile_launch)
@@ -81,7 +83,7 @@ def test_all_launches_of_a_key_are_compiled(monkeypatch):
 
 def test_a_crash_of_the_compiler_is_no_lack_of_time(monkeypatch):
     asked = next(a for a in keys([geometry(LINEAR)]) if a.key.startswith("gram n"))
-    job = Job(asked.bucket, "gram", asked.key, GramConfig(), 90)
+    job = Job(asked.buckets, "gram", asked.key, GramConfig(), 90)
     dies = "import os, sys; sys.stdin.readline(); os.abort()"
 
     def start():
@@ -95,7 +97,7 @@ def test_a_crash_of_the_compiler_is_no_lack_of_time(monkeypatch):
 
 def test_a_process_that_does_not_start_is_no_crash(monkeypatch, tmp_path):
     asked = next(a for a in keys([geometry(LINEAR)]) if a.key.startswith("gram n"))
-    job = Job(asked.bucket, "gram", asked.key, GramConfig(), 90)
+    job = Job(asked.buckets, "gram", asked.key, GramConfig(), 90)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.warns(UserWarning, match="did not start"):
         assert compile_jobs([job, job], workers=2) == [None, None]
@@ -199,7 +201,7 @@ def tune(timer, monkeypatch=None, shape=SMALL, **options):
 def by_tile(groups):
     """A clock for which larger tiles of the Gram kernel are faster."""
     return [
-        [100.0 - sum(a.config.values().get("BLOCK_N", 0) for a in g)] * 3
+        [100.0 - sum(a.parts[0].config.values().get("BLOCK_N", 0) for a in g)] * 3
         for g in groups
     ]
 
@@ -239,22 +241,23 @@ def test_wrong_results_cannot_win(monkeypatch):
 
 
 @pytest.mark.usefixtures("unrun")
-def test_one_reference_serves_all_keys_of_a_bucket(monkeypatch):
-    """And only one is alive at a time; the costliest bucket comes first."""
-    alive, made, order = [], [], []
+def test_one_reference_serves_all_keys_of_the_same_layers(monkeypatch):
+    """And no other layers' is alive; those whose keys take longest come first."""
+    alive, made, order = {}, [], []
     honest, timed = Tuner._trial, Tuner._time
 
-    def trial(self, bucket, formulation, wide=False):
+    def trial(self, bucket, formulation, wide):
         found = honest(self, bucket, formulation, wide)
         if wide:
-            assert not any(ref() is not None for ref in alive)
             made.append(bucket)
-            alive[:] = [weakref.ref(p.weight) for p in found.params]
+            alive[bucket] = weakref.ref(found.params[0].weight)
         return found
 
     def time(self, asked, report):
         order.append(asked)
         timed(self, asked, report)
+        there = {bucket for bucket, ref in alive.items() if ref() is not None}
+        assert there == {*asked.buckets}
 
     monkeypatch.setattr(Tuner, "_trial", trial)
     monkeypatch.setattr(Tuner, "_time", time)
@@ -263,20 +266,34 @@ def test_one_reference_serves_all_keys_of_a_bucket(monkeypatch):
         tuner, "keys", lambda g: [a for a in keys(g) if a.key.startswith(some)]
     )
     monkeypatch.setattr(tuner, "NEAR", 0.0)
-    shapes = [SMALL, LayerShape("larger", 70, 24, 18), LayerShape("other", 20, 40, 18)]
+    shapes = [SMALL, LayerShape("larger", 70, 24, 18), LayerShape("other", 20, 40, 40)]
     buckets = [geometry(shape, 2, F32) for shape in shapes]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = Tuner(H200, device, by_tile, top=1, compile=False)
     found.tune(buckets)
-    assert len(order) > 2 * len(buckets)
-    assert len(made) == len({a.bucket for a in order}) == len(buckets)
-    assert made == list(dict.fromkeys(a.bucket for a in order))
-    assert not any(ref() is not None for ref in alive)
+    together = list(dict.fromkeys(a.buckets for a in order))
+    assert len(order) > len(together) and len(made) >= len(buckets)
+    assert len(made) <= sum(map(len, together))
+    assert not any(ref() is not None for ref in alive.values())
     times = [predict(a.launch, H200, config=a.launch.config).time_us for a in order]
     totals = [
-        sum(t for t, a in zip(times, order, strict=True) if a.bucket == b) for b in made
+        sum(t for t, a in zip(times, order, strict=True) if a.buckets == b)
+        for b in together
     ]
     assert totals == sorted(totals, reverse=True)
+
+
+def test_layers_of_several_sizes_share_a_key():
+    """Beyond the largest tile a size only makes more programs of the same."""
+    shapes = [
+        LayerShape("", rows, dim, 64, bias=False)
+        for rows, dim in ((256, 1024), (512, 576), (512, 768))
+    ]
+    one, several = keys([geometry(shapes[0])]), keys([*map(geometry, shapes)])
+    assert {a.key for a in one} == {a.key for a in several}
+    assert all({b.shape for b in a.buckets} == {*shapes} for a in several)
+    larger = keys([geometry(replace(shapes[0], rows=2**13))])
+    assert {a.key for a in one} != {a.key for a in larger}  # they fill a GPU
 
 
 class HostReads(TorchDispatchMode):
@@ -310,9 +327,9 @@ def test_a_wrong_bias_is_an_error_too(part):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = Tuner(H200, device, by_tile)
     bucket = geometry(SMALL, 2, F32)
-    trial = found._trial(bucket, "gram")
-    exact = [t.clone() for t in found._reference(bucket)]
-    results = tuner._results(trial, tuner.triton_ops)
+    (trial,) = found._trials([bucket], "gram")
+    exact = [t.clone() for t in found._reference([bucket])]
+    results = tuner._results([trial], tuner.triton_ops)
     assert tuner._error(results, exact) < 1e-4  # measured 3e-7
     getattr(trial.params[1], part).mul_(1.1)
     assert tuner._error(results, exact) > 1e-3

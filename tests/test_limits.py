@@ -43,9 +43,9 @@ def test_layers_of_one_geometry_are_split_where_a_launch_is_full(monkeypatch):
     monkeypatch.setattr(launches, "MOST_PROBLEMS", 8)
     split, apart = stepped(net)
     looks = 2  # at the gradients of all
-    assert len(apart) - looks == 2 * (len(together) - looks)
-    assert max(a.grid[1] for a in together if len(a.grid) > 1) == 12
-    assert max(a.grid[1] for a in apart if len(a.grid) > 1) == 8
+    assert len(apart.parts) - looks == 2 * (len(together.parts) - looks)
+    assert max(a.grid[1] for a in together.parts if len(a.grid) > 1) == 12
+    assert max(a.grid[1] for a in apart.parts if len(a.grid) > 1) == 8
     for ours, theirs in zip(split, whole, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -66,7 +66,8 @@ def test_costs_are_counted_where_a_launch_is_full():
     one = cost(shapes[:1], formulation="gram", orthogonalize=False)
     many = cost(shapes, formulation="gram", orthogonalize=False)
     launches = [c.launches - sum(c.beside.values()) for c in (one, many)]
-    assert launches[1] == 2 * launches[0]
+    assert launches[1] == launches[0]  # both halves share them
+    assert {line.shared_by for line in many.layers} == {21, 9}
     bytes_ = [sum(line.bytes for line in c.layers) for c in (one, many)]
     assert bytes_[1] == 30 * bytes_[0]
 

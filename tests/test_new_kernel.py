@@ -20,7 +20,7 @@ from frog_triton.kernels.work import work
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = (2, 40, 300)
-KEY = "toy r64 d512 p2 float32"
+KEY = "toy r32 d128 float32 few"
 
 
 @pytest.fixture

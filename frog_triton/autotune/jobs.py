@@ -15,14 +15,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from queue import Empty, Queue
+from typing import TypeVar
 
 import torch
 
 from ..kernels.config import Config
-from ..kernels.launch import Launch
+from ..kernels.launch import Made
 from ..kernels.table import Table, using
 from ..kernels.work import work
-from ..solve.launches import Bucket, step_launches
+from ..solve.launches import Bucket, steps_launches
 from ..warning import warn
 from .offline import Resources, compile_launch
 
@@ -32,14 +33,14 @@ class Job:
     """A candidate to compile.
 
     Attributes:
-        bucket: whose step launches it.
+        buckets: whose step launches it.
         formulation: ``"primal"`` or ``"gram"``.
         key: of the kernel.
         config: the candidate.
         capability: of the GPU.
     """
 
-    bucket: Bucket
+    buckets: tuple[Bucket, ...]
     formulation: str
     key: str
     config: Config
@@ -52,8 +53,8 @@ class Job:
         compiled, so that Triton's cache has what the tuner will launch.
         """
         with using(Table({self.key: self.config})):
-            made = step_launches(self.bucket, self.formulation)
-        launches = [a for a in made if a.config.key == self.key]
+            made = steps_launches(self.buckets, self.formulation)
+        launches = [a for a in made if a.parts[0].config.key == self.key]
         found = [compile_launch(launch, self.capability) for launch in launches]
         return replace(
             found[launches.index(costliest(launches))],
@@ -76,14 +77,18 @@ class Failure:
 CRASHED = Failure("the compiler crashed")
 
 
-def costliest(launches: Sequence[Launch]) -> Launch:
-    """The one with most operations, then bytes: what a kernel's speed hangs on."""
+def price(launch: Made) -> tuple[int, int]:
+    """Operations, then bytes: what a kernel's speed hangs on."""
+    done = work(launch)
+    return done.operations, done.bytes
 
-    def cost(launch: Launch) -> tuple[int, int]:
-        done = work(launch)
-        return done.operations, done.bytes
 
-    return max((a for a in launches if a.leads), key=cost)
+M = TypeVar("M", bound=Made)
+
+
+def costliest(launches: Sequence[M]) -> M:
+    """The one with the highest price."""
+    return max((a for a in launches if a.parts[0].leads), key=price)
 
 
 def compile_jobs(
@@ -174,7 +179,7 @@ def _start() -> subprocess.Popen[str] | None:
 def _ask(process: subprocess.Popen[str], job: Job) -> Resources | Failure:
     assert process.stdin is not None and process.stdout is not None
     question = {
-        "bucket": job.bucket.to_json(),
+        "buckets": [bucket.to_json() for bucket in job.buckets],
         "formulation": job.formulation,
         "key": job.key,
         "config": job.config.values(),
@@ -200,8 +205,8 @@ def answer(line: str) -> str:
     kernel = kernel_of(asked["key"])
     assert kernel is not None
     config = kernel.config(**asked["config"])
-    bucket = Bucket.from_json(asked["bucket"])
-    job = Job(bucket, asked["formulation"], asked["key"], config, asked["capability"])
+    buckets = tuple(map(Bucket.from_json, asked["buckets"]))
+    job = Job(buckets, asked["formulation"], asked["key"], config, asked["capability"])
     try:
         return json.dumps(asdict(job.compile()))
     except Exception as error:  # whatever a compiler raises

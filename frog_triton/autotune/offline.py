@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ..kernels.launch import Launch
+from ..kernels.launch import Made
 
 # Instructions of the tensor cores, by generation.
 _TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA|QGMMA|OMMA)\b")
@@ -85,13 +85,13 @@ def compiling_for(capability: int) -> Iterator[None]:
         driver.set_active(before)
 
 
-def compiled(launch: Launch, capability: int) -> Any:
+def compiled(launch: Made, capability: int) -> Any:
     """What Triton makes of a launch on such a GPU, a ``CompiledKernel``."""
     with compiling_for(capability):
         return launch.compile()
 
 
-def compile_launch(launch: Launch, capability: int) -> Resources:
+def compile_launch(launch: Made, capability: int) -> Resources:
     """Compile a launch for a GPU and read its resource usage.
 
     Args:

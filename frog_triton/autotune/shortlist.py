@@ -16,7 +16,7 @@ from ..kernels.gpu import GPU, shared_limit
 from ..kernels.launch import Launch
 from ..kernels.work import ITEMSIZES
 from ..solve.launches import Bucket, step_launches
-from .jobs import Failure, Job, compile_jobs, costliest
+from .jobs import Failure, Job, compile_jobs, costliest, price
 from .model import predict
 from .offline import Resources
 from .space import candidates, invalid
@@ -71,17 +71,28 @@ class KeyReport:
 
 @dataclass
 class Request:
-    """A key, and a step that asks for it."""
+    """A key, and steps that ask for it.
+
+    Attributes:
+        key: the key.
+        buckets: whose steps do, the costliest first, as far as `ENTRIES` go.
+        formulation: of the steps.
+        launch: the costliest of those that have the key.
+    """
 
     key: str
-    bucket: Bucket
+    buckets: tuple[Bucket, ...]
     formulation: str
     launch: Launch
 
 
+ENTRIES = 2**24
+"""Weights that a key is tuned on, at least one geometry's."""
+
+
 def keys(buckets: Iterable[Bucket]) -> list[Request]:
     """What the steps of layers ask for, in every formulation that may be taken."""
-    found: dict[str, Request] = {}
+    found: dict[str, dict[str, list[tuple[Launch, Bucket]]]] = {}
     for bucket in buckets:
         for formulation in ("primal", "gram"):
             if formulation == "gram" and not may_be_gram(bucket):
@@ -91,9 +102,22 @@ def keys(buckets: Iterable[Bucket]) -> list[Request]:
                 if launch.config.key:
                     by_key.setdefault(launch.config.key, []).append(launch)
             for key, launches in by_key.items():
-                request = Request(key, bucket, formulation, costliest(launches))
-                found.setdefault(key, request)
-    return list(found.values())
+                ours = found.setdefault(key, {}).setdefault(formulation, [])
+                ours.append((costliest(launches), bucket))
+    return [_request(key, *next(iter(asked.items()))) for key, asked in found.items()]
+
+
+def _request(
+    key: str, formulation: str, asked: Sequence[tuple[Launch, Bucket]]
+) -> Request:
+    ordered = sorted(asked, key=lambda pair: price(pair[0]), reverse=True)
+    taken: list[Bucket] = []
+    size = 0
+    for _, bucket in ordered:
+        size += bucket.weights
+        if not taken or size <= ENTRIES:
+            taken.append(bucket)
+    return Request(key, tuple(taken), formulation, ordered[0][0])
 
 
 def may_be_gram(bucket: Bucket) -> bool:
@@ -113,7 +137,7 @@ def shortlist(request: Request, gpu: GPU, top: int) -> KeyReport:
     kernel, args = launch.kernel, launch.args
     report = KeyReport(
         request.key,
-        request.bucket.shape.name,
+        request.buckets[0].shape.name,
         request.formulation,
         predict(launch, gpu, config=default).floor_us,
     )
@@ -173,7 +197,7 @@ def inspect(
     ]
     jobs = [
         Job(
-            request.bucket,
+            request.buckets,
             request.formulation,
             request.key,
             report.candidates[i].config,

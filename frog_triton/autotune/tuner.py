@@ -11,13 +11,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..kernels.config import Config
 from ..kernels.gpu import GPU
-from ..kernels.launch import Launch, Launches, recording
+from ..kernels.launch import Launches, Made, recording
 from ..kernels.table import Table, using
 from ..ops import torch_ops, triton_ops
 from ..ops.backend import Backend
@@ -47,7 +48,7 @@ HEAD_START_CYCLES = 200_000
 """About 0.1 ms of a GPU's clock: more than Python takes for a launch."""
 
 
-Timer = Callable[[Sequence[Sequence[Launch]]], list[list[float]]]
+Timer = Callable[[Sequence[Sequence[Made]]], list[list[float]]]
 """Times sets of launches in turns: microseconds of each set in each round."""
 
 
@@ -88,7 +89,7 @@ class Tuner:
         self.compile = compile
         self.keep = keep
         self.reports: list[KeyReport] = []
-        self._exact: tuple[Bucket, list[Tensor]] | None = None
+        self._exact: dict[Bucket, list[Tensor]] = {}
 
     def tune(self, buckets: Sequence[Bucket]) -> Table:
         """Configurations and formulations for layers; the table grows by them."""
@@ -100,7 +101,7 @@ class Tuner:
         for first in range(0, len(shortlists), CHUNK):
             self._tune_some(shortlists[first : first + CHUNK], first / len(shortlists))
             self.keep(self.table)
-        self._exact = None
+        self._exact = {}
         for bucket in buckets:
             if time.monotonic() > self.deadline:
                 break
@@ -126,7 +127,7 @@ class Tuner:
     def _time(self, request: Request, report: KeyReport) -> None:
         """Check and time one key's candidates; keep the winner."""
         default = request.launch.config
-        groups: list[list[Launch]] = []
+        groups: list[list[Made]] = []
         alive: list[Launches] = []  # tables hold addresses, not tensors
         places: list[int] = []
         limit = float("inf")
@@ -141,10 +142,10 @@ class Tuner:
             verdict = candidate.verdict  # what cannot be launched has one already
             if not verdict:
                 try:
-                    exact = self._reference(request.bucket)
-                    trial = self._trial(request.bucket, request.formulation)
+                    exact = self._reference(request.buckets)
+                    trials = self._trials(request.buckets, request.formulation)
                     with using(table), recording() as launches:
-                        error = _error(_results(trial, triton_ops), exact)
+                        error = _error(_results(trials, triton_ops), exact)
                 except Exception as problem_:  # whatever a compiler or driver raises
                     verdict = f"failed: {problem_}"[:200]
                 else:
@@ -156,7 +157,7 @@ class Tuner:
                 if candidate.config == default:
                     return  # there is nothing to compare the others with
                 continue
-            groups.append([a for a in launches.parts if a.config.key == request.key])
+            groups.append([a for a in launches if a.parts[0].config.key == request.key])
             alive.append(launches)
             places.append(i)
         times = self.timer(groups)
@@ -184,24 +185,36 @@ class Tuner:
         groups = []
         for name in names:
             with using(self.table), recording() as launches:
-                self._trial(bucket, name).step(triton_ops)
-            groups.append(launches.parts)
+                _results(self._trials([bucket], name), triton_ops)
+            groups.append(launches)
         times = self.timer(groups)
         medians = [statistics.median(t) for t in times]
         ahead = medians[0] - medians[1] > max(map(_spread, times))
         chosen = names[1] if ahead else names[0]
         self.table = self.table.merged(Table({}, {key: chosen}))
 
-    def _reference(self, bucket: Bucket) -> list[Tensor]:
-        """The step in float64; only the last one asked for is kept."""
-        if self._exact is None or self._exact[0] != bucket:
-            self._exact = None  # frees its memory first
-            trial = self._trial(bucket, "primal", wide=True)
-            self._exact = bucket, _results(trial, torch_ops)
-        return self._exact[1]
+    def _reference(self, buckets: Sequence[Bucket]) -> list[Tensor]:
+        """The step in float64; no others than those asked for last are kept."""
+        self._exact = {b: self._exact[b] for b in buckets if b in self._exact}
+        for bucket in buckets:
+            if bucket not in self._exact:
+                trials = self._trials([bucket], "primal", wide=True)
+                self._exact[bucket] = _results(trials, torch_ops)
+        return [tensor for bucket in buckets for tensor in self._exact[bucket]]
 
-    def _trial(self, bucket: Bucket, formulation: str, wide: bool = False) -> Trial:
-        """A step on random numbers, the same each time; in float64 if `wide`."""
+    def _trials(
+        self, buckets: Sequence[Bucket], formulation: str, wide: bool = False
+    ) -> list[Trial]:
+        """A step of each geometry on random numbers, the same each time.
+
+        Args:
+            buckets: layers.
+            formulation: of the steps.
+            wide: whether it is in float64.
+        """
+        return [self._trial(bucket, formulation, wide) for bucket in buckets]
+
+    def _trial(self, bucket: Bucket, formulation: str, wide: bool) -> Trial:
         generator = torch.Generator(self.device).manual_seed(0)
 
         def make(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -219,7 +232,7 @@ class Tuner:
 
 
 def costliest_first(wanted: Sequence[Request], gpu: GPU) -> list[Request]:
-    """Keys of one bucket together, so that a budget is spent where it tells.
+    """Keys of the same layers together, so that a budget is spent where it tells.
 
     Args:
         wanted: keys.
@@ -228,12 +241,10 @@ def costliest_first(wanted: Sequence[Request], gpu: GPU) -> list[Request]:
     times = {
         a.key: predict(a.launch, gpu, config=a.launch.config).time_us for a in wanted
     }
-    totals: dict[Bucket, float] = {}
-    for request in wanted:
-        totals[request.bucket] = totals.get(request.bucket, 0.0) + times[request.key]
-    buckets = sorted(totals, key=lambda bucket: -totals[bucket])
-    place = {bucket: i for i, bucket in enumerate(buckets)}
-    return sorted(wanted, key=lambda a: (place[a.bucket], -times[a.key]))
+    totals: dict[tuple[Bucket, ...], float] = {}
+    for asked in wanted:
+        totals[asked.buckets] = totals.get(asked.buckets, 0.0) + times[asked.key]
+    return sorted(wanted, key=lambda a: (totals[a.buckets], times[a.key]), reverse=True)
 
 
 def winner(timed: Sequence[Candidate], default: Config) -> Candidate:
@@ -259,10 +270,10 @@ def _tensors(trial: Trial) -> list[Tensor]:
     return [part for part in parts if part is not None]
 
 
-def _results(trial: Trial, backend: Backend) -> list[Tensor]:
+def _results(trials: Sequence[Trial], backend: Backend) -> list[Tensor]:
     """Where a step from zero ends."""
-    trial.step(backend)
-    return _tensors(trial)
+    backend.side_by_side([partial(trial.step, backend) for trial in trials])
+    return [tensor for trial in trials for tensor in _tensors(trial)]
 
 
 def _error(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
@@ -287,12 +298,12 @@ class CudaTimer:
         # Larger than any L2.
         self._flush = torch.empty(1 << 26, dtype=torch.int32, device=device)
 
-    def __call__(self, groups: Sequence[Sequence[Launch]]) -> list[list[float]]:
+    def __call__(self, groups: Sequence[Sequence[Made]]) -> list[list[float]]:
         """Microseconds of each set in each round."""
         with torch.cuda.device(self.device):
             return self._rounds(groups)
 
-    def _rounds(self, groups: Sequence[Sequence[Launch]]) -> list[list[float]]:
+    def _rounds(self, groups: Sequence[Sequence[Made]]) -> list[list[float]]:
         times: list[list[float]] = [[] for _ in groups]
         for round_ in range(self.rounds + 2):
             for found, launches in zip(times, groups, strict=True):

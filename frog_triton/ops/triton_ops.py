@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..kernels import magnitudes as measured
 from ..kernels import weights
-from ..kernels.bundle import side_by_side
 from ..kernels.draws import drawing
 from ..kernels.gather import gather
 from ..kernels.gram import gram
@@ -30,6 +29,7 @@ from ..kernels.primal_adjoint import cg_adjoint_
 from ..kernels.primal_forward import cg_forward_
 from ..kernels.primal_start import cg_start
 from ..kernels.primal_update import cg_rows, cg_update_
+from ..kernels.queue import side_by_side
 from ..kernels.row_weights import row_weights
 from ..kernels.samples import matrix_view, serves
 from ..kernels.update import direction_update_, gram_rows, gram_update_

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..kernels.launch import Launch, recording
+from ..kernels.launch import Launch, Launches, recording
 from ..layers import ConvMap, LinearMap, MatrixMap
 from ..layers.conv import ConvSpec
 from ..linalg.numbers import Numbers
@@ -89,6 +90,11 @@ class Bucket:
     nesterov: bool = False
     dtypes: DTypes = _SINGLE
 
+    @property
+    def weights(self) -> int:
+        """Of all layers, without biases."""
+        return self.count * self.shape.rows * self.shape.dim
+
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return {**asdict(self), "dtypes": [str(d).split(".")[1] for d in self.dtypes]}
@@ -137,6 +143,31 @@ def together(
     for some in alike.values():
         most = max(1, MOST_PROBLEMS // groups(some[0]))
         found += [some[i : i + most] for i in range(0, len(some), most)]
+    return found
+
+
+PORTION = 2**26
+"""Weights of layers that are solved at once, whatever their sizes.
+
+Small layers share launches so; large ones fill a GPU alone, and what a solve keeps
+beside them, some times their size, serves the next portion."""
+
+
+def in_portions(items: Iterable[T], size: Callable[[T], int]) -> list[list[T]]:
+    """Items in their order, as many together as have `PORTION` weights, or one.
+
+    Args:
+        items: layers, or several.
+        size: how many weights an item has.
+    """
+    found: list[list[T]] = []
+    room = 0
+    for item in items:
+        if not found or size(item) > room:
+            found.append([])
+            room = PORTION
+        found[-1].append(item)
+        room -= size(item)
     return found
 
 
@@ -233,6 +264,25 @@ def trial_step(bucket: Bucket, formulation: str, make: Make) -> Trial:
     return Trial(batch, params, counts, formulation, bucket.iters)
 
 
+def steps_launches(buckets: Sequence[Bucket], formulation: str) -> Launches:
+    """The launches of a step for layers of several geometries, as they are shared.
+
+    Args:
+        buckets: the layers.
+        formulation: ``"primal"`` or ``"gram"``, of all.
+    """
+    from ..ops import triton_ops  # as below
+
+    trials = [trial_step(bucket, formulation, _without_memory) for bucket in buckets]
+    with recording(run=False) as launches:
+        triton_ops.side_by_side([partial(t.step, triton_ops) for t in trials])
+    return launches
+
+
+def _without_memory(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
 def step_launches(
     bucket: Bucket, formulation: str, orthogonalize: bool = False
 ) -> list[Launch]:
@@ -245,11 +295,7 @@ def step_launches(
     """
     from ..ops import triton_ops  # Triton need not be installed for torch's backend
 
-    trial = trial_step(
-        bucket,
-        formulation,
-        lambda size, dtype: torch.empty(size, dtype=dtype, device="meta"),
-    )
+    trial = trial_step(bucket, formulation, _without_memory)
     with recording(run=False) as launches:
         trial.step(triton_ops, orthogonalize)
     return launches.parts

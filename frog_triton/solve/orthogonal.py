@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -62,6 +63,18 @@ def orthogonalize(rows: Rows, finite: Tensor, groups: int = 1) -> Rows:
         return Rows(_dense(found, rows.weight.dtype), None)
     parts = (found[..., :-1], found[..., -1])
     return Rows(*(_dense(part, rows.weight.dtype) for part in parts))
+
+
+Job = tuple[int, Callable[[], Rows]]
+"""How many entries it works on, and what does it."""
+
+Spread = Callable[[Sequence[Job]], list[Rows]]
+"""Does jobs that do not depend on each other."""
+
+
+def in_turn(jobs: Sequence[Job]) -> list[Rows]:
+    """One after the other."""
+    return [job() for _, job in jobs]
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:
