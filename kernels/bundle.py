@@ -241,7 +241,7 @@ class Bundle:
         )
         return {
             "words_ptr": table.on(device_of(first)),
-            "shared": tuple(table.shared),
+            "shared": tuple(table.shared) or (0,),
             "forms": forms,
             "constants": tuple(map(_constant, constants)),
             "COUNT": len(self.parts),
