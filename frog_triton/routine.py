@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .kernels.board import Board, Refused, placing_on
-from .kernels.launch import SIZES_ALONE, Made, showing
+from .kernels.launch import SIZES_ALONE, Made, is_awaited, showing
 from .linalg.rows import Rows
 
 if TYPE_CHECKING:
@@ -217,8 +217,12 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if not func.is_view and func._schema.name not in SIZES_ALONE:
             for tensor in tree_leaves((args, kwargs)):
-                if isinstance(tensor, Tensor) and not self._board.lies_still(tensor):
+                if not isinstance(tensor, Tensor):
+                    continue
+                if not self._board.lies_still(tensor):
                     raise Refused(f"{func} of a tensor that may lie elsewhere")
+                if is_awaited(tensor):
+                    raise Refused(f"{func} of a tensor that a kernel is to write first")
         made = func(*args, **kwargs)
         if not func.is_view:
             self.operations += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Config:
 
     def values(self) -> dict[str, int]:
         """All that can be tuned, by name."""
-        return {name: v for name, v in asdict(self).items() if name != "key"}
+        return {name: v for name, v in vars(self).items() if name != "key"}
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of a launch."""

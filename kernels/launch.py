@@ -6,7 +6,7 @@ makes: `recording` collects them, with or without running them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -171,27 +171,42 @@ def recording(run: bool = True) -> Iterator[Launches]:
         _RECORDING.reset(token)
 
 
-def hold(tensors: Any) -> None:
+def hold(rows: Sequence[Sequence[torch.Tensor]]) -> None:
     """Keep tensors that a table addresses alive until launches have read them.
 
     A recording of now keeps them as long as itself.
     """
     current = _RECORDING.get()
     if current is not None:
-        current.launches.tensors.append(tensors)
+        current.launches.tensors.append(rows)
     queue = _QUEUE.get()
     if queue is not None:
-        queue.hold(tensors)
+        queue.hold(rows)
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """Which storage a tensor is in, be it one without memory."""
+    found: int = tensor.untyped_storage()._cdata
+    return found
 
 
 class Queue(Protocol):
-    """Launches that wait."""
+    """Launches that wait.
+
+    Attributes:
+        places: storages of what they read and write.
+    """
+
+    places: set[int]
 
     def add(self, launch: Launch) -> None:
         """One more."""
 
-    def hold(self, tensors: Any) -> None:
+    def hold(self, rows: Sequence[Sequence[torch.Tensor]]) -> None:
         """Tensors that a table of a launch addresses."""
+
+    def flush(self) -> None:
+        """Make them."""
 
 
 _QUEUE: ContextVar[Queue | None] = ContextVar("queue", default=None)
@@ -210,6 +225,19 @@ def deferring(queue: Queue | None) -> Iterator[None]:
 def is_deferring() -> bool:
     """Whether launches wait now."""
     return _QUEUE.get() is not None
+
+
+def settle() -> None:
+    """Make launches that wait, before torch reads or writes what they do."""
+    queue = _QUEUE.get()
+    if queue is not None:
+        queue.flush()
+
+
+def is_awaited(tensor: torch.Tensor) -> bool:
+    """Whether a launch that waits reads or writes a tensor, or what it is a view of."""
+    queue = _QUEUE.get()
+    return queue is not None and storage_of(tensor) in queue.places
 
 
 _SHOWN: ContextVar[Callable[[Made], None] | None] = ContextVar("shown", default=None)

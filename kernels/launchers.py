@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..linalg.rows import Rows, SampleMap, rows_in_place
 from .interpreter import bear_new_numpy, interpreted
+from .launch import settle
 
 DTYPES = {
     torch.float32: tl.float32,
@@ -55,6 +56,7 @@ def write_back(params: Sequence[Rows], rows: Sequence[Rows]) -> None:
     """Copy rows into the parameters that `in_place` could not serve so."""
     for param, row in zip(params, rows, strict=True):
         if row.weight.data_ptr() != param.weight.data_ptr():
+            settle()
             param.weight.copy_(row.weight.view(param.weight.shape))
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,23 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True)
+def _watched(monkeypatch):
+    """No operation of torch's touches what launches that wait read and write."""
+    from watch import Watch
+
+    from frog_triton.kernels import queue
+
+    waiting = queue.deferring
+
+    @contextmanager
+    def watched(made):
+        with waiting(made), nullcontext() if made is None else Watch():
+            yield
+
+    monkeypatch.setattr(queue, "deferring", watched)
 
 
 KERNEL_TESTS = (

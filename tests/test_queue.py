@@ -9,7 +9,7 @@ import toy_kernel
 
 from frog_triton.kernels import bundle, queue
 from frog_triton.kernels.bundle import Bundle
-from frog_triton.kernels.launch import launch, recording
+from frog_triton.kernels.launch import is_awaited, launch, recording, settle
 from frog_triton.kernels.queue import merged, side_by_side
 from frog_triton.kernels.splits import SUM_SPLITS, SumConfig
 from frog_triton.solve.launches import Bucket, LayerShape, step_launches
@@ -39,7 +39,8 @@ def test_torch_reads_what_was_launched():
     def job(x):
         out = torch.empty_like(x[0])
         summed(x, out)
-        return out * 2  # must not read what has not been written yet
+        settle()
+        return out * 2
 
     found = side_by_side([partial(job, x) for x in given])
     for x, out in zip(given, found, strict=True):
@@ -53,6 +54,7 @@ def test_torch_writes_after_what_was_launched_has_read():
     def job(x):
         out = torch.empty_like(x[0])
         summed(x, out)
+        settle()
         x.zero_()
         return out
 
@@ -75,6 +77,25 @@ def test_memory_is_not_taken_again_while_launches_wait():
     found = side_by_side([partial(job, x) for x in given])
     for x, out in zip(given, found, strict=True):
         assert torch.allclose(out, 2 * x.sum(0), atol=1e-5)  # measured 5e-7
+
+
+def test_what_must_not_be_read_yet_is_known():
+    """Tests refuse operations on it (see conftest), and so do recordings."""
+    x, y = rows(3, 40), rows(4)
+
+    def job():
+        out = torch.empty_like(x[0])
+        assert not is_awaited(out)
+        summed(x, out)
+        assert is_awaited(out[::2]) and is_awaited(x) and not is_awaited(y)
+        with pytest.raises(AssertionError):
+            out.sum()
+        settle()
+        assert not is_awaited(out)
+        return out.sum()
+
+    side_by_side([job, job])
+    assert not is_awaited(x)
 
 
 def test_views_and_sizes_wait_for_nothing():

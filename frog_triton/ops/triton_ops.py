@@ -23,6 +23,7 @@ from ..kernels.gather import gather
 from ..kernels.gram import gram
 from ..kernels.gram_cg import gram_cg
 from ..kernels.largest import with_largest
+from ..kernels.launch import settle
 from ..kernels.launchers import DTYPES
 from ..kernels.momentum import momentum_, momentum_project_
 from ..kernels.primal_adjoint import cg_adjoint_
@@ -119,6 +120,7 @@ def on_rows(xs: Sequence[SampleMap]) -> Backend:
     """
     if all(map(serves, xs)):
         return cast(Backend, sys.modules[__name__])
+    settle()
     return torch_ops
 
 
@@ -140,6 +142,7 @@ def fisher_weights(
 ) -> tuple[Tensor, Tensor]:
     """See `torch_ops.fisher_weights`; one launch. Weights are ``(L, n * P, R, 1)``."""
     if ys[0].dtype not in DTYPES:
+        settle()
         ys = [written_out(y) for y in ys]
         return torch_ops.fisher_weights(ys, norms, row_length)
     return weights.fisher_weights(ys, norms, row_length)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels.launch import Launch, Launches, recording
+from ..kernels.launch import Launch, Launches, recording, settle
 from ..layers import ConvMap, LinearMap, MatrixMap
 from ..layers.conv import ConvSpec
 from ..linalg.numbers import Numbers
@@ -217,7 +217,9 @@ class Trial:
         solution = FORMULATIONS[self.formulation](backend, batch, self.iters)
         if orthogonalize:
             status, finite = solution.status, solution.finite
-            z = directions(solution.rows(), finite, batch.xs[0].groups)
+            rows = solution.rows()
+            settle()
+            z = directions(rows, finite, batch.xs[0].groups)
             how = (status, finite, self.counts, numbers)
             backend.direction_update_(self.params, z, *how)
         else:
