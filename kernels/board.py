@@ -59,6 +59,15 @@ class Pages:
         return page
 
 
+def room_of(words: Sequence[int]) -> int:
+    """Words that they take, so that the next begin at a multiple of 16 bytes.
+
+    Triton makes another kernel for a table that does not, and bundles take it for one
+    of another kind.
+    """
+    return len(words) + len(words) % 2
+
+
 class _Book:
     """Words of one step."""
 
@@ -79,14 +88,15 @@ class _Book:
             self._page = self.pages.take()
             self._block = torch.empty_like(self._page, device=device)
             self._block.copy_(self._page, non_blocking=True)
-        first, self._used = self._used, self._used + len(words)
+        first, last = self._used, self._used + len(words)
+        self._used = first + room_of(words)
         if self._used > len(self._page) or device != self._block.device:
             raise RuntimeError(
                 "this step needs more words of the host than those before the capture: "
                 "take a few steps like it first"
             )
-        self._page.numpy()[first : self._used] = words
-        return self._block[first : self._used]
+        self._page.numpy()[first:last] = words
+        return self._block[first:last]
 
 
 _BOOK: ContextVar[_Book | None] = ContextVar("book", default=None)
@@ -110,7 +120,7 @@ def uploaded(words: Sequence[int], device: torch.device) -> Tensor:
             raise RuntimeError("words for a CUDA graph outside of `paging`")
         return book.place(words, device)
     if book is not None:
-        book.pages.words += len(words)
+        book.pages.words += room_of(words)
     # Pinned memory of the caching allocator: it is not given away again before the
     # copy has been made.
     pinned = device.type == "cuda"
@@ -192,7 +202,8 @@ class Board:
         Raises:
             Refused: a tensor neither moves nor lies still, or the board is full.
         """
-        first, self._used = self._used, self._used + len(words)
+        first, last = self._used, self._used + len(words)
+        self._used = first + room_of(words)
         if self._used > len(self._words):
             raise Refused("more tables than were expected")
         for i, (word, tensor) in enumerate(zip(words, tensors, strict=True)):
@@ -208,7 +219,7 @@ class Board:
             elif place_of(tensor) not in self._still:
                 raise Refused("a tensor that is neither here nor there")
             self._words[first + i] = word
-        return self._block[first : self._used]
+        return self._block[first:last]
 
     def write(
         self, addresses: Sequence[int], numbers: Sequence[Sequence[float]]

@@ -176,6 +176,17 @@ def test_old_memory_is_not_read():
     assert pair.plays == 3
 
 
+def test_tables_on_a_board_begin_where_they_would_by_themselves():
+    """At multiples of 16 bytes, else Triton makes other kernels for them."""
+    x = torch.ones(8)
+    board = Board([x], [], 64, 1, CPU)
+    odd = board.place([5, 6, 7], [None] * 3)
+    table = board.place([x.data_ptr(), 0], [x, None])
+    assert (table.data_ptr() - odd.data_ptr()) % 16 == 0
+    board.write([x.data_ptr() + 64], [(0.5,)])
+    assert odd.tolist() == [5, 6, 7] and table.tolist() == [x.data_ptr() + 64, 0]
+
+
 def test_nothing_is_copied_where_nothing_has_changed():
     x = torch.ones(8)
     board = Board([x], [], 64, 1, CPU)
