@@ -4,14 +4,17 @@ from functools import partial
 
 import pytest
 import torch
+from tape import Tape
 from torch import nn
 
-from frog_triton import FROG, cost
+from frog_triton import FROG, cost, optimizer
 from frog_triton.benchmarks.shapes import resnet50
+from frog_triton.kernels.bundle import Bundle
 from frog_triton.kernels.launch import recording
 from frog_triton.kernels.queue import side_by_side
 from frog_triton.layers.conv import ConvSpec
 from frog_triton.ops import triton_ops
+from frog_triton.solve import orthogonal
 from frog_triton.solve.launches import Bucket, LayerShape, trial_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -215,3 +218,45 @@ def meta_trials(shapes):
         return torch.empty(size, dtype=dtype, device="meta")
 
     return [trial_step(Bucket(shape), "primal", empty) for shape in shapes]
+
+
+def specialized(value):
+    """As far as Triton makes another kernel for it."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, tuple):
+        return tuple(map(specialized, value))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value == 1, value % 16 == 0, value < 2**31
+    return str(getattr(value, "value", value))
+
+
+def variant(made):
+    """What is compiled for a launch."""
+    whole = isinstance(made, Bundle)
+    args = made.bound if whole else made.args
+    known = {k: specialized(v) for k, v in args.items() if k != "COUNT"}
+    return made.name, whole, tuple(known.items())
+
+
+@pytest.mark.parametrize("orthogonalize", [True, False])
+def test_a_recording_compiles_nothing(monkeypatch, orthogonalize):
+    """All its kernels have been launched before: none can be loaded meanwhile."""
+    monkeypatch.setattr(optimizer, "may_read", lambda *_: False)
+    monkeypatch.setattr(orthogonal, "on_host", lambda _: False)
+    net = Net().to(DEVICE)
+    options = {"sample_size": 24, "orthogonalize": orthogonalize}
+    opt = FROG(net, backend="triton", exclude_output_layer=False, **options)
+    if DEVICE == "cpu":
+        opt._routines.graphs = lambda device: Tape
+    met, new = set(), []
+    for _ in range(3):
+        opt.zero_grad()
+        net(torch.randn(8, 3, 6, 6).to(DEVICE)).square().sum().backward()
+        with recording() as made:
+            opt.step()
+        found = set(map(variant, made))
+        new.append(len(found - met))
+        met |= found
+    assert "played from a recording" in opt._routines.summary()
+    assert new[0] and not new[-1]
