@@ -160,7 +160,8 @@ def covering(letters: Sequence[str]) -> Callable[[Args, int, Values], Parts]:
 
 
 FEW = 4 * 132
-"""Programs that fit a GPU at once, four on each of an H200's processors."""
+"""Programs, four for each of an H200's processors: so few end soon however few of them
+run at once."""
 
 TILES = (16, 32, 64, 128)
 WARPS = (4, 8)
