@@ -39,6 +39,12 @@ STUDIES: dict[str, tuple[Peer, ...]] = {
         *_varied(_EXAMPLES, "sample_size", "examples", (24, 32)),
         *_varied(_FROG, "sample_size", "positions", (32, 64, 128, 256, 512, 1024)),
     ),
+    # What fewer samples cost in quality, under the defaults.
+    "sample-size": tuple(
+        variant
+        for label in ("FROG", "FROG plain")
+        for variant in _varied(PEERS[label], "sample_size", f"{label}, N =", (128, 256))
+    ),
     "examples": tuple(_varied(_EXAMPLES, "sample_size", "r =", (8, 16, 32, 64))),
     "iterations": tuple(_varied(_FROG, "cg_iters", "k =", (2, 3, 4, 5, 8, 16))),
     "damping": (
