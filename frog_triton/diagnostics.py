@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .linalg.rows import Rows
 from .linalg.scales import row_scales, scaled
-from .ops import torch_ops
+from .ops.fisher import FISHER, fisher_weights
 from .solve import Solution
 from .step import LayerStep
 
@@ -104,10 +104,10 @@ def _of_rows(
     (x,), y = scaled([step.x.to(dtype)], dtype), step.y.to(dtype)
     length = x.dim + x.bias
     norms = x.row_norms()
-    weights, _ = torch_ops.fisher_weights([y], [norms], length)
+    weights, _ = fisher_weights([y], [norms], length)
     squares = y.square().unflatten(1, (norms.shape[1], -1))
     trace = (squares * norms.unsqueeze(2)).sum((0, 3)).flatten()
-    fisher = (status == torch_ops.FISHER) & finite
+    fisher = (status == FISHER) & finite
 
     # The direction is z / sqrt(<z, m>), so its product with m is that root.
     m = m.times(row_scales(m))
@@ -124,7 +124,7 @@ def _of_rows(
         trace * (group["damping"] / length),
         fisher,
         fisher & (m.dot(m) > 0),
-        status != torch_ops.FISHER,
+        status != FISHER,
         ~finite,
     ]
     return torch.stack([value.to(dtype) for value in values])

@@ -55,7 +55,7 @@ def load_taken(scalars_ptr):
 def load_scale(table_ptr, layer, group):
     """What a group's samples are multiplied by, the 1 that stands for a bias, too."""
     largest_ptr = layer_pointer(table_ptr, layer, tl.float32, 16) + group * PARTS
-    return _sample_scale(tl.max(tl.load(largest_ptr + tl.arange(0, PARTS)), axis=0))
+    return scale_within_reach(tl.max(tl.load(largest_ptr + tl.arange(0, PARTS)), axis=0))
 
 
 @triton.jit
@@ -64,11 +64,11 @@ def load_scales(table_ptr, layer, groups, mask):
     largest_ptr = layer_pointer(table_ptr, layer, tl.float32, 16)
     at = groups[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
     largest = tl.load(largest_ptr + at, mask=mask[:, None], other=1.0)
-    return _sample_scale(tl.max(largest, axis=1))
+    return scale_within_reach(tl.max(largest, axis=1))
 
 
 @triton.jit
-def _sample_scale(largest):
+def scale_within_reach(largest):
     """The power of two that brings `largest` to between 2^-REACH and 2^(REACH + 1)."""
     exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127
     near = tl.minimum(tl.maximum(exponent, -REACH), REACH)

@@ -1,4 +1,9 @@
-"""``K = X X^T``."""
+"""``K = X X^T``, as the product ``K u`` of conjugate gradients reads it.
+
+K needs float32's accuracy, as two terms of float16 have it (2^-22 of its largest entry):
+three of their four products are as close to float64 after k = 4 iterations as float32
+is, ill-conditioned systems included, at half the price of tf32's.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +14,51 @@ import triton.language as tl
 from torch import Tensor
 
 from ..linalg.rows import SampleMap
-from .common import layer_pointer, load_scale, programs
-from .config import SplitConfig, tile_side
+from .common import layer_pointer, load_scale, power_of_two, programs
+from .config import Config, SplitConfig, tile_side
 from .kernel import STAGES, TILES, WARPS, Args, Kernel, Parts, Values, blocks, ceil_div
 from .largest import largest_of
-from .launchers import DTYPES, PRECISION, flat_samples
-from .splits import sum_splits
+from .launchers import DTYPES, flat_samples
+from .products import gram_precision, product
 from .tables import Tables
 from .work import Sizes
+
+
+@triton.jit
+def _tile_of_gram(
+    x_ptr,
+    i,
+    j,
+    N,
+    begin,
+    end,
+    stride_xn,
+    scale,
+    SCALED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Products of samples i with samples j over columns from `begin` to `end`."""
+    k = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    for start in range(begin, end, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        d_ok = d < end
+        xi = tl.load(
+            x_ptr + i[:, None] * stride_xn + d[None, :],
+            mask=(i < N)[:, None] & d_ok[None, :],
+            other=0.0,
+        )
+        xj = tl.load(
+            x_ptr + j[None, :] * stride_xn + d[:, None],
+            mask=(j < N)[None, :] & d_ok[:, None],
+            other=0.0,
+        )
+        if SCALED:
+            xi = xi.to(tl.float32) * scale
+            xj = xj.to(tl.float32) * scale
+        k = product(xi, xj, k, PRECISION)
+    return k
 
 
 @triton.jit
@@ -40,10 +82,8 @@ def _gram_kernel(
 ):
     """One tile of ``X X^T`` over one slice of D; one more everywhere with a bias.
 
-    X is scaled, and so is that one.
-
-    Slices are summed in order by `_sum_splits_kernel`. 16-bit samples fit tf32 exactly,
-    so their products need PRECISION no higher than that.
+    X is scaled, and so is that one. The scale is one in ordinary training; 16-bit
+    samples then go from memory to the tensor cores as they are.
     """
     program = programs(within)
     blocks = tl.cdiv(N, BLOCK_N)
@@ -55,29 +95,86 @@ def _gram_kernel(
     x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
     scale = load_scale(x_largest_table_ptr, layer, group)
 
-    k = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     begin = split * split_length
     end = tl.minimum(begin + split_length, D)
-    for start in range(begin, end, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        d_ok = d < end
-        xi = tl.load(
-            x_ptr + i[:, None] * stride_xn + d[None, :],
-            mask=(i < N)[:, None] & d_ok[None, :],
-            other=0.0,
+    if scale == 1.0:
+        k = _tile_of_gram(
+            x_ptr,
+            i,
+            j,
+            N,
+            begin,
+            end,
+            stride_xn,
+            scale,
+            False,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
         )
-        xj = tl.load(
-            x_ptr + j[None, :] * stride_xn + d[:, None],
-            mask=(j < N)[None, :] & d_ok[:, None],
-            other=0.0,
+    else:
+        k = _tile_of_gram(
+            x_ptr,
+            i,
+            j,
+            N,
+            begin,
+            end,
+            stride_xn,
+            scale,
+            True,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
         )
-        xi = xi.to(tl.float32) * scale
-        xj = xj.to(tl.float32) * scale
-        k = tl.dot(xi, xj, acc=k, input_precision=PRECISION)
     if HAS_BIAS:
         k += tl.where(split == 0, scale * scale, 0.0)
     at = (split * PROBLEMS + problem) * N * N + i[:, None] * N + j[None, :]
     tl.store(k_ptr + at, k, mask=(i < N)[:, None] & (j < N)[None, :])
+
+
+@triton.jit
+def _gram_terms_kernel(
+    partial_ptr,
+    high_ptr,
+    low_ptr,
+    scale_ptr,
+    norms_ptr,
+    N,
+    PROBLEMS,
+    SPLITS,
+    SIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    within=None,
+):
+    """K of all slices, added up in order, in two terms at a scale; and its diagonal.
+
+    The scale is the power of two that brings the largest ``|x|^2`` to between 1 and 2.
+    No entry of K is larger. The diagonal, those ``|x|^2``, is as it is.
+    """
+    program = programs(within)
+    problem = program[1].to(tl.int64)
+    n = tl.arange(0, SIDE)
+    norms = tl.zeros((SIDE,), tl.float32)
+    for i in range(SPLITS):
+        at = (i * PROBLEMS + problem) * N * N + n * (N + 1)
+        norms += tl.load(partial_ptr + at, mask=n < N, other=0.0)
+    scale = power_of_two(tl.max(norms, axis=0))
+    if program[0] == 0:
+        tl.store(norms_ptr + problem * N + n, norms, mask=n < N)
+        tl.store(scale_ptr + problem, scale)
+
+    entry = program[0] * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    mask = entry < N * N
+    k = tl.zeros((BLOCK,), tl.float32)
+    for i in range(SPLITS):
+        at = (i * PROBLEMS + problem) * N * N + entry
+        k += tl.load(partial_ptr + at, mask=mask, other=0.0)
+    k *= scale
+    high = k.to(tl.float16)
+    low = (k - high.to(tl.float32)).to(tl.float16)
+    tl.store(high_ptr + problem * N * N + entry, high, mask=mask)
+    tl.store(low_ptr + problem * N * N + entry, low, mask=mask)
 
 
 @dataclass(frozen=True)
@@ -133,8 +230,49 @@ GRAM = Kernel(
 )
 
 
-def gram(xs: Sequence[SampleMap]) -> Tensor:
-    """See `torch_ops.gram`; one launch, two where D is split."""
+@dataclass(frozen=True)
+class TermsConfig(Config):
+    """`GRAM_TERMS`."""
+
+    BLOCK: int = 4096
+    num_warps: int = 8
+
+
+def _terms_parts(args: Args, problems: int, values: Values) -> Parts:
+    return [((blocks(args["N"] ** 2, values["BLOCK"]), problems), {})]
+
+
+def _count_terms(s: Sizes) -> tuple[int, int]:
+    return 0, 4 * s.nn * (s.args["SPLITS"] + 1) + 4 * (s.n + 1) * s.problems
+
+
+GRAM_TERMS = Kernel(
+    fn=_gram_terms_kernel,
+    config=TermsConfig,
+    parts=_terms_parts,
+    count=_count_terms,
+)
+
+
+@dataclass(frozen=True)
+class GramTerms:
+    """``K scale`` in two terms, and the diagonal of K, of every group of every layer.
+
+    Attributes:
+        high: float16 ``(L, groups, N, N)``.
+        low: float16, what the first has left.
+        scale: a power of two ``(L, groups)``.
+        norms: ``|x|^2`` of each sample ``(L, groups, N)``.
+    """
+
+    high: Tensor
+    low: Tensor
+    scale: Tensor
+    norms: Tensor
+
+
+def gram(xs: Sequence[SampleMap]) -> GramTerms:
+    """See `torch_ops.gram`; two launches."""
     x, samples = flat_samples(xs)
     layers, n, problems = len(xs), x.samples, len(xs) * x.groups
     sizes = {"n": n, "d": x.dim, "p": problems}
@@ -156,6 +294,26 @@ def gram(xs: Sequence[SampleMap]) -> Tensor:
         ALIGN=tables.align,
         X_DTYPE=DTYPES[samples[0].dtype],
         HAS_BIAS=x.bias,
-        PRECISION=PRECISION if samples[0].dtype == torch.float32 else "tf32",
+        PRECISION=gram_precision(samples[0].dtype),
     )
-    return sum_splits(partial)
+    high = torch.empty_like(partial[0], dtype=torch.float16)
+    terms = GramTerms(
+        high,
+        torch.empty_like(high),
+        partial.new_empty(layers, x.groups),
+        partial.new_empty(layers, x.groups, n),
+    )
+    GRAM_TERMS.launch(
+        TermsConfig(),
+        problems,
+        partial_ptr=partial,
+        high_ptr=terms.high,
+        low_ptr=terms.low,
+        scale_ptr=terms.scale,
+        norms_ptr=terms.norms,
+        N=n,
+        PROBLEMS=problems,
+        SPLITS=splits,
+        SIDE=tile_side(n),
+    )
+    return terms

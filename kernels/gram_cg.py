@@ -5,14 +5,15 @@
     <v, m>  = s |m|^2 + <c, u>
     <v, v>  = s <v, m> + <u, X v>
 
-The last adjoint is never formed: k - 1 products with K serve k iterations. Squares of p
+Lambda, equations (3) and (4), is formed from Y wherever it is used, from two numbers a
+row. The last adjoint is never formed: k - 1 products with K serve k iterations. Squares of p
 come from those of r, to which the p before is orthogonal: ``|p|^2 = |r|^2 + beta^2
 |p|^2``; as a sum of their own they would be all rounding where p is short beside m.
 
 More than 400 lines: both ways to hold the vectors, with the recurrence they share.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,11 +22,22 @@ import triton.language as tl
 from torch import Tensor
 
 from ..linalg.numbers import Numbers
-from .common import DAMPING, load_scalar, problem_base, programs, sum_of_products
+from .common import (
+    DAMPING,
+    is_finite,
+    layer_pointer,
+    load_scalar,
+    power_of_two,
+    problem_base,
+    programs,
+    sum_of_products,
+)
 from .config import Config, tile_side
-from .kernel import TILES, WARPS, Args, Kernel, Values, blocks, covering
-from .launchers import PRECISION, by_group, stored
-from .tables import numbers_on
+from .gram import GramTerms
+from .kernel import TILES, WARPS, Args, Kernel, Parts, Values, blocks, ceil_div
+from .launchers import DTYPES, by_group, stored
+from .outputs import OutputPlace, load_outputs, output_gradients
+from .tables import Tables, numbers_on
 from .work import Sizes
 
 # Eight roundings of float32, 2^-20. A sum that much below its terms is all rounding.
@@ -60,127 +72,204 @@ def _normalizer(s, c_u, m_squared, status):
 
 
 @triton.jit
+def _fisher_weights(y, scale, factor):
+    """Lambda, equation (4), of one tile."""
+    scaled = y * scale[None, :]
+    return scaled * scaled * factor[None, :]
+
+
+@triton.jit
+def _trace(y, scale, norms, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The part of a tile in ``sum_i Y_ij^2 |x_i|^2``, equation (3)."""
+    scaled = y * scale[None, :]
+    norms = tl.broadcast_to(norms[:, None], (BLOCK_N, BLOCK_R))
+    return sum_of_products(scaled * scaled, norms, axis=0)
+
+
+@triton.jit
+def _factor(trace, row_length):
+    """What turns ``(Y scale)^2`` into Lambda, and each row's status.
+
+    Status: 0 Fisher, 1 no sampled gradient, 2 samples that are not finite; the last two
+    get weights of zero.
+    """
+    factor = tl.div_rn(row_length * 1.0, trace)
+    status = tl.where(is_finite(factor), 0, 1)
+    status = tl.where(is_finite(trace), status, 2)
+    return tl.where(status == 0, factor, 0.0), status
+
+
+@triton.jit
+def _terms_of(u, scale):
+    """``u scale`` in two terms."""
+    scaled = u * scale[None, :]
+    high = scaled.to(tl.float16)
+    return high, (scaled - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _k_times(k_high, k_low, high, low, acc):
+    """``acc + K u``: all products of terms but that of the two low ones."""
+    acc = tl.dot(k_low, high, acc=acc)
+    acc = tl.dot(k_high, low, acc=acc)
+    return tl.dot(k_high, high, acc=acc)
+
+
+@triton.jit
 def _gram_cg_kernel(
-    k_ptr,
+    k_high_ptr,
+    k_low_ptr,
+    k_scale_ptr,
+    norms_ptr,
     c_ptr,
-    weights_ptr,
+    y_table_ptr,
     m_squared_ptr,
-    status_ptr,
     scalars_ptr,
     s_ptr,
     u_ptr,
+    status_ptr,
     N,
     R,
     GROUPS,
     ITERS,
+    row_length,
+    block_step,
+    y_place,
+    ALIGN: tl.constexpr,
+    Y_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     within=None,
 ):
-    """All iterations of a block of rows, with every vector in registers.
+    """All iterations of blocks of rows, with every vector in registers.
 
-    One block spans all N samples. Where K does not fit beside it (BLOCK_K < BLOCK_N),
-    the product with K goes through `u_ptr` as scratch, BLOCK_K columns at a time, and c
-    and Lambda are read again each time to make room.
+    One block spans all N samples. A program sees to every `block_step`-th block of
+    rows, and where K fits beside one (BLOCK_K = BLOCK_N) reads it once. Else the
+    product with K goes through `u_ptr` as scratch, BLOCK_K columns at a time. Y and c
+    are read again each time, which leaves room for the vectors; they are in the cache.
     """
     program = programs(within)
+    y_place = OutputPlace(*y_place)
     problem = program[1].to(tl.int64)
+    layer, group = problem // GROUPS, problem % GROUPS
     damping = load_scalar(scalars_ptr, DAMPING)
-    rows = program[0] * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_ok = rows < R
     n = tl.arange(0, BLOCK_N)
-    mask = (n < N)[:, None] & row_ok[None, :]
     stride_n = R * GROUPS
     base = problem_base(problem, GROUPS, N, R)
-    at = base + n[:, None].to(tl.int64) * stride_n + rows[None, :]
-    k_ptr += problem * N * N
+    k_high_ptr += problem * N * N
+    k_low_ptr += problem * N * N
+    k_scale = tl.load(k_scale_ptr + problem)
+    y_ptr = layer_pointer(y_table_ptr, layer, Y_DTYPE, ALIGN)
+    y_ptr += group * R * y_place.stride_r
+    if BLOCK_K == BLOCK_N:
+        k_at = n[:, None] * N + n[None, :]
+        k_mask = (n < N)[:, None] & (n < N)[None, :]
+        k_high = tl.load(k_high_ptr + k_at, mask=k_mask, other=0.0)
+        k_low = tl.load(k_low_ptr + k_at, mask=k_mask, other=0.0)
 
-    mm = tl.load(m_squared_ptr + problem * R + rows, mask=row_ok, other=0.0)
-    status = tl.load(status_ptr + problem * R + rows, mask=row_ok, other=1)
-    c0 = tl.load(c_ptr + at, mask=mask, other=0.0)
-    weights0 = tl.load(weights_ptr + at, mask=mask, other=0.0)
+    for block in range(program[0], tl.cdiv(R, BLOCK_R), block_step):
+        rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        row_ok = rows < R
+        mask = (n < N)[:, None] & row_ok[None, :]
+        at = base + n[:, None].to(tl.int64) * stride_n + rows[None, :]
+        mm = tl.load(m_squared_ptr + problem * R + rows, mask=row_ok, other=0.0)
 
-    zero = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    s = tl.zeros((BLOCK_R,), tl.float32)
-    s_r = s + 1.0
-    s_p = s + 1.0
-    u, u_r, u_p, x_p = zero, zero, zero, c0
-    rho, pp = mm, mm
-    active = rho > 0
-    for _ in range(ITERS - 1):
-        if BLOCK_K == BLOCK_N:
-            c, weights = c0, weights0
-        else:
+        # Squares of a tiny Y underflow, so each row is first brought near one.
+        y = load_outputs(y_ptr, n.to(tl.int64), rows, mask, y_place)
+        y_scale = power_of_two(tl.max(tl.abs(y), axis=0))
+        norms = tl.load(norms_ptr + problem * N + n, mask=n < N, other=0.0)
+        trace = _trace(y, y_scale, norms, BLOCK_N, BLOCK_R)
+        factor, status = _factor(trace, row_length)
+        tl.store(status_ptr + problem * R + rows, status, mask=row_ok)
+
+        zero = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+        s = tl.zeros((BLOCK_R,), tl.float32)
+        s_r = s + 1.0
+        s_p = s + 1.0
+        u, u_r, u_p = zero, zero, zero
+        x_p = tl.load(c_ptr + at, mask=mask, other=0.0)
+        rho, pp = mm, mm
+        active = rho > 0
+        for _ in range(ITERS - 1):
+            y = load_outputs(y_ptr, n.to(tl.int64), rows, mask, y_place)
+            t = _fisher_weights(y, y_scale, factor) * x_p
+            pap = sum_of_products(t, x_p, axis=0) + damping * pp
+            alpha, active = _step_length(rho, pap, active)
+            s += alpha * s_p
+            u += alpha[None, :] * u_p
+            s_r -= alpha * damping * s_p
+            u_r -= alpha[None, :] * (t + damping * u_p)
+            u_scale = power_of_two(tl.max(tl.abs(u_r), axis=0))
+            product = zero
+            if BLOCK_K == BLOCK_N:
+                high, low = _terms_of(u_r, u_scale)
+                product = _k_times(k_high, k_low, high, low, product)
+            else:
+                tl.debug_barrier()
+                tl.store(u_ptr + at, u_r, mask=mask)
+                tl.debug_barrier()
+                for start in range(0, N, BLOCK_K):
+                    kn = start + tl.arange(0, BLOCK_K)
+                    k_at = n[:, None] * N + kn[None, :]
+                    k_mask = (n < N)[:, None] & (kn < N)[None, :]
+                    part = tl.load(
+                        u_ptr
+                        + base
+                        + kn[:, None].to(tl.int64) * stride_n
+                        + rows[None, :],
+                        mask=(kn < N)[:, None] & row_ok[None, :],
+                        other=0.0,
+                    )
+                    high, low = _terms_of(part, u_scale)
+                    product = _k_times(
+                        tl.load(k_high_ptr + k_at, mask=k_mask, other=0.0),
+                        tl.load(k_low_ptr + k_at, mask=k_mask, other=0.0),
+                        high,
+                        low,
+                        product,
+                    )
             c = tl.load(c_ptr + at, mask=mask, other=0.0)
-            weights = tl.load(weights_ptr + at, mask=mask, other=0.0)
-        t = weights * x_p
+            # Powers of two: to divide by them is exact.
+            x_r = s_r[None, :] * c
+            x_r += product * tl.div_rn(1.0, k_scale) * tl.div_rn(1.0, u_scale)[None, :]
+            c_u = sum_of_products(c, u_r, axis=0)
+            u_x = sum_of_products(u_r, x_r, axis=0)
+            rho, beta, active = _next_direction(rho, s_r, mm, c_u, u_x, active)
+            pp = rho + beta * beta * pp
+            s_p = s_r + beta * s_p
+            u_p = u_r + beta[None, :] * u_p
+            x_p = x_r + beta[None, :] * x_p
+
+        y = load_outputs(y_ptr, n.to(tl.int64), rows, mask, y_place)
+        t = _fisher_weights(y, y_scale, factor) * x_p
         pap = sum_of_products(t, x_p, axis=0) + damping * pp
         alpha, active = _step_length(rho, pap, active)
         s += alpha * s_p
         u += alpha[None, :] * u_p
-        s_r -= alpha * damping * s_p
-        u_r -= alpha[None, :] * (t + damping * u_p)
-        x_r = s_r[None, :] * c
-        if BLOCK_K == BLOCK_N:
-            k = tl.load(
-                k_ptr + n[:, None] * N + n[None, :],
-                mask=(n < N)[:, None] & (n < N)[None, :],
-                other=0.0,
-            )
-            x_r = tl.dot(k, u_r, acc=x_r, input_precision=PRECISION)
-        else:
-            tl.debug_barrier()
-            tl.store(u_ptr + at, u_r, mask=mask)
-            tl.debug_barrier()
-            for start in range(0, N, BLOCK_K):
-                kn = start + tl.arange(0, BLOCK_K)
-                k = tl.load(
-                    k_ptr + n[:, None] * N + kn[None, :],
-                    mask=(n < N)[:, None] & (kn < N)[None, :],
-                    other=0.0,
-                )
-                part = tl.load(
-                    u_ptr + base + kn[:, None].to(tl.int64) * stride_n + rows[None, :],
-                    mask=(kn < N)[:, None] & row_ok[None, :],
-                    other=0.0,
-                )
-                x_r = tl.dot(k, part, acc=x_r, input_precision=PRECISION)
-        c_u = sum_of_products(c, u_r, axis=0)
-        u_x = sum_of_products(u_r, x_r, axis=0)
-        rho, beta, active = _next_direction(rho, s_r, mm, c_u, u_x, active)
-        pp = rho + beta * beta * pp
-        s_p = s_r + beta * s_p
-        u_p = u_r + beta[None, :] * u_p
-        x_p = x_r + beta[None, :] * x_p
-
-    if BLOCK_K == BLOCK_N:
-        c, weights = c0, weights0
-    else:
         c = tl.load(c_ptr + at, mask=mask, other=0.0)
-        weights = tl.load(weights_ptr + at, mask=mask, other=0.0)
-    pap = sum_of_products(weights * x_p, x_p, axis=0) + damping * pp
-    alpha, active = _step_length(rho, pap, active)
-    s += alpha * s_p
-    u += alpha[None, :] * u_p
-    scale, s = _normalizer(s, sum_of_products(c, u, axis=0), mm, status)
-    tl.store(s_ptr + problem * R + rows, s * scale, mask=row_ok)
-    u = tl.where((status == 0)[None, :], u * scale[None, :], 0.0)
-    tl.debug_barrier()
-    tl.store(u_ptr + at, u, mask=mask)
+        c_u = sum_of_products(c, u, axis=0)
+        scale, s = _normalizer(s, c_u, mm, status)
+        tl.store(s_ptr + problem * R + rows, s * scale, mask=row_ok)
+        u = tl.where((status == 0)[None, :], u * scale[None, :], 0.0)
+        tl.debug_barrier()
+        tl.store(u_ptr + at, u, mask=mask)
 
 
 @triton.jit
 def _gram_cg_tiled_kernel(
-    k_ptr,
+    k_high_ptr,
+    k_low_ptr,
+    k_scale_ptr,
+    norms_ptr,
     c_ptr,
-    weights_ptr,
+    y_table_ptr,
     m_squared_ptr,
-    status_ptr,
     scalars_ptr,
     s_ptr,
     u_ptr,
+    status_ptr,
     u_r_ptr,
     u_p_ptr,
     x_r_ptr,
@@ -189,6 +278,10 @@ def _gram_cg_tiled_kernel(
     R,
     GROUPS,
     ITERS,
+    row_length,
+    y_place,
+    ALIGN: tl.constexpr,
+    Y_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -201,24 +294,31 @@ def _gram_cg_tiled_kernel(
     barriers order the program's own stores and loads.
     """
     program = programs(within)
+    y_place = OutputPlace(*y_place)
     problem = program[1].to(tl.int64)
+    layer, group = problem // GROUPS, problem % GROUPS
     damping = load_scalar(scalars_ptr, DAMPING)
     rows = program[0] * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
     stride_n = R * GROUPS
     base = problem_base(problem, GROUPS, N, R)
-    k_ptr += problem * N * N
+    k_high_ptr += problem * N * N
+    k_low_ptr += problem * N * N
+    k_scale = tl.load(k_scale_ptr + problem)
+    y_ptr = layer_pointer(y_table_ptr, layer, Y_DTYPE, ALIGN)
+    y_ptr += group * R * y_place.stride_r
+    norms_ptr += problem * N
     c_ptr += base
-    weights_ptr += base
     u_ptr += base
     u_r_ptr += base
     u_p_ptr += base
     x_r_ptr += base
     x_p_ptr += base
     mm = tl.load(m_squared_ptr + problem * R + rows, mask=row_ok, other=0.0)
-    status = tl.load(status_ptr + problem * R + rows, mask=row_ok, other=1)
 
+    zero = tl.zeros((BLOCK_R,), tl.float32)
     zero_n = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    largest = zero
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N).to(tl.int64)
         at = n[:, None] * stride_n + rows[None, :]
@@ -229,9 +329,21 @@ def _gram_cg_tiled_kernel(
         tl.store(u_ptr + at, zero_n, mask=mask)
         tl.store(u_r_ptr + at, zero_n, mask=mask)
         tl.store(u_p_ptr + at, zero_n, mask=mask)
+        y = load_outputs(y_ptr, n, rows, mask, y_place)
+        largest = tl.maximum(largest, tl.max(tl.abs(y), axis=0))
+    # Squares of a tiny Y underflow, so each row is first brought near one.
+    y_scale = power_of_two(largest)
+    trace = zero
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        mask = (n < N)[:, None] & row_ok[None, :]
+        y = load_outputs(y_ptr, n, rows, mask, y_place)
+        norms = tl.load(norms_ptr + n, mask=n < N, other=0.0)
+        trace += _trace(y, y_scale, norms, BLOCK_N, BLOCK_R)
+    factor, status = _factor(trace, row_length)
+    tl.store(status_ptr + problem * R + rows, status, mask=row_ok)
     tl.debug_barrier()
 
-    zero = tl.zeros((BLOCK_R,), tl.float32)
     s, s_r, s_p, beta = zero, zero + 1.0, zero, zero
     rho, pp = mm, zero
     active = rho > 0
@@ -250,8 +362,9 @@ def _gram_cg_tiled_kernel(
             x_p = tl.load(x_r_ptr + at, mask=mask, other=0.0) + beta[None, :] * x_p
             tl.store(u_p_ptr + at, u_p, mask=mask)
             tl.store(x_p_ptr + at, x_p, mask=mask)
-            weights = tl.load(weights_ptr + at, mask=mask, other=0.0)
-            txp += sum_of_products(weights * x_p, x_p, axis=0)
+            y = load_outputs(y_ptr, n, rows, mask, y_place)
+            t = _fisher_weights(y, y_scale, factor) * x_p
+            txp += sum_of_products(t, x_p, axis=0)
         tl.debug_barrier()
         pap = txp + damping * pp
         alpha, active = _step_length(rho, pap, active)
@@ -259,6 +372,7 @@ def _gram_cg_tiled_kernel(
         s_r -= alpha * damping * s_p
         # z += alpha p, r -= alpha A p.
         c_u = zero
+        largest = zero
         for start in range(0, N, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N).to(tl.int64)
             at = n[:, None] * stride_n + rows[None, :]
@@ -266,13 +380,16 @@ def _gram_cg_tiled_kernel(
             u_p = tl.load(u_p_ptr + at, mask=mask, other=0.0)
             u = tl.load(u_ptr + at, mask=mask, other=0.0) + alpha[None, :] * u_p
             tl.store(u_ptr + at, u, mask=mask)
-            t = tl.load(weights_ptr + at, mask=mask, other=0.0)
+            y = load_outputs(y_ptr, n, rows, mask, y_place)
+            t = _fisher_weights(y, y_scale, factor)
             t *= tl.load(x_p_ptr + at, mask=mask, other=0.0)
             u_r = tl.load(u_r_ptr + at, mask=mask, other=0.0)
             u_r -= alpha[None, :] * (t + damping * u_p)
             tl.store(u_r_ptr + at, u_r, mask=mask)
+            largest = tl.maximum(largest, tl.max(tl.abs(u_r), axis=0))
             c = tl.load(c_ptr + at, mask=mask, other=0.0)
             c_u += sum_of_products(c, u_r, axis=0)
+        u_scale = power_of_two(largest)
         tl.debug_barrier()
         if iteration < ITERS - 1:
             u_x = zero
@@ -280,20 +397,28 @@ def _gram_cg_tiled_kernel(
                 n = start + tl.arange(0, BLOCK_N).to(tl.int64)
                 at = n[:, None] * stride_n + rows[None, :]
                 mask = (n < N)[:, None] & row_ok[None, :]
-                x_r = s_r[None, :] * tl.load(c_ptr + at, mask=mask, other=0.0)
+                product = zero_n
                 for k_start in range(0, N, BLOCK_K):
                     kn = k_start + tl.arange(0, BLOCK_K).to(tl.int64)
-                    k = tl.load(
-                        k_ptr + n[:, None] * N + kn[None, :],
-                        mask=(n < N)[:, None] & (kn < N)[None, :],
-                        other=0.0,
-                    )
+                    k_at = n[:, None] * N + kn[None, :]
+                    k_mask = (n < N)[:, None] & (kn < N)[None, :]
                     part = tl.load(
                         u_r_ptr + kn[:, None] * stride_n + rows[None, :],
                         mask=(kn < N)[:, None] & row_ok[None, :],
                         other=0.0,
                     )
-                    x_r = tl.dot(k, part, acc=x_r, input_precision=PRECISION)
+                    high, low = _terms_of(part, u_scale)
+                    product = _k_times(
+                        tl.load(k_high_ptr + k_at, mask=k_mask, other=0.0),
+                        tl.load(k_low_ptr + k_at, mask=k_mask, other=0.0),
+                        high,
+                        low,
+                        product,
+                    )
+                x_r = s_r[None, :] * tl.load(c_ptr + at, mask=mask, other=0.0)
+                x_r += (
+                    product * tl.div_rn(1.0, k_scale) * tl.div_rn(1.0, u_scale)[None, :]
+                )
                 tl.store(x_r_ptr + at, x_r, mask=mask)
                 u_r = tl.load(u_r_ptr + at, mask=mask, other=0.0)
                 u_x += sum_of_products(u_r, x_r, axis=0)
@@ -321,35 +446,58 @@ def _gram_cg_tiled_kernel(
 
 @dataclass(frozen=True)
 class GramCGConfig(Config):
-    """`GRAM_CG` and `GRAM_CG_TILED`."""
+    """`GRAM_CG` and `GRAM_CG_TILED`.
+
+    Attributes:
+        programs: how many to make where a program reads K once for all its blocks of
+            rows. The default is two for each of an H200's processors.
+    """
 
     BLOCK_N: int = 64
-    BLOCK_R: int = 16
+    BLOCK_R: int = 32
     BLOCK_K: int = 64
+    programs: int = 264
 
 
 RESIDENT_SAMPLES = 128
-"""Up to so many samples the default keeps the vectors of CG in Gram space in registers.
+"""Up to so many samples both terms of K fit a program's shared memory by default."""
 
-A tuned configuration whose BLOCK_N is no less than N does so for more."""
+REGISTER_SAMPLES = 256
+"""Up to so many samples the default keeps the vectors of CG in registers.
+
+A tuned configuration whose BLOCK_N is less than N keeps them in scratch memory."""
 
 
 def gram_cg_config(n: int) -> GramCGConfig:
-    """Resident up to `RESIDENT_SAMPLES`, tiled beyond.
+    """K resident, then vectors in registers, then in scratch.
 
-    The tiles are the fastest of 11 measured on an H200 that do not spill.
+    Prototypes of the first two on an H200 were four and two times as fast as what the
+    third was then; its tiles are the fastest of 11 that do not spill.
     """
     block_n = tile_side(n)
-    if block_n > RESIDENT_SAMPLES:
+    if block_n > REGISTER_SAMPLES:
         return GramCGConfig(BLOCK_N=128, BLOCK_R=32, BLOCK_K=32, num_warps=8)
-    if block_n <= 64:
-        return GramCGConfig(BLOCK_N=block_n, BLOCK_K=block_n)
-    return GramCGConfig(BLOCK_N=block_n, BLOCK_K=16, num_warps=8)
+    if block_n > RESIDENT_SAMPLES:
+        return GramCGConfig(BLOCK_N=block_n, BLOCK_K=64, num_warps=8)
+    return GramCGConfig(BLOCK_N=block_n, BLOCK_K=block_n)
+
+
+def _parts(args: Args, problems: int, values: Values) -> Parts:
+    """Blocks of rows, or as many programs as see to several each."""
+    count = blocks(args["R"], values["BLOCK_R"])
+    if args["N"] > values["BLOCK_N"]:
+        return [((count, problems), {})]
+    step = count
+    if values["BLOCK_K"] == values["BLOCK_N"]:
+        step = min(count, max(1, values["programs"] // problems))
+        step = ceil_div(count, ceil_div(count, step))
+    return [((step, problems), {"block_step": step})]
 
 
 def _count(s: Sizes) -> tuple[int, int]:
     operations = 2 * (s.args["ITERS"] - 1) * s.n * s.nr
-    return operations, 4 * (s.nn + 3 * s.nr + 3 * s.rows)
+    y = s.nr * s.size("Y_DTYPE")
+    return operations, y + 4 * (s.nn + 2 * s.nr + 3 * s.rows + (s.n + 1) * s.problems)
 
 
 def _count_tiled(s: Sizes) -> tuple[int, int]:
@@ -360,9 +508,13 @@ def _count_tiled(s: Sizes) -> tuple[int, int]:
 def _again(s: Sizes, values: Values) -> float:
     rows = blocks(s.args["R"], values["BLOCK_R"])
     repeats: int = s.args["ITERS"] - 1
-    again = 4 * s.nn * (rows * repeats - 1.0)
-    resident = values["BLOCK_N"] >= s.n and values["BLOCK_K"] >= values["BLOCK_N"]
-    return again + (0 if resident else 4 * 4 * s.nr * repeats)
+    vectors = repeats * s.nr * (4 + s.size("Y_DTYPE"))  # c and Y
+    if values["BLOCK_N"] < s.n:
+        vectors += 4 * 4 * s.nr * repeats
+    elif values["BLOCK_K"] == values["BLOCK_N"]:
+        step = _parts(s.args, s.problems, values)[0][0][0]
+        return 4.0 * s.nn * (step - 1) + vectors
+    return 4.0 * s.nn * (rows * repeats - 1) + vectors
 
 
 def _rule(values: Values, sizes: Mapping[str, int], kind: str) -> str | None:
@@ -380,14 +532,15 @@ def _variant(kernel: Kernel, args: Args, values: Values) -> Kernel:
 GRAM_CG = Kernel(
     fn=_gram_cg_kernel,
     config=GramCGConfig,
-    parts=covering("R"),
+    parts=_parts,
     count=_count,
     again=_again,
     values={
         "BLOCK_N": (*TILES, 256),
-        "BLOCK_R": (16, 32),
+        "BLOCK_R": (16, 32, 64),
         "BLOCK_K": TILES,
         "num_warps": WARPS,
+        "programs": (132, 264, 528),
     },
     tiles=(("BLOCK_N", "BLOCK_K"),),
     rule=_rule,
@@ -398,21 +551,29 @@ GRAM_CG_TILED = replace(GRAM_CG, fn=_gram_cg_tiled_kernel, count=_count_tiled)
 
 
 def gram_cg(
-    k: Tensor,
+    k: GramTerms,
     c: Tensor,
-    weights: Tensor,
+    ys: Sequence[Tensor],
     m_squared: Tensor,
-    status: Tensor,
+    row_length: int,
     numbers: Numbers,
     iters: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `torch_ops.gram_cg`; all iterations in one launch."""
     layers, groups, n, rows = c.shape
-    c, weights = stored(c), stored(weights)
+    c = stored(c)
+    ys = [output_gradients(y) for y in ys]
+    if len({y.stride() for y in ys}) > 1:
+        ys = [y.contiguous() for y in ys]
+    y = ys[0]
     s = torch.empty_like(m_squared)
     u = torch.empty_like(c)
+    status = torch.empty_like(m_squared, dtype=torch.int32)
+    tables = Tables([ys])
     config = GRAM_CG.tuned(
-        gram_cg_config(n), {"n": n, "r": rows, "p": layers * groups, "k": iters}
+        gram_cg_config(n),
+        {"n": n, "r": rows, "p": layers * groups, "k": iters},
+        (y.dtype,),
     )
     scratch = {}
     if n > config.BLOCK_N:
@@ -421,19 +582,26 @@ def gram_cg(
     GRAM_CG.launch(
         config,
         layers * groups,
-        k_ptr=k,
+        k_high_ptr=k.high,
+        k_low_ptr=k.low,
+        k_scale_ptr=k.scale,
+        norms_ptr=k.norms,
         c_ptr=c,
-        weights_ptr=weights,
+        y_table_ptr=tables[0],
         m_squared_ptr=m_squared,
-        status_ptr=status,
         scalars_ptr=numbers_on(numbers, c.device),
         s_ptr=s,
         u_ptr=u,
+        status_ptr=status,
         **scratch,
         N=n,
         R=rows,
         GROUPS=groups,
         ITERS=iters,
-        PRECISION=PRECISION,
+        row_length=row_length,
+        y_place=OutputPlace.of(y),
+        ALIGN=tables.align,
+        Y_DTYPE=DTYPES[y.dtype],
+        PRECISION="fp16x2",
     )
-    return s, by_group(u, groups)
+    return s, by_group(u, groups), status

@@ -17,11 +17,6 @@ DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-
-PRECISION = "tf32x3"
-"""Of products with float32 operands: three tensor-core products, float32's accuracy."""
-
-
 if interpreted():
     bear_new_numpy()
 

@@ -17,16 +17,15 @@ from .common import (
     load_scalar,
     load_scale,
     load_taken,
-    power_of_two,
     problem_base,
     programs,
+    scale_within_reach,
 )
 from .config import Config, tile_side
 from .kernel import PRODUCT, TILES, Args, Kernel, Parts, Values, blocks
 from .largest import largest_of
 from .launchers import (
     DTYPES,
-    PRECISION,
     biases,
     by_group,
     empty_rows,
@@ -35,6 +34,7 @@ from .launchers import (
     write_back,
 )
 from .layouts import RowPlace, entries, row_layout
+from .products import sample_precision, samples_times
 from .tables import Tables, numbers_on
 from .work import Sizes
 
@@ -53,6 +53,94 @@ def _decayed(m, g, beta, M_DTYPE: tl.constexpr, NESTEROV: tl.constexpr):
 def _magnitude(v):
     """``|v|``, infinite where v is not a number."""
     return tl.where(is_finite(v), tl.abs(v), float("inf"))
+
+
+@triton.jit
+def _largest_entries(
+    ptr,
+    layer_rows,
+    row_ok,
+    D,
+    place,
+    TAPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Of each row; infinite where one is not finite."""
+    largest = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        mask = row_ok[:, None] & (d < D)[None, :]
+        at = entries(layer_rows[:, None], d[None, :], D, place, TAPS)
+        v = tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, _magnitude(v))
+    return tl.max(largest, axis=1)
+
+
+@triton.jit
+def _pass(
+    g_ptr,
+    m_ptr,
+    v_ptr,
+    x_ptr,
+    layer_rows,
+    row_ok,
+    n,
+    N,
+    D,
+    g_place,
+    m_place,
+    stride_xn,
+    takes,
+    beta,
+    m_scale,
+    x_scale,
+    M_DTYPE: tl.constexpr,
+    G_TAPS: tl.constexpr,
+    M_TAPS: tl.constexpr,
+    UPDATE: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    PROJECT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One pass over the rows: C and |v|^2 of rows at a scale, and the largest |v|.
+
+    With UPDATE, M becomes ``beta M + G`` as it goes; an entry that would not be finite
+    stays. Rows that take no gradient have a beta of one.
+    """
+    c = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    squares = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    largest = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        mask = row_ok[:, None] & (d < D)[None, :]
+        at = entries(layer_rows[:, None], d[None, :], D, m_place, M_TAPS)
+        m = tl.load(m_ptr + at, mask=mask, other=0.0)
+        v = m.to(tl.float32)
+        if UPDATE:
+            g_at = entries(layer_rows[:, None], d[None, :], D, g_place, G_TAPS)
+            g_mask = mask & takes[:, None]
+            g = tl.load(g_ptr + g_at, mask=g_mask, other=0.0).to(tl.float32)
+            kept, v = _decayed(v, g, beta[:, None], M_DTYPE, NESTEROV)
+            kept = tl.where(is_finite(kept.to(tl.float32)), kept, m)
+            tl.store(m_ptr + at, kept, mask=mask)
+            if NESTEROV:
+                v_at = layer_rows[:, None] * D + d[None, :]
+                tl.store(v_ptr + v_at, v, mask=mask)
+        largest = tl.maximum(largest, _magnitude(v))
+        v *= m_scale[:, None]
+        squares = tl.fma(v, v, squares)
+        if PROJECT:
+            x = tl.load(
+                x_ptr + n[:, None] * stride_xn + d[None, :],
+                mask=(n < N)[:, None] & (d < D)[None, :],
+                other=0.0,
+            )
+            c = samples_times(x, tl.trans(v * x_scale), c, PRECISION)
+    return c, tl.sum(squares, axis=1), tl.max(largest, axis=1)
 
 
 @triton.jit
@@ -92,17 +180,19 @@ def _momentum_project_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     PRECISION: tl.constexpr,
     within=None,
 ):
     """``M <- beta M + G``, ``C = X V^T`` and ``|v|^2`` for a block of rows.
 
     V is M, or with NESTEROV ``G + beta M``, which is then written out; in products it
-    is scaled so that no square overflows or vanishes. A row that would not be finite
-    stays as it is, as all do in a skipped step: beta and G become 1 and 0. To know both
-    before anything is written, the block's rows are read once ahead (MEASURE); the
-    second read comes from the cache. Without UPDATE, V is read as it is; without
-    MEASURE, so is its scale.
+    is scaled so that no square overflows or vanishes. A row whose gradient is not
+    finite stays as it is, as all do in a skipped step. To know it before anything is
+    written, G is read once ahead; the second read comes from the cache. In ordinary
+    training the scale is one, so the pass takes it for that, and makes itself again,
+    over V as it left it, where it turns out to be another. Without UPDATE, V is read as
+    it is; without MEASURE, so is its scale.
     """
     program = programs(within)
     g_place = RowPlace(*g_place)
@@ -115,99 +205,120 @@ def _momentum_project_kernel(
     # Rows of the whole layer: its groups follow each other.
     layer_rows = group * R + rows.to(tl.int64)
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    d_range = tl.arange(0, BLOCK_D)
+    scale_at = problem * R + rows
     m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
+    g_ptr, v_ptr, x_ptr = m_ptr, m_ptr, m_ptr  # where there are none
+    x_scale = 1.0
+    if PROJECT:
+        x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
+        x_scale = load_scale(x_largest_table_ptr, layer, group)
+    if HAS_BIAS:
+        m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
+        m_bias = tl.load(m_bias_ptr + layer_rows, mask=row_ok, other=0.0)
+        v_bias = m_bias.to(tl.float32)
 
+    takes, beta = row_ok, tl.full((BLOCK_R,), 1.0, tl.float32)
     if UPDATE:
-        beta = load_scalar(scalars_ptr, MOMENTUM)
         g_ptr = layer_pointer(g_table_ptr, layer, G_DTYPE, ALIGN)
+        largest = _largest_entries(
+            g_ptr, layer_rows, row_ok, D, g_place, G_TAPS, BLOCK_R, BLOCK_G
+        )
         if HAS_BIAS:
             g_bias_ptr = layer_pointer(g_bias_table_ptr, layer, G_DTYPE, ALIGN)
             g_bias = tl.load(g_bias_ptr + layer_rows, mask=row_ok, other=0.0)
             g_bias = g_bias.to(tl.float32)
-    if HAS_BIAS:
-        m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
-        m_bias = tl.load(m_bias_ptr + layer_rows, mask=row_ok, other=0.0)
-        m_bias = m_bias.to(tl.float32)
-
-    scale_at = problem * R + rows
-    if MEASURE:
-        magnitudes = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-        for start in range(0, D, BLOCK_D):
-            d = start + d_range
-            mask = row_ok[:, None] & (d < D)[None, :]
-            at = entries(layer_rows[:, None], d[None, :], D, m_place, M_TAPS)
-            v = tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            if UPDATE:
-                at = entries(layer_rows[:, None], d[None, :], D, g_place, G_TAPS)
-                g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
-                _, v = _decayed(v, g, beta, M_DTYPE, NESTEROV)
-            magnitudes = tl.maximum(magnitudes, _magnitude(v))
-        largest = tl.max(magnitudes, axis=1)
-        if HAS_BIAS:
-            v_bias = m_bias
-            if UPDATE:
-                _, v_bias = _decayed(m_bias, g_bias, beta, M_DTYPE, NESTEROV)
-            largest = tl.maximum(largest, _magnitude(v_bias))
-        if UPDATE:
-            largest = tl.where(load_taken(scalars_ptr), largest, float("inf"))
-        m_scale = tl.where(is_finite(largest), power_of_two(largest), 1.0)
-        if block_n == 0:
-            tl.store(m_scale_ptr + scale_at, m_scale, mask=row_ok)
-    else:
-        m_scale = tl.load(m_scale_ptr + scale_at, mask=row_ok, other=0.0)
-    if UPDATE:
-        finite = is_finite(largest)
-        beta = tl.where(finite, beta, 1.0)
-        tl.store(finite_ptr + scale_at, finite.to(tl.int8), mask=row_ok)
+            largest = tl.maximum(largest, _magnitude(g_bias))
+        takes = is_finite(largest) & load_taken(scalars_ptr)
+        beta = tl.where(takes, load_scalar(scalars_ptr, MOMENTUM), 1.0)
         if NESTEROV:
             v_ptr = layer_pointer(v_table_ptr, layer, tl.float32, ALIGN)
+    m_scale = tl.full((BLOCK_R,), 1.0, tl.float32)
+    if not MEASURE:
+        m_scale = tl.load(m_scale_ptr + scale_at, mask=row_ok, other=0.0)
 
-    c = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    squares = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    if PROJECT:
-        x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
-        x_scale = load_scale(x_largest_table_ptr, layer, group)
-    for start in range(0, D, BLOCK_D):
-        d = start + d_range
-        mask = row_ok[:, None] & (d < D)[None, :]
-        at = entries(layer_rows[:, None], d[None, :], D, m_place, M_TAPS)
-        v = tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        if UPDATE:
-            g_at = entries(layer_rows[:, None], d[None, :], D, g_place, G_TAPS)
-            g = tl.load(g_ptr + g_at, mask=mask, other=0.0).to(tl.float32)
-            g = tl.where(finite[:, None], g, 0.0)
-            m, v = _decayed(v, g, beta[:, None], M_DTYPE, NESTEROV)
-            tl.store(m_ptr + at, m, mask=mask)
-            if NESTEROV:
-                v_at = layer_rows[:, None] * D + d[None, :]
-                tl.store(v_ptr + v_at, v, mask=mask)
-        v *= m_scale[:, None]
-        squares = tl.fma(v, v, squares)
-        if PROJECT:
-            x_mask = (n < N)[:, None] & (d < D)[None, :]
-            x = tl.load(
-                x_ptr + n[:, None] * stride_xn + d[None, :], mask=x_mask, other=0.0
-            )
-            x = x.to(tl.float32) * x_scale
-            c = tl.dot(x, tl.trans(v), acc=c, input_precision=PRECISION)
-
-    m_squared = tl.sum(squares, axis=1)
-    if HAS_BIAS:
-        v_bias = m_bias
-        if UPDATE:
-            g_bias = tl.where(finite, g_bias, 0.0)
-            kept_bias, v_bias = _decayed(m_bias, g_bias, beta, M_DTYPE, NESTEROV)
+    c, m_squared, largest = _pass(
+        g_ptr,
+        m_ptr,
+        v_ptr,
+        x_ptr,
+        layer_rows,
+        row_ok,
+        n,
+        N,
+        D,
+        g_place,
+        m_place,
+        stride_xn,
+        takes,
+        beta,
+        m_scale,
+        x_scale,
+        M_DTYPE,
+        G_TAPS,
+        M_TAPS,
+        UPDATE,
+        NESTEROV,
+        PROJECT,
+        BLOCK_N,
+        BLOCK_R,
+        BLOCK_D,
+        PRECISION,
+    )
+    if UPDATE:
+        if HAS_BIAS:
+            g_bias = tl.where(takes, g_bias, 0.0)
+            kept, v_bias = _decayed(v_bias, g_bias, beta, M_DTYPE, NESTEROV)
+            kept = tl.where(is_finite(kept.to(tl.float32)), kept, m_bias)
             # Several threads may hold the same row: all must have read it first.
             tl.debug_barrier()
-            tl.store(m_bias_ptr + layer_rows, kept_bias, mask=row_ok)
+            tl.store(m_bias_ptr + layer_rows, kept, mask=row_ok)
             if NESTEROV:
                 v_bias_ptr = layer_pointer(v_bias_table_ptr, layer, tl.float32, ALIGN)
                 tl.store(v_bias_ptr + layer_rows, v_bias, mask=row_ok)
+    if MEASURE:
+        if HAS_BIAS:
+            largest = tl.maximum(largest, _magnitude(v_bias))
+        m_scale = tl.where(is_finite(largest), scale_within_reach(largest), 1.0)
+        if block_n == 0:
+            tl.store(m_scale_ptr + scale_at, m_scale, mask=row_ok)
+        if tl.min((m_scale == 1.0).to(tl.int32), axis=0) == 0:
+            tl.debug_barrier()  # V is there for all threads
+            c, m_squared, _ = _pass(
+                g_ptr,
+                v_ptr if UPDATE and NESTEROV else m_ptr,
+                v_ptr,
+                x_ptr,
+                layer_rows,
+                row_ok,
+                n,
+                N,
+                D,
+                g_place,
+                m_place,
+                stride_xn,
+                takes,
+                beta,
+                m_scale,
+                x_scale,
+                M_DTYPE,
+                G_TAPS,
+                0 if UPDATE and NESTEROV else M_TAPS,  # V is dense
+                False,
+                NESTEROV,
+                PROJECT,
+                BLOCK_N,
+                BLOCK_R,
+                BLOCK_D,
+                PRECISION,
+            )
+    if UPDATE:
+        finite = takes & is_finite(largest)
+        tl.store(finite_ptr + scale_at, finite.to(tl.int8), mask=row_ok)
+    if HAS_BIAS:
         v_bias *= m_scale
         m_squared = tl.fma(v_bias, v_bias, m_squared)
         if PROJECT:
-            c += v_bias[None, :] * x_scale
+            c += (v_bias * x_scale)[None, :]
 
     if block_n == 0:
         tl.store(m_squared_ptr + problem * R + rows, m_squared, mask=row_ok)
@@ -219,23 +330,26 @@ def _momentum_project_kernel(
 
 @dataclass(frozen=True)
 class ProjectConfig(Config):
-    """`MOMENTUM_PROJECT`."""
+    """`MOMENTUM_PROJECT`.
+
+    Attributes:
+        BLOCK_G: columns of G that are looked at together, ahead of the pass.
+    """
 
     BLOCK_N: int = 64
-    BLOCK_R: int = 32
+    BLOCK_R: int = 64
     BLOCK_D: int = 32
+    BLOCK_G: int = 128
 
 
 def project_config(n: int) -> ProjectConfig:
-    """Up to 128 samples beside a block of rows; without any, long pieces of rows."""
+    """All samples beside a block of rows, up to 256; without any, long pieces of rows.
+
+    The tiles of 256 samples are the best of a prototype's on an H200.
+    """
     if n == 0:
         return ProjectConfig(BLOCK_N=16, BLOCK_R=8, BLOCK_D=64)
-    block_n = min(tile_side(n), 128)
-    if block_n <= 32:
-        return ProjectConfig(BLOCK_N=block_n, BLOCK_R=16, num_stages=3)
-    if block_n == 64:
-        return ProjectConfig(num_warps=8)
-    return ProjectConfig(BLOCK_N=block_n, BLOCK_D=16, num_warps=8)
+    return ProjectConfig(BLOCK_N=min(tile_side(n), 256), num_stages=3)
 
 
 def _parts(args: Args, problems: int, values: Values) -> Parts:
@@ -273,9 +387,8 @@ def _count(s: Sizes) -> tuple[int, int]:
 
 def _again(s: Sizes, values: Values) -> float:
     again = 0
-    if s.args["MEASURE"]:  # the rows are read once ahead
-        again = s.row_entries * s.size("M_DTYPE")
-        again += s.row_entries * s.size("G_DTYPE") * s.args["UPDATE"]
+    if s.args["UPDATE"]:  # G is read once ahead
+        again = s.row_entries * s.size("G_DTYPE")
     if not s.args["PROJECT"]:
         return again
     rows = blocks(s.args["R"], values["BLOCK_R"])
@@ -290,7 +403,7 @@ MOMENTUM_PROJECT = Kernel(
     parts=_parts,
     count=_count,
     again=_again,
-    values={**PRODUCT, "BLOCK_R": (4, 8, *TILES)},
+    values={**PRODUCT, "BLOCK_R": (4, 8, *TILES), "BLOCK_G": (64, 128, 256)},
     tiles=(("BLOCK_N", "BLOCK_D"), ("BLOCK_R", "BLOCK_D")),
     loop="D",
 )
@@ -386,7 +499,7 @@ def momentum_project_(
         MEASURE=True,
         NESTEROV=nesterov,
         PROJECT=xs is not None,
-        PRECISION=PRECISION,
+        PRECISION=sample_precision(samples[0].dtype),
     )
     write_back(momenta, ms)
     return vs, scales, finite, by_group(c, groups), m_squared

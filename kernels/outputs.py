@@ -6,6 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import settle
+from .launchers import DTYPES
+
 
 class OutputPlace(NamedTuple):
     """Where Y ``(n, R, P)`` lies: positions of an example, strides in entries."""
@@ -19,6 +22,14 @@ class OutputPlace(NamedTuple):
     def of(cls, y: Tensor) -> "OutputPlace":
         """The place of ``(n, R, P)``."""
         return cls(y.shape[2], *y.stride())
+
+
+def output_gradients(y: Tensor) -> Tensor:
+    """Y in a dtype that kernels read."""
+    if y.dtype in DTYPES:
+        return y
+    settle()
+    return y.float()
 
 
 @triton.jit

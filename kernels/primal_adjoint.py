@@ -27,14 +27,11 @@ from .kernel import FEW, PRODUCT, TILES, Args, Kernel, Parts, Values, blocks, pi
 from .launchers import DTYPES, biases
 from .layouts import RowPlace, RowPointers, row_layout
 from .primal import PrimalState, step_length
+from .products import as_factor, outstanding, product, product_precision
 from .samples import (
     Place,
-    as_factor,
     load_window,
     native_entries,
-    outstanding,
-    product,
-    product_precision,
 )
 from .tables import Tables, numbers_on
 from .work import Sizes
@@ -441,5 +438,5 @@ def cg_adjoint_(xs: Sequence[SampleMap], state: PrimalState, numbers: Numbers) -
         HAS_BIAS=m.bias is not None,
         DEPTHWISE=s.depthwise > 0,
         FIRST=k == 0,
-        PRECISION=product_precision(s),
+        PRECISION=product_precision(s.map, s.tensors[0].dtype),
     )

@@ -24,14 +24,11 @@ from .layouts import RowPlace, RowPointers, row_layout
 from .outputs import OutputPlace, load_outputs
 from .primal import FLOOR, PrimalState
 from .row_weights import RowWeights
+from .products import as_factor, outstanding, product, product_precision
 from .samples import (
     Place,
-    as_factor,
     load_window,
     native_entries,
-    outstanding,
-    product,
-    product_precision,
 )
 from .tables import Tables
 from .work import Sizes
@@ -343,6 +340,6 @@ def cg_forward_(
         DEPTHWISE=s.depthwise > 0,
         FIRST=k == 0,
         LAST=last,
-        PRECISION=product_precision(s),
+        PRECISION=product_precision(s.map, s.tensors[0].dtype),
     )
     state.iteration += 1

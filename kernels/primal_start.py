@@ -11,7 +11,8 @@ from .launchers import in_place
 from .primal import PrimalState
 from .primal_adjoint import PRIMAL_ADJOINT, adjoint_config, adjoint_pieces
 from .primal_forward import PRIMAL_FORWARD, forward_config
-from .samples import product_precision, samples
+from .products import product_precision
+from .samples import samples
 
 
 def cg_start(
@@ -34,7 +35,7 @@ def cg_start(
         bias = None if m.bias is None else empty(*leading, layers, rows)
         return Rows(empty(*leading, layers, rows, dim), bias)
 
-    precision = product_precision(s)
+    precision = product_precision(s.map, s.tensors[0].dtype)
     dtypes, kind = (s.tensors[0].dtype,), f"{s.kind} {precision}"
     of_forward = PRIMAL_FORWARD.tuned(
         forward_config(s.n, s.map.dim, s.kind), s.key, dtypes, kind

@@ -4,7 +4,7 @@ from types import MappingProxyType
 
 from .draws import DRAW
 from .gather import GATHER
-from .gram import GRAM
+from .gram import GRAM, GRAM_TERMS
 from .gram_cg import GRAM_CG, GRAM_CG_TILED
 from .kernel import Kernel
 from .largest import LARGEST
@@ -14,20 +14,18 @@ from .primal_adjoint import PRIMAL_ADJOINT
 from .primal_forward import PRIMAL_FORWARD
 from .primal_update import PRIMAL_UPDATE
 from .row_weights import ROW_NORMS, ROW_SCALE, ROW_SCALE_SUM
-from .splits import SUM_SPLITS
 from .update import UPDATE
-from .weights import FISHER_WEIGHTS
 
 KERNELS = MappingProxyType(
     {
         kernel.name: kernel
         for kernel in (
             DRAW,
-            FISHER_WEIGHTS,
             GATHER,
             GRAM,
             GRAM_CG,
             GRAM_CG_TILED,
+            GRAM_TERMS,
             LARGEST,
             LARGEST_PARTS,
             MAGNITUDES,
@@ -38,7 +36,6 @@ KERNELS = MappingProxyType(
             ROW_NORMS,
             ROW_SCALE,
             ROW_SCALE_SUM,
-            SUM_SPLITS,
             UPDATE,
         )
     }

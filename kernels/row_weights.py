@@ -36,7 +36,6 @@ from .kernel import (
 from .launchers import DTYPES
 from .outputs import OutputPlace, load_outputs
 from .samples import Place, load_window, samples
-from .splits import SumConfig
 from .tables import Tables
 from .work import Sizes
 
@@ -214,6 +213,13 @@ def _row_scale_sum_kernel(
 
 
 @dataclass(frozen=True)
+class SumConfig(Config):
+    """`ROW_SCALE_SUM`."""
+
+    BLOCK: int = 256
+
+
+@dataclass(frozen=True)
 class NormsConfig(Config):
     """`ROW_NORMS`."""
 
@@ -385,7 +391,7 @@ def row_weights(
         DEPTHWISE=s.depthwise > 0,
     )
     ROW_SCALE_SUM.launch(
-        SumConfig(BLOCK=256),
+        SumConfig(),
         largest_ptr=largest,
         trace_ptr=trace,
         y_scale_ptr=weights.scale,

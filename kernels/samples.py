@@ -14,11 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..linalg.precision import tf32_convolutions
 from ..linalg.rows import SampleMap, Window
-from .interpreter import interpreted
 from .largest import largest_of
-from .launchers import PRECISION
 from .layouts import entries
 
 
@@ -111,48 +108,6 @@ def load_window(x_ptr, n, channel, tap, mask, place, STENCIL: tl.constexpr):
         at = example * place.stride_n + channel * place.stride_c
         at += h * place.stride_h + w * place.stride_w
     return tl.load(x_ptr + at, mask=mask, other=0.0)
-
-
-@triton.jit
-def as_factor(x, scale, PRECISION: tl.constexpr):
-    """Samples as `product` takes them: scaled, but bfloat16 as it lies.
-
-    So copies of bfloat16 samples need not pass through registers; `outstanding` is
-    what the product's other factor, or its result, is to be multiplied by then.
-    """
-    if PRECISION != "bf16" and PRECISION != "bf16_tf32":
-        x = x.to(tl.float32) * scale
-    return x
-
-
-@triton.jit
-def outstanding(scale, PRECISION: tl.constexpr):
-    """What `as_factor` has left out of the scale."""
-    left = scale
-    if PRECISION != "bf16" and PRECISION != "bf16_tf32":
-        left = 1.0
-    return left
-
-
-@triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a b`` on tensor cores with float32 accumulation.
-
-    PRECISION is ``"bf16"``: both rounded to bfloat16; ``"bf16_tf32"``: the same
-    numbers through tf32, for the interpreter, which cannot multiply bfloat16; or one of
-    `tl.dot`'s, on float32 operands.
-    """
-    if PRECISION == "bf16":
-        acc = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc=acc)
-    elif PRECISION == "bf16_tf32":
-        a = a.to(tl.bfloat16).to(tl.float32)
-        b = b.to(tl.bfloat16).to(tl.float32)
-        acc = tl.dot(a, b, acc=acc, input_precision="tf32")
-    else:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-        acc = tl.dot(a, b, acc=acc, input_precision=PRECISION)
-    return acc
 
 
 @dataclass(frozen=True)
@@ -295,20 +250,3 @@ def _two(values: Sequence[int], filler: int) -> tuple[int, int]:
     """One or two numbers as two: a signal is an image of height one."""
     first, second = (*(filler,) * (2 - len(values)), *values)
     return int(first), int(second)
-
-
-def product_precision(s: Samples) -> str:
-    """How products of these samples are computed.
-
-    A matrix: as float32. Images: bfloat16 as it is; float16, whose range is too small
-    for the rows, and float32 in tf32; float32 to its full precision where torch's
-    convolutions keep it (``torch.backends.cudnn.conv.fp32_precision``).
-    """
-    if s.map.window is None:
-        return PRECISION
-    dtype = s.tensors[0].dtype
-    if dtype == torch.bfloat16:
-        return "bf16_tf32" if interpreted() else "bf16"
-    if dtype == torch.float32 and not tf32_convolutions():
-        return PRECISION
-    return "tf32"

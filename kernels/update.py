@@ -15,8 +15,6 @@ from .common import (
     LR,
     WEIGHT_DECAY,
     count_anomalies,
-    grouped_program,
-    is_finite,
     layer_pointer,
     load_scalar,
     load_scale,
@@ -24,12 +22,11 @@ from .common import (
     problem_base,
     programs,
 )
-from .config import Config, tile_side
-from .kernel import PRODUCT, Kernel, Values, blocks, covering
+from .config import SplitConfig, tile_side
+from .kernel import PRODUCT, Args, Kernel, Parts, Values, blocks, ceil_div
 from .largest import largest_of, near_one
 from .launchers import (
     DTYPES,
-    PRECISION,
     biases,
     empty_rows,
     flat_samples,
@@ -38,8 +35,28 @@ from .launchers import (
     write_back,
 )
 from .layouts import RowPlace, entries, row_layout
+from .products import high_term, low_term, sample_precision, terms_times_samples
 from .tables import Tables, numbers_on
 from .work import Sizes
+
+
+@triton.jit
+def _coordinates(
+    u_ptr,
+    rows,
+    row_ok,
+    n,
+    N,
+    stride_n,
+    x_scale,
+):
+    """A tile of u, so that samples need no scale."""
+    u = tl.load(
+        u_ptr + n[None, :] * stride_n + rows[:, None],
+        mask=row_ok[:, None] & (n < N)[None, :],
+        other=0.0,
+    )
+    return u * x_scale
 
 
 @triton.jit
@@ -61,6 +78,7 @@ def _update_kernel(
     R,
     D,
     GROUPS,
+    piece_length,
     stride_xn,
     theta_place,
     m_place,
@@ -72,66 +90,55 @@ def _update_kernel(
     M_TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STEP: tl.constexpr,
+    SAMPLES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
     within=None,
 ):
-    """One tile of rows; the programs of the first columns see to the biases too.
+    """A block of rows, one piece of their columns; the first sees to the biases too.
 
     X and m are scaled. Without STEP the direction itself is written: ``theta = s m +
-    X^T u``. Rows whose u is zero must not see samples that are not finite, so those
-    samples count as zero.
+    X^T u``. SAMPLES is 0 where there are none, 1 where one block holds all, whose u is
+    then read once, and else 2. Rows whose u is zero must not see samples that are not
+    finite.
     """
     program = programs(within)
     theta_place = RowPlace(*theta_place)
     m_place = RowPlace(*m_place)
     problem = program[1].to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
-    blocks_d = tl.maximum(tl.cdiv(D, BLOCK_D), 1)
-    block_r, block_d = grouped_program(
-        program[0], tl.cdiv(R, BLOCK_R), blocks_d, GROUP_M
-    )
-    rows = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    piece = program[2]
+    rows = program[0] * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
     if STEP:  # none of a skipped step
         row_ok = row_ok & load_taken(scalars_ptr)
     layer_rows = group * R + rows.to(tl.int64)
-    d = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = row_ok[:, None] & (d < D)[None, :]
-    x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
-    x_scale = load_scale(x_largest_table_ptr, layer, group)
-    u_ptr += problem_base(problem, GROUPS, N, R)
-
-    z = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    z_bias = tl.zeros((BLOCK_R,), tl.float32)
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        u = tl.load(
-            u_ptr + n[None, :] * R * GROUPS + rows[:, None],
-            mask=row_ok[:, None] & (n < N)[None, :],
-            other=0.0,
-        )
-        x = tl.load(
-            x_ptr + n[:, None] * stride_xn + d[None, :],
-            mask=(n < N)[:, None] & (d < D)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        x = tl.where(is_finite(x), x * x_scale, 0.0)
-        z = tl.dot(u, x, acc=z, input_precision=PRECISION)
-        if HAS_BIAS:
-            z_bias += tl.sum(u, axis=1) * x_scale
-
     s = tl.load(s_ptr + problem * R + rows, mask=row_ok, other=0.0)
     m_scale = tl.load(m_scale_ptr + problem * R + rows, mask=row_ok, other=0.0)
-    at = entries(layer_rows[:, None], d[None, :], D, m_place, M_TAPS)
-    m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
-    m = tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    z += s[:, None] * (m * m_scale[:, None])
+    m_factor = s * m_scale
+
+    n = tl.arange(0, BLOCK_N).to(tl.int64)
+    z_bias = tl.zeros((BLOCK_R,), tl.float32)
+    sees = row_ok
+    if SAMPLES > 0:
+        x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
+        x_scale = load_scale(x_largest_table_ptr, layer, group)
+        u_ptr += problem_base(problem, GROUPS, N, R)
+        stride_n = R * GROUPS
+        largest = tl.zeros((BLOCK_R,), tl.float32)
+        for start in range(0, N, BLOCK_N):
+            u = _coordinates(u_ptr, rows, row_ok, start + n, N, stride_n, x_scale)
+            largest = tl.maximum(largest, tl.max(tl.abs(u), axis=1))
+            z_bias += tl.sum(u, axis=1)
+        sees = largest > 0
+    if SAMPLES == 1:
+        high = high_term(u, PRECISION)
+        low = low_term(u, high, PRECISION)
+
     theta_ptr = layer_pointer(theta_table_ptr, layer, THETA_DTYPE, ALIGN)
-    at = entries(layer_rows[:, None], d[None, :], D, theta_place, THETA_TAPS)
+    m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
     if STEP:
         finite = tl.load(finite_ptr + problem * R + rows, mask=row_ok, other=0)
         status = tl.load(status_ptr + problem * R + rows, mask=row_ok, other=0)
@@ -142,43 +149,96 @@ def _update_kernel(
             GROUPS * R,
             status,
             finite,
-            row_ok & (block_d == 0),
+            row_ok & (piece == 0),
         )
         row_ok = row_ok & (finite != 0)
-        mask = mask & (finite != 0)[:, None]
         lr = load_scalar(scalars_ptr, LR)
         decay = 1.0 - lr * load_scalar(scalars_ptr, WEIGHT_DECAY)
-        theta = tl.load(theta_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        z = decay * theta - lr * z
-    tl.store(theta_ptr + at, z.to(THETA_DTYPE), mask=mask)
+
+    end = tl.minimum((piece + 1) * piece_length, D)
+    for begin in range(piece * piece_length, end, BLOCK_D):
+        d = begin + tl.arange(0, BLOCK_D)
+        mask = row_ok[:, None] & (d < end)[None, :]
+        m_at = entries(layer_rows[:, None], d[None, :], D, m_place, M_TAPS)
+        m = tl.load(m_ptr + m_at, mask=mask, other=0.0).to(tl.float32)
+        at = entries(layer_rows[:, None], d[None, :], D, theta_place, THETA_TAPS)
+        if STEP:
+            theta = tl.load(theta_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        z = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        if SAMPLES == 1:
+            x = tl.load(
+                x_ptr + n[:, None] * stride_xn + d[None, :],
+                mask=(n < N)[:, None] & (d < end)[None, :],
+                other=0.0,
+            )
+            z = terms_times_samples(u, high, low, x, z, PRECISION)
+        if SAMPLES == 2:
+            for start in range(0, N, BLOCK_N):
+                u = _coordinates(u_ptr, rows, row_ok, start + n, N, stride_n, x_scale)
+                x = tl.load(
+                    x_ptr + (start + n)[:, None] * stride_xn + d[None, :],
+                    mask=(start + n < N)[:, None] & (d < end)[None, :],
+                    other=0.0,
+                )
+                high = high_term(u, PRECISION)
+                low = low_term(u, high, PRECISION)
+                z = terms_times_samples(u, high, low, x, z, PRECISION)
+        if SAMPLES > 0:
+            z = tl.where(sees[:, None], z, 0.0)
+        z += m_factor[:, None] * m
+        if STEP:
+            z = decay * theta - lr * z
+        tl.store(theta_ptr + at, z.to(THETA_DTYPE), mask=mask)
 
     if HAS_BIAS:
-        first = row_ok & (block_d == 0)
+        first = row_ok & (piece == 0)
         m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
         bias_ptr = layer_pointer(theta_bias_table_ptr, layer, THETA_DTYPE, ALIGN)
-        m = tl.load(m_bias_ptr + layer_rows, mask=first, other=0.0)
-        z_bias += s * (m.to(tl.float32) * m_scale)
+        m_bias = tl.load(m_bias_ptr + layer_rows, mask=first, other=0.0)
+        z_bias += m_factor * m_bias.to(tl.float32)
         if STEP:
-            theta = tl.load(bias_ptr + layer_rows, mask=first, other=0.0)
-            z_bias = decay * theta.to(tl.float32) - lr * z_bias
+            bias = tl.load(bias_ptr + layer_rows, mask=first, other=0.0)
+            z_bias = decay * bias.to(tl.float32) - lr * z_bias
         # Several threads may hold the same row: all must have read it first.
         tl.debug_barrier()
         tl.store(bias_ptr + layer_rows, z_bias.to(THETA_DTYPE), mask=first)
 
 
 @dataclass(frozen=True)
-class UpdateConfig(Config):
-    """`UPDATE`."""
+class UpdateConfig(SplitConfig):
+    """`UPDATE`.
 
-    BLOCK_N: int = 32
+    Attributes:
+        programs: how many to cut rows into pieces for.
+    """
+
+    BLOCK_N: int = 64
     BLOCK_R: int = 64
     BLOCK_D: int = 64
-    GROUP_M: int = 1
 
 
 def update_config(n: int) -> UpdateConfig:
-    """Samples a piece at a time, to pipeline their loads."""
-    return UpdateConfig(BLOCK_N=min(tile_side(n), 32), num_stages=3)
+    """All samples in one block up to 256, beyond a piece at a time."""
+    block_n = min(tile_side(n), 256)
+    if n > block_n:
+        return UpdateConfig(BLOCK_N=64, num_stages=3)
+    return UpdateConfig(BLOCK_N=block_n, num_warps=8, num_stages=3)
+
+
+def _parts(args: Args, problems: int, values: Values) -> Parts:
+    """Rows in pieces of at least four tiles where that fills the GPU."""
+    rows, block = blocks(args["R"], values["BLOCK_R"]), values["BLOCK_D"]
+    columns = blocks(args["D"], block)
+    pieces = max(1, min(values["programs"] // (rows * problems), columns // 4))
+    length = ceil_div(columns, pieces) * block
+    fits = values["BLOCK_N"] >= args["N"]
+    samples = 0 if args["N"] == 0 else 1 if fits else 2
+    return [
+        (
+            (rows, problems, blocks(args["D"], length)),
+            {"piece_length": length, "SAMPLES": samples},
+        )
+    ]
 
 
 def _count(s: Sizes) -> tuple[int, int]:
@@ -189,22 +249,24 @@ def _count(s: Sizes) -> tuple[int, int]:
 
 
 def _again(s: Sizes, values: Values) -> float:
-    rows = blocks(s.args["R"], values["BLOCK_R"])
-    columns = blocks(s.args["D"], values["BLOCK_D"])
-    u: int = 4 * s.nr * (columns - 1)
+    ((rows, _, pieces), _) = _parts(s.args, s.problems, values)[0]
+    reads = pieces
+    if s.n > values["BLOCK_N"]:  # all of u for each tile, and once more ahead
+        reads += blocks(s.args["D"], values["BLOCK_D"])
+    u: int = 4 * s.nr * (reads - 1)
     return s.x_entries * s.size("X_DTYPE") * (rows - 1) + u
 
 
 UPDATE = Kernel(
     fn=_update_kernel,
     config=UpdateConfig,
-    parts=covering("RD"),
+    parts=_parts,
     count=_count,
     again=_again,
-    values={**PRODUCT, "GROUP_M": (1, 4)},
+    values={**PRODUCT, "programs": (128, 256, 512)},
     accumulator=("BLOCK_R", "BLOCK_D"),
-    tiles=(("BLOCK_N", "BLOCK_D"), ("BLOCK_N", "BLOCK_R")),
-    loop="N",
+    tiles=(("BLOCK_N", "BLOCK_D"),),
+    loop="D",
 )
 
 
@@ -335,5 +397,5 @@ def _gram_step(
         X_DTYPE=DTYPES[samples[0].dtype],
         HAS_BIAS=ms[0].bias is not None,
         STEP=numbers is not None,
-        PRECISION=PRECISION,
+        PRECISION=sample_precision(samples[0].dtype),
     )

@@ -11,9 +11,7 @@ from dataclasses import dataclass, replace
 
 from .gpu import GPU
 from .launch import Launch, Made
-
-PRICES = {"tf32x3": 3.0, "tf32": 1.0, "bf16": 0.5, "bf16_tf32": 0.5}
-"""tf32 products that one product takes, by precision."""
+from .products import PRICES
 
 ITEMSIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of an entry, by Triton's names of dtypes."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from .rows import Rows, SampleMap
 
 REACH = 40
-"""Samples are left as they are from 2^-40 to 2^40, which squares, and sums of any
+"""Samples and rows are left as they are from 2^-40 to 2^40, which squares, and sums of any
 length, can bear; so in ordinary training their scale is one."""
 
 # Integer of the same size, bits of the mantissa, bias of the exponent.
@@ -42,12 +42,12 @@ def power_of_two(largest: Tensor, reach: int = 0) -> Tensor:
 
 
 def row_scales(rows: Rows) -> Tensor:
-    """A scale for each row ``(..., R)``: its largest entry comes to between 1 and 2."""
+    """A scale for each row ``(..., R)``: one, but for very small or large entries."""
     parts = [] if rows.bias is None else [rows.bias.abs()]
     if rows.weight.shape[-1]:
         parts.append(rows.weight.abs().amax(-1))
     largest = parts[0] if len(parts) == 1 else torch.maximum(*parts)
-    return power_of_two(largest)
+    return power_of_two(largest, REACH)
 
 
 def scaled(xs: Sequence[SampleMap], dtype: torch.dtype) -> list[SampleMap]:

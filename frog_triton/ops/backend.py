@@ -99,11 +99,6 @@ class Backend(Protocol):
     ) -> tuple[Any, Tensor]:
         """Lambda as `cg_forward_` takes it, and the rows' status."""
 
-    def fisher_weights(
-        self, ys: Sequence[Tensor], norms: Sequence[Tensor], row_length: int
-    ) -> tuple[Tensor, Tensor]:
-        """Lambda written out, and the rows' status."""
-
     # -- conjugate gradients on the rows ---------------------------------------------
 
     def cg_start(
@@ -146,20 +141,20 @@ class Backend(Protocol):
 
     # -- conjugate gradients in Gram space -------------------------------------------
 
-    def gram(self, xs: Sequence[SampleMap]) -> Tensor:
-        """``K = X X^T``."""
+    def gram(self, xs: Sequence[SampleMap]) -> Any:
+        """``K = X X^T`` as `gram_cg` takes it."""
 
     def gram_cg(
         self,
-        k: Tensor,
+        k: Any,
         c: Tensor,
-        weights: Tensor,
+        ys: Sequence[Tensor],
         m_squared: Tensor,
-        status: Tensor,
+        row_length: int,
         numbers: Numbers,
         iters: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Coordinates s and u of ``z = s m + X^T u``."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Coordinates s and u of ``z = s m + X^T u``, and the rows' status."""
 
     def gram_rows(
         self,

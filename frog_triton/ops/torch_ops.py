@@ -35,6 +35,7 @@ from ..linalg.rows import (
 )
 from ..linalg.scales import row_scales, scaled
 from .backend import Backend
+from .fisher import FISHER, NO_GRADIENT, NON_FINITE, fisher_weights
 from .gram_space import cg_in_gram_space, normalizer
 
 T = TypeVar("T")
@@ -42,8 +43,6 @@ T = TypeVar("T")
 NAME = "torch_ops"
 GROUPS_LAYERS = False  # one layer at a time: stacking would only copy
 
-# Status of a row. All but FISHER take the identity in place of their Fisher matrix.
-FISHER, NO_GRADIENT, NON_FINITE = 0, 1, 2
 
 
 def side_by_side(jobs: Iterable[Callable[[], T]]) -> list[T]:
@@ -194,37 +193,6 @@ def row_weights(
     return fisher_weights(ys, [x.row_norms() for x in xs], row_length)
 
 
-def fisher_weights(
-    ys: Sequence[Tensor], norms: Sequence[Tensor], row_length: int
-) -> tuple[Tensor, Tensor]:
-    """Normalized Fisher weights, equation (4): ``Y^2 / (trace / D)``.
-
-    Args:
-        ys: output gradients ``(n, R, P)`` of each layer; any common scale cancels.
-        norms: ``|x|^2`` of each layer, ``(n, groups, P)``.
-        row_length: D of the paper, the bias included.
-
-    Returns:
-        ``Lambda`` ``(L, n, R, P)``, zero in rows that take the identity Fisher, and
-        the status of each row ``(L, R)``: `FISHER`, or why it takes the identity.
-    """
-    weights, statuses = [], []
-    for y, norm in zip(ys, norms, strict=True):
-        # Squares of a tiny Y underflow: each row is scaled by its largest entry.
-        largest = y.abs().amax((0, 2), keepdim=True).to(norm.dtype)
-        scaled = y.to(norm.dtype) / torch.where(largest == 0, 1, largest)
-        squares = scaled.square()
-        grouped = squares.unflatten(1, (norm.shape[1], -1))
-        trace = (grouped * norm.unsqueeze(2)).sum((0, 3)).flatten()
-        factor = row_length / trace
-        status = torch.where(torch.isfinite(factor), FISHER, NO_GRADIENT)
-        status = torch.where(torch.isfinite(trace), status, NON_FINITE)
-        squares *= factor[:, None]
-        weights.append(torch.where((status == FISHER)[:, None], squares, 0))
-        statuses.append(status)
-    return torch.stack(weights), torch.stack(statuses)
-
-
 @dataclass
 class CGState:
     """Vectors of conjugate gradients on the rows, ``(L, R, D)``, and their scalars.
@@ -370,34 +338,40 @@ def gram(xs: Sequence[SampleMap]) -> Tensor:
 def gram_cg(
     k: Tensor,
     c: Tensor,
-    weights: Tensor,
+    ys: Sequence[Tensor],
     m_squared: Tensor,
-    status: Tensor,
+    row_length: int,
     numbers: Numbers,
     iters: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """CG in the coordinates ``v = s m + X^T u``; see `gram_space`.
 
     Args:
-        k: ``X X^T`` ``(L, groups, N, N)``.
+        k: ``X X^T`` ``(L, groups, N, N)``, as `gram` gives it.
         c: ``X M^T`` ``(L, groups, N, R / groups)``.
-        weights: Lambda in the shape of ``c``.
+        ys: output gradients ``(n, R, P)`` of each layer, N of them in a row.
         m_squared: ``|m|^2`` ``(L, R)``.
-        status: of the rows, from `fisher_weights`, ``(L, R)``.
+        row_length: D of the paper, the bias included.
         numbers: tau among them.
         iters: k of the paper.
 
     Returns:
         ``s`` ``(L, R)`` and ``u`` (the shape of ``c``) of the normalized direction
-        ``z / sqrt(<z, m>)``, equation (2).
+        ``z / sqrt(<z, m>)``, equation (2); and the status of each row ``(L, R)``, see
+        `fisher_weights`.
     """
+    # The diagonal of K is the |x|^2 of the trace, equation (3).
+    norms = k.diagonal(dim1=-2, dim2=-1).mT.unsqueeze(-1)
+    flat = [written_out(y) for y in ys]
+    weights, status = fisher_weights(flat, list(norms), row_length)
+    weights = weights.view(*weights.shape[:2], c.shape[1], -1).transpose(1, 2)
     mm = m_squared.unflatten(1, (c.shape[1], -1))
     plain = (status != FISHER).unflatten(1, (c.shape[1], -1))
     rows, theirs = c.mT.contiguous(), weights.mT.contiguous()
     s, u = cg_in_gram_space(
         lambda u: torch.matmul(u, k), rows, theirs, mm, plain, numbers.damping, iters
     )
-    return s.flatten(1), u.mT
+    return s.flatten(1), u.mT, status
 
 
 def gram_rows(

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..kernels import magnitudes as measured
-from ..kernels import weights
 from ..kernels.draws import drawing
 from ..kernels.gather import gather
 from ..kernels.gram import gram
@@ -38,13 +37,8 @@ from ..linalg.rows import SampleMap, Window, written_out
 from ..linalg.scales import scaled
 from . import torch_ops
 from .backend import Backend
-from .torch_ops import (  # the last two serve pieces of layers
-    FISHER,
-    NO_GRADIENT,
-    NON_FINITE,
-    count_,
-    step_along_,
-)
+from .fisher import FISHER, NO_GRADIENT, NON_FINITE
+from .torch_ops import count_, step_along_  # they serve pieces of layers
 
 __all__ = [
     "FISHER",
@@ -60,7 +54,6 @@ __all__ = [
     "count_",
     "direction_update_",
     "drawing",
-    "fisher_weights",
     "gather_patches",
     "gram",
     "gram_cg",
@@ -135,17 +128,6 @@ def write_out(
             rows = gather(x.x, None, x.output_shape, x.window)
         maps.append(x.matrix() if rows is None else x.explicit(rows))
     return maps, list(ys)
-
-
-def fisher_weights(
-    ys: Sequence[Tensor], norms: Sequence[Tensor], row_length: int
-) -> tuple[Tensor, Tensor]:
-    """See `torch_ops.fisher_weights`; one launch. Weights are ``(L, n * P, R, 1)``."""
-    if ys[0].dtype not in DTYPES:
-        settle()
-        ys = [written_out(y) for y in ys]
-        return torch_ops.fisher_weights(ys, norms, row_length)
-    return weights.fisher_weights(ys, norms, row_length)
 
 
 def gather_patches(

@@ -59,7 +59,7 @@ class Solution(Protocol):
 
     Attributes:
         formulation: ``"primal"`` or ``"gram"``.
-        status: how each row was solved ``(L, R)``; see `torch_ops.FISHER`.
+        status: how each row was solved ``(L, R)``; see `fisher.FISHER`.
         finite: rows whose gradient is finite ``(L, R)``; the others do not move.
         numbers: of the batch.
         has_anomalies: whether any row may have met numbers that are not finite.

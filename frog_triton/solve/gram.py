@@ -28,7 +28,7 @@ class GramSolution:
         scales: of their rows ``(L, R)``; m above is their product.
         s: ``(L, R)``.
         u: ``(L, groups, N, R / groups)``.
-        status: how each row was solved ``(L, R)``; see `torch_ops.FISHER`.
+        status: how each row was solved ``(L, R)``; see `fisher.FISHER`.
         finite: rows whose gradient is finite ``(L, R)``.
         numbers: of the batch.
         formulation: ``"gram"``.
@@ -77,13 +77,11 @@ def solve(ops: Backend, batch: Batch, iters: int) -> GramSolution:
     numbers = batch.numbers
     xs, ys = ops.write_out(batch.xs, batch.ys)
     k = ops.gram(xs)
-    # The diagonal of K is the |x|^2 of the trace, equation (3).
-    norms = k.diagonal(dim1=-2, dim2=-1).mT.unsqueeze(-1)
-    weights, status = ops.fisher_weights(ys, list(norms), batch.row_length)
     ms, scales, finite, c, m_squared = ops.momentum_project_(
         xs, batch.ms, batch.grads, numbers, batch.nesterov
     )
     finite = finite if batch.finite is None else batch.finite
-    weights = weights.view(*weights.shape[:2], c.shape[1], -1).transpose(1, 2)
-    s, u = ops.gram_cg(k, c, weights, m_squared, status, numbers, iters)
+    s, u, status = ops.gram_cg(
+        k, c, ys, m_squared, batch.row_length, numbers, iters
+    )
     return GramSolution(ops, xs, ms, scales, s, u, status, finite, numbers)

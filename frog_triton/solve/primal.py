@@ -25,7 +25,7 @@ class PrimalSolution:
     Attributes:
         ops: the backend.
         state: from its ``cg_start``.
-        status: how each row was solved ``(L, R)``; see `torch_ops.FISHER`.
+        status: how each row was solved ``(L, R)``; see `fisher.FISHER`.
         finite: rows whose gradient is finite ``(L, R)``.
         numbers: of the batch.
         formulation: ``"primal"``.

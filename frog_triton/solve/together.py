@@ -28,6 +28,7 @@ from ..linalg.products import on_host, times_transposed
 from ..linalg.rows import Rows, SampleMap
 from ..linalg.scales import REACH, power_of_two, row_scales
 from ..ops import torch_ops
+from ..ops.fisher import FISHER, NO_GRADIENT
 from ..ops.gram_space import cg_in_gram_space
 from .batch import Batch, Solution
 from .formulation import cheaper
@@ -49,7 +50,7 @@ class LayerSolution:
     Attributes:
         direction: writes them out, ``(R, D)``, the bias as the last column.
         bias: whether there is one.
-        status: how each row was solved ``(1, R)``; see `torch_ops.FISHER`.
+        status: how each row was solved ``(1, R)``; see `fisher.FISHER`.
         finite: rows whose gradient is finite ``(1, R)``: all.
         numbers: of the batch.
         formulation: ``"primal"`` or ``"gram"``.
@@ -170,7 +171,7 @@ class _Stack:
         grams: ``X X^T`` of each, in Gram space.
         norms: ``|x|^2`` of each ``(L, N)``.
         weights: Lambda ``(S, N)``.
-        status: of the rows ``(S,)``; see `torch_ops.FISHER`.
+        status: of the rows ``(S,)``; see `fisher.FISHER`.
         mm: ``|v|^2`` ``(S,)``.
         mean: trace / D of equation (4) ``(S,)``.
     """
@@ -251,7 +252,7 @@ def _stacked(
     factor = mean.reciprocal()
     fisher = torch.isfinite(factor)
     weights.mul_(torch.where(fisher, factor, 0).unsqueeze(1))
-    status = torch.where(fisher, torch_ops.FISHER, torch_ops.NO_GRADIENT)
+    status = torch.where(fisher, FISHER, NO_GRADIENT)
     return _Stack(at, xs, vs, advanced, grams, norms, weights, status, mm, mean)
 
 
@@ -303,7 +304,7 @@ def _in_gram_space(
 
     layers = list(zip(stack.at, stack.xs, stack.vs, strict=True))
     c = torch.cat([times_transposed(v, x) for _, x, v in layers])
-    plain = stack.status != torch_ops.FISHER
+    plain = stack.status != FISHER
     s, u = cg_in_gram_space(
         k_times, c, stack.weights, stack.mm, plain, numbers.damping, iters
     )
