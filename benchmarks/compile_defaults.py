@@ -22,6 +22,7 @@ import torch
 import triton
 
 from ..autotune.offline import compiled, inexact, resources
+from ..kernels.gpu import assuming, nearest
 from ..kernels.launch import Launch, Made, recording
 from ..layers.conv import ConvSpec
 from ..linalg.rows import Reading, Window
@@ -72,17 +73,39 @@ TOGETHER = "together"
 
 @functools.lru_cache(maxsize=8)  # jobs of one list follow each other
 def launches(
-    samples: int, dtype: str, formulation: str, shape: str, every_branch: bool = False
+    capability: int,
+    samples: int,
+    dtype: str,
+    formulation: str,
+    shape: str,
+    every_branch: bool = False,
 ) -> list[Made]:
     """One launch of each kind in a step on two layers of a shape.
 
     Args:
+        capability: of the GPU that they are for.
         samples: N; of a convolution: examples.
         dtype: of the samples.
         formulation: ``"primal"`` or ``"gram"``.
         shape: a name of `SHAPES`, or `TOGETHER`.
         every_branch: with what other options of an optimizer launch.
     """
+    with assuming(nearest(capability)):
+        made = _made(samples, dtype, formulation, shape, every_branch)
+    kinds: dict[Any, Made] = {}
+    for launch in made:
+        part = launch.parts[0]
+        flags = {
+            k: v for k, v in part.args.items() if isinstance(v, bool) or k == "KEY"
+        }
+        values = sorted((flags | part.config.values()).items())
+        kinds.setdefault((launch.name, *values), launch)
+    return list(kinds.values())
+
+
+def _made(
+    samples: int, dtype: str, formulation: str, shape: str, every_branch: bool
+) -> list[Made]:
     dtypes = (DTYPES[dtype], torch.float32, torch.float32)
     made: list[Made] = []
     if shape == TOGETHER:
@@ -101,15 +124,7 @@ def launches(
         if every_branch:
             made += step_launches(replace(bucket, nesterov=True), formulation)
             made += rows(bucket, formulation)
-    kinds: dict[Any, Made] = {}
-    for launch in made:
-        part = launch.parts[0]
-        flags = {
-            k: v for k, v in part.args.items() if isinstance(v, bool) or k == "KEY"
-        }
-        values = sorted((flags | part.config.values()).items())
-        kinds.setdefault((launch.name, *values), launch)
-    return list(kinds.values())
+    return made
 
 
 def rows(bucket: Bucket, formulation: str) -> list[Launch]:
@@ -163,12 +178,12 @@ def gather(samples: int, dtype: str) -> list[Any]:
 
 
 Job = tuple[int, int, str, str, str, bool, int]
-"""A capability, arguments of `launches`, and which of them."""
+"""Arguments of `launches`, and which of them."""
 
 
 def _launch(job: Job) -> Made:
-    _, samples, dtype, formulation, shape, every_branch, i = job
-    return launches(samples, dtype, formulation, shape, every_branch)[i]
+    *arguments, i = job
+    return launches(*arguments)[i]
 
 
 def compile_one(job: Job) -> str:
@@ -259,14 +274,18 @@ def main(argv: Sequence[str] | None = None, compiler: Compiler | None = None) ->
     args = parser.parse_args(argv)
     jobs = [
         (capability, samples, dtype, formulation, shape, args.every_branch, i)
+        for capability in args.capability
         for samples in args.samples
         for dtype in args.dtype
         for formulation in args.formulation
         for shape in args.shape
         for i in range(
-            len(launches(samples, dtype, formulation, shape, args.every_branch))
+            len(
+                launches(
+                    capability, samples, dtype, formulation, shape, args.every_branch
+                )
+            )
         )
-        for capability in args.capability
     ]
     for result in (compiler or Compiler()).results(jobs):
         print(json.dumps(result), flush=True)

@@ -141,6 +141,9 @@ def signature(fn: Any) -> Signature:
     return Signature(arguments, constants, in_order and "within" in fn.arg_names)
 
 
+COMPILER = ("num_warps", "num_stages", "maxnreg")
+"""Options that are the compiler's."""
+
 STRIDES = frozenset({"N", "R", "D", "ROW"})
 """Sizes that are strides, too: whether 16 divides them decides how memory is read."""
 
@@ -169,7 +172,7 @@ def kind(launch: Launch) -> Any:
     return (
         fn,
         device_of(launch),
-        *(options[name] for name in ("num_warps", "num_stages")),
+        *(options.get(name) for name in COMPILER),
         *(options[n] if n in options else args[n] for n in takes.constants),
         *(_class(name, args[name]) for name in takes.arguments),
     )
@@ -247,8 +250,7 @@ class Bundle:
             "COUNT": len(self.parts),
             "WORDS": table.width,
             "KERNEL": first.kernel.fn,
-            "num_warps": options["num_warps"],
-            "num_stages": options["num_stages"],
+            **{name: options[name] for name in COMPILER if name in options},
         }
 
 

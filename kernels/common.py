@@ -87,6 +87,12 @@ def power_of_two(largest):
 
 
 @triton.jit
+def reciprocal(power):
+    """Of a power of two that `power_of_two` gave; exact."""
+    return ((254 << 23) - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def is_finite(x):
     """False for NaN and infinities."""
     return tl.abs(x) < float("inf")
@@ -126,6 +132,15 @@ def ordered_sum(partial_ptr, count, stride, offsets, mask):
     for i in range(count):
         total += tl.load(partial_ptr + i * stride + offsets, mask=mask, other=0.0)
     return total
+
+
+@triton.jit
+def below(index, size, EVEN: tl.constexpr):
+    """``index < size``; EVEN says that it is so for all, and nothing is compared."""
+    ok = index < size
+    if EVEN:
+        ok = tl.full(index.shape, True, tl.int1)
+    return ok
 
 
 @triton.jit

@@ -82,9 +82,7 @@ def _detected(device: torch.device) -> GPU:
         if re.search(rf"\b{gpu.name}\b", found.name):
             return _part(gpu, found.multi_processor_count)
     capability = 10 * found.major + found.minor
-    older = [gpu for gpu in GPUS.values() if gpu.capability <= capability]
-    near = max(older or GPUS.values(), key=lambda gpu: gpu.capability)
-    known = replace(near, name=found.name, capability=capability)
+    known = replace(nearest(capability), name=found.name)
     return _part(known, found.multi_processor_count)
 
 
@@ -98,6 +96,13 @@ def name_here() -> str:
     same = [name for name, gpu in GPUS.items() if gpu.name in found.name]
     near = sorted(GPUS, key=lambda name: abs(GPUS[name].bandwidth - found.bandwidth))
     return (same or near)[0]
+
+
+def nearest(capability: int) -> GPU:
+    """A listed GPU of a compute capability, or one with the limits of such."""
+    older = [gpu for gpu in GPUS.values() if gpu.capability <= capability]
+    near = max(older or GPUS.values(), key=lambda gpu: gpu.capability)
+    return replace(near, capability=capability)
 
 
 def _part(gpu: GPU, processors: int) -> GPU:
@@ -124,6 +129,15 @@ REGISTERS = 65536
 def shared_limit(capability: int) -> int:
     """Bytes of shared memory a block may have on a GPU."""
     return 1024 * _nearest(SHARED, capability)
+
+
+def is_roomy(device: torch.device) -> bool:
+    """Whether a block may have more than the 99 KiB that every GPU's may.
+
+    Where there is no GPU it may.
+    """
+    gpu = detect(device)
+    return gpu is None or shared_limit(gpu.capability) > 100 * 1024
 
 
 def threads_limit(capability: int) -> int:

@@ -24,15 +24,18 @@ from torch import Tensor
 from ..linalg.numbers import Numbers
 from .common import (
     DAMPING,
+    below,
     is_finite,
     layer_pointer,
     load_scalar,
     power_of_two,
     problem_base,
     programs,
+    reciprocal,
     sum_of_products,
 )
 from .config import Config, tile_side
+from .gpu import is_roomy
 from .gram import GramTerms
 from .kernel import TILES, WARPS, Args, Kernel, Parts, Values, blocks, ceil_div
 from .launchers import DTYPES, by_group, stored
@@ -137,6 +140,8 @@ def _gram_cg_kernel(
     y_place,
     ALIGN: tl.constexpr,
     Y_DTYPE: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -156,8 +161,15 @@ def _gram_cg_kernel(
     layer, group = problem // GROUPS, problem % GROUPS
     damping = load_scalar(scalars_ptr, DAMPING)
     n = tl.arange(0, BLOCK_N)
+    n_ok = below(n, N, EVEN_N)
     stride_n = R * GROUPS
     base = problem_base(problem, GROUPS, N, R)
+    c_ptr += base
+    u_ptr += base
+    m_squared_ptr += problem * R
+    s_ptr += problem * R
+    status_ptr += problem * R
+    norms_ptr += problem * N
     k_high_ptr += problem * N * N
     k_low_ptr += problem * N * N
     k_scale = tl.load(k_scale_ptr + problem)
@@ -165,24 +177,26 @@ def _gram_cg_kernel(
     y_ptr += group * R * y_place.stride_r
     if BLOCK_K == BLOCK_N:
         k_at = n[:, None] * N + n[None, :]
-        k_mask = (n < N)[:, None] & (n < N)[None, :]
+        k_mask = n_ok[:, None] & n_ok[None, :]
         k_high = tl.load(k_high_ptr + k_at, mask=k_mask, other=0.0)
         k_low = tl.load(k_low_ptr + k_at, mask=k_mask, other=0.0)
 
-    for block in range(program[0], tl.cdiv(R, BLOCK_R), block_step):
+    for block in tl.range(
+        program[0], tl.cdiv(R, BLOCK_R), block_step, disable_licm=True
+    ):
         rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
-        row_ok = rows < R
-        mask = (n < N)[:, None] & row_ok[None, :]
-        at = base + n[:, None].to(tl.int64) * stride_n + rows[None, :]
-        mm = tl.load(m_squared_ptr + problem * R + rows, mask=row_ok, other=0.0)
+        row_ok = below(rows, R, EVEN_R)
+        mask = n_ok[:, None] & row_ok[None, :]
+        at = n[:, None] * stride_n + rows[None, :]
+        mm = tl.load(m_squared_ptr + rows, mask=row_ok, other=0.0)
 
         # Squares of a tiny Y underflow, so each row is first brought near one.
-        y = load_outputs(y_ptr, n.to(tl.int64), rows, mask, y_place)
+        y = load_outputs(y_ptr, n, rows, mask, y_place)
         y_scale = power_of_two(tl.max(tl.abs(y), axis=0))
-        norms = tl.load(norms_ptr + problem * N + n, mask=n < N, other=0.0)
+        norms = tl.load(norms_ptr + n, mask=n_ok, other=0.0)
         trace = _trace(y, y_scale, norms, BLOCK_N, BLOCK_R)
         factor, status = _factor(trace, row_length)
-        tl.store(status_ptr + problem * R + rows, status, mask=row_ok)
+        tl.store(status_ptr + rows, status, mask=row_ok)
 
         zero = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
         s = tl.zeros((BLOCK_R,), tl.float32)
@@ -192,8 +206,9 @@ def _gram_cg_kernel(
         x_p = tl.load(c_ptr + at, mask=mask, other=0.0)
         rho, pp = mm, mm
         active = rho > 0
-        for _ in range(ITERS - 1):
-            y = load_outputs(y_ptr, n.to(tl.int64), rows, mask, y_place)
+        # Y and c are read anew each time, which leaves registers to the vectors.
+        for _ in tl.range(0, ITERS - 1, disable_licm=True):
+            y = load_outputs(y_ptr, n, rows, mask, y_place)
             t = _fisher_weights(y, y_scale, factor) * x_p
             pap = sum_of_products(t, x_p, axis=0) + damping * pp
             alpha, active = _step_length(rho, pap, active)
@@ -213,13 +228,11 @@ def _gram_cg_kernel(
                 for start in range(0, N, BLOCK_K):
                     kn = start + tl.arange(0, BLOCK_K)
                     k_at = n[:, None] * N + kn[None, :]
-                    k_mask = (n < N)[:, None] & (kn < N)[None, :]
+                    kn_ok = below(kn, N, EVEN_N)
+                    k_mask = n_ok[:, None] & kn_ok[None, :]
                     part = tl.load(
-                        u_ptr
-                        + base
-                        + kn[:, None].to(tl.int64) * stride_n
-                        + rows[None, :],
-                        mask=(kn < N)[:, None] & row_ok[None, :],
+                        u_ptr + kn[:, None] * stride_n + rows[None, :],
+                        mask=kn_ok[:, None] & row_ok[None, :],
                         other=0.0,
                     )
                     high, low = _terms_of(part, u_scale)
@@ -231,9 +244,8 @@ def _gram_cg_kernel(
                         product,
                     )
             c = tl.load(c_ptr + at, mask=mask, other=0.0)
-            # Powers of two: to divide by them is exact.
             x_r = s_r[None, :] * c
-            x_r += product * tl.div_rn(1.0, k_scale) * tl.div_rn(1.0, u_scale)[None, :]
+            x_r += product * reciprocal(k_scale) * reciprocal(u_scale)[None, :]
             c_u = sum_of_products(c, u_r, axis=0)
             u_x = sum_of_products(u_r, x_r, axis=0)
             rho, beta, active = _next_direction(rho, s_r, mm, c_u, u_x, active)
@@ -242,7 +254,7 @@ def _gram_cg_kernel(
             u_p = u_r + beta[None, :] * u_p
             x_p = x_r + beta[None, :] * x_p
 
-        y = load_outputs(y_ptr, n.to(tl.int64), rows, mask, y_place)
+        y = load_outputs(y_ptr, n, rows, mask, y_place)
         t = _fisher_weights(y, y_scale, factor) * x_p
         pap = sum_of_products(t, x_p, axis=0) + damping * pp
         alpha, active = _step_length(rho, pap, active)
@@ -251,7 +263,7 @@ def _gram_cg_kernel(
         c = tl.load(c_ptr + at, mask=mask, other=0.0)
         c_u = sum_of_products(c, u, axis=0)
         scale, s = _normalizer(s, c_u, mm, status)
-        tl.store(s_ptr + problem * R + rows, s * scale, mask=row_ok)
+        tl.store(s_ptr + rows, s * scale, mask=row_ok)
         u = tl.where((status == 0)[None, :], u * scale[None, :], 0.0)
         tl.debug_barrier()
         tl.store(u_ptr + at, u, mask=mask)
@@ -300,6 +312,7 @@ def _gram_cg_tiled_kernel(
     damping = load_scalar(scalars_ptr, DAMPING)
     rows = program[0] * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = rows < R
+    wide_rows = rows.to(tl.int64)
     stride_n = R * GROUPS
     base = problem_base(problem, GROUPS, N, R)
     k_high_ptr += problem * N * N
@@ -329,7 +342,7 @@ def _gram_cg_tiled_kernel(
         tl.store(u_ptr + at, zero_n, mask=mask)
         tl.store(u_r_ptr + at, zero_n, mask=mask)
         tl.store(u_p_ptr + at, zero_n, mask=mask)
-        y = load_outputs(y_ptr, n, rows, mask, y_place)
+        y = load_outputs(y_ptr, n, wide_rows, mask, y_place)
         largest = tl.maximum(largest, tl.max(tl.abs(y), axis=0))
     # Squares of a tiny Y underflow, so each row is first brought near one.
     y_scale = power_of_two(largest)
@@ -337,7 +350,7 @@ def _gram_cg_tiled_kernel(
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N).to(tl.int64)
         mask = (n < N)[:, None] & row_ok[None, :]
-        y = load_outputs(y_ptr, n, rows, mask, y_place)
+        y = load_outputs(y_ptr, n, wide_rows, mask, y_place)
         norms = tl.load(norms_ptr + n, mask=n < N, other=0.0)
         trace += _trace(y, y_scale, norms, BLOCK_N, BLOCK_R)
     factor, status = _factor(trace, row_length)
@@ -362,7 +375,7 @@ def _gram_cg_tiled_kernel(
             x_p = tl.load(x_r_ptr + at, mask=mask, other=0.0) + beta[None, :] * x_p
             tl.store(u_p_ptr + at, u_p, mask=mask)
             tl.store(x_p_ptr + at, x_p, mask=mask)
-            y = load_outputs(y_ptr, n, rows, mask, y_place)
+            y = load_outputs(y_ptr, n, wide_rows, mask, y_place)
             t = _fisher_weights(y, y_scale, factor) * x_p
             txp += sum_of_products(t, x_p, axis=0)
         tl.debug_barrier()
@@ -380,7 +393,7 @@ def _gram_cg_tiled_kernel(
             u_p = tl.load(u_p_ptr + at, mask=mask, other=0.0)
             u = tl.load(u_ptr + at, mask=mask, other=0.0) + alpha[None, :] * u_p
             tl.store(u_ptr + at, u, mask=mask)
-            y = load_outputs(y_ptr, n, rows, mask, y_place)
+            y = load_outputs(y_ptr, n, wide_rows, mask, y_place)
             t = _fisher_weights(y, y_scale, factor)
             t *= tl.load(x_p_ptr + at, mask=mask, other=0.0)
             u_r = tl.load(u_r_ptr + at, mask=mask, other=0.0)
@@ -416,9 +429,7 @@ def _gram_cg_tiled_kernel(
                         product,
                     )
                 x_r = s_r[None, :] * tl.load(c_ptr + at, mask=mask, other=0.0)
-                x_r += (
-                    product * tl.div_rn(1.0, k_scale) * tl.div_rn(1.0, u_scale)[None, :]
-                )
+                x_r += product * reciprocal(k_scale) * reciprocal(u_scale)[None, :]
                 tl.store(x_r_ptr + at, x_r, mask=mask)
                 u_r = tl.load(u_r_ptr + at, mask=mask, other=0.0)
                 u_x += sum_of_products(u_r, x_r, axis=0)
@@ -450,7 +461,8 @@ class GramCGConfig(Config):
 
     Attributes:
         programs: how many to make where a program reads K once for all its blocks of
-            rows. The default is two for each of an H200's processors.
+            rows. The default is two for each of an H200's processors, one where it
+            holds no more.
     """
 
     BLOCK_N: int = 64
@@ -468,18 +480,24 @@ REGISTER_SAMPLES = 256
 A tuned configuration whose BLOCK_N is less than N keeps them in scratch memory."""
 
 
-def gram_cg_config(n: int) -> GramCGConfig:
+def gram_cg_config(n: int, roomy: bool = True) -> GramCGConfig:
     """K resident, then vectors in registers, then in scratch.
 
     Prototypes of the first two on an H200 were four and two times as fast as what the
     third was then; its tiles are the fastest of 11 that do not spill.
+
+    Args:
+        n: samples.
+        roomy: whether a block may have more than 99 KiB of shared memory.
     """
     block_n = tile_side(n)
     if block_n > REGISTER_SAMPLES:
         return GramCGConfig(BLOCK_N=128, BLOCK_R=32, BLOCK_K=32, num_warps=8)
     if block_n > RESIDENT_SAMPLES:
-        return GramCGConfig(BLOCK_N=block_n, BLOCK_K=64, num_warps=8)
-    return GramCGConfig(BLOCK_N=block_n, BLOCK_K=block_n)
+        return GramCGConfig(BLOCK_N=block_n, BLOCK_K=64 if roomy else 32, num_warps=8)
+    if block_n == RESIDENT_SAMPLES:
+        return GramCGConfig(BLOCK_N=block_n, BLOCK_K=block_n, num_warps=8, programs=132)
+    return GramCGConfig(BLOCK_N=block_n, BLOCK_R=16, BLOCK_K=block_n)
 
 
 def _parts(args: Args, problems: int, values: Values) -> Parts:
@@ -491,7 +509,11 @@ def _parts(args: Args, problems: int, values: Values) -> Parts:
     if values["BLOCK_K"] == values["BLOCK_N"]:
         step = min(count, max(1, values["programs"] // problems))
         step = ceil_div(count, ceil_div(count, step))
-    return [((step, problems), {"block_step": step})]
+    even = {
+        "EVEN_N": args["N"] == values["BLOCK_N"],
+        "EVEN_R": args["R"] % values["BLOCK_R"] == 0,
+    }
+    return [((step, problems), {"block_step": step, **even})]
 
 
 def _count(s: Sizes) -> tuple[int, int]:
@@ -571,7 +593,7 @@ def gram_cg(
     status = torch.empty_like(m_squared, dtype=torch.int32)
     tables = Tables([ys])
     config = GRAM_CG.tuned(
-        gram_cg_config(n),
+        gram_cg_config(n, is_roomy(c.device)),
         {"n": n, "r": rows, "p": layers * groups, "k": iters},
         (y.dtype,),
     )

@@ -44,14 +44,25 @@ def row_layout(name: str, weight: Tensor) -> dict[str, Any]:
 
 
 @triton.jit
+def from_row(ptr, row, D, place, TAPS: tl.constexpr):
+    """Rows from this one on, so that offsets of a block of dense rows fit 32 bits."""
+    if TAPS == 0:
+        ptr += row.to(tl.int64) * D
+    else:
+        ptr += row.to(tl.int64) * place.stride_r
+    return ptr
+
+
+@triton.jit
 def entries(rows, column, D, place, TAPS: tl.constexpr):
     """Where entries lie; rows and columns broadcast against each other."""
     if TAPS == 0:
         at = rows * D + column
     elif TAPS == 1:
-        at = rows * place.stride_r + column.to(tl.int64) * place.stride_c
+        at = rows.to(tl.int64) * place.stride_r
+        at += column.to(tl.int64) * place.stride_c
     else:
         channel, tap = (column // TAPS).to(tl.int64), (column % TAPS).to(tl.int64)
-        at = rows * place.stride_r
+        at = rows.to(tl.int64) * place.stride_r
         at += channel * place.stride_c + tap * place.stride_t
     return at

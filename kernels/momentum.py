@@ -1,7 +1,7 @@
 """Momentum and its projection on the samples, in one pass over the rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -12,6 +12,7 @@ from ..linalg.numbers import Numbers
 from ..linalg.rows import Rows, SampleMap
 from .common import (
     MOMENTUM,
+    below,
     is_finite,
     layer_pointer,
     load_scalar,
@@ -33,7 +34,7 @@ from .launchers import (
     in_place,
     write_back,
 )
-from .layouts import RowPlace, entries, row_layout
+from .layouts import RowPlace, entries, from_row, row_layout
 from .products import sample_precision, samples_times
 from .tables import Tables, numbers_on
 from .work import Sizes
@@ -58,11 +59,12 @@ def _magnitude(v):
 @triton.jit
 def _largest_entries(
     ptr,
-    layer_rows,
+    rows,
     row_ok,
     D,
     place,
     TAPS: tl.constexpr,
+    EVEN_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -70,8 +72,8 @@ def _largest_entries(
     largest = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        mask = row_ok[:, None] & (d < D)[None, :]
-        at = entries(layer_rows[:, None], d[None, :], D, place, TAPS)
+        mask = row_ok[:, None] & below(d, D, EVEN_D)[None, :]
+        at = entries(rows[:, None], d[None, :], D, place, TAPS)
         v = tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, _magnitude(v))
     return tl.max(largest, axis=1)
@@ -83,10 +85,10 @@ def _pass(
     m_ptr,
     v_ptr,
     x_ptr,
-    layer_rows,
+    rows,
     row_ok,
     n,
-    N,
+    samples,
     D,
     g_place,
     m_place,
@@ -101,6 +103,8 @@ def _pass(
     UPDATE: tl.constexpr,
     NESTEROV: tl.constexpr,
     PROJECT: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -116,19 +120,20 @@ def _pass(
     largest = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        mask = row_ok[:, None] & (d < D)[None, :]
-        at = entries(layer_rows[:, None], d[None, :], D, m_place, M_TAPS)
+        d_ok = below(d, D, EVEN_D)
+        mask = row_ok[:, None] & d_ok[None, :]
+        at = entries(rows[:, None], d[None, :], D, m_place, M_TAPS)
         m = tl.load(m_ptr + at, mask=mask, other=0.0)
         v = m.to(tl.float32)
         if UPDATE:
-            g_at = entries(layer_rows[:, None], d[None, :], D, g_place, G_TAPS)
+            g_at = entries(rows[:, None], d[None, :], D, g_place, G_TAPS)
             g_mask = mask & takes[:, None]
             g = tl.load(g_ptr + g_at, mask=g_mask, other=0.0).to(tl.float32)
             kept, v = _decayed(v, g, beta[:, None], M_DTYPE, NESTEROV)
             kept = tl.where(is_finite(kept.to(tl.float32)), kept, m)
             tl.store(m_ptr + at, kept, mask=mask)
             if NESTEROV:
-                v_at = layer_rows[:, None] * D + d[None, :]
+                v_at = rows[:, None] * D + d[None, :]
                 tl.store(v_ptr + v_at, v, mask=mask)
         largest = tl.maximum(largest, _magnitude(v))
         v *= m_scale[:, None]
@@ -136,7 +141,7 @@ def _pass(
         if PROJECT:
             x = tl.load(
                 x_ptr + n[:, None] * stride_xn + d[None, :],
-                mask=(n < N)[:, None] & (d < D)[None, :],
+                mask=below(n, samples, EVEN_N)[:, None] & d_ok[None, :],
                 other=0.0,
             )
             c = samples_times(x, tl.trans(v * x_scale), c, PRECISION)
@@ -177,6 +182,9 @@ def _momentum_project_kernel(
     MEASURE: tl.constexpr,
     NESTEROV: tl.constexpr,
     PROJECT: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_R: tl.constexpr,
+    EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -200,17 +208,23 @@ def _momentum_project_kernel(
     problem = program[1].to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
     block_n = first_block_n + program[2]
-    rows = program[0] * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_ok = rows < R
+    block_rows = tl.arange(0, BLOCK_R)
+    rows = program[0] * BLOCK_R + block_rows
+    row_ok = below(rows, R, EVEN_R)
     # Rows of the whole layer: its groups follow each other.
-    layer_rows = group * R + rows.to(tl.int64)
-    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+    first_row = group * R + program[0] * BLOCK_R
+    layer_rows = first_row + block_rows
+    first_n = block_n * BLOCK_N
+    block_samples = tl.arange(0, BLOCK_N)
+    n = first_n + block_samples
     scale_at = problem * R + rows
     m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
+    m_ptr = from_row(m_ptr, first_row, D, m_place, M_TAPS)
     g_ptr, v_ptr, x_ptr = m_ptr, m_ptr, m_ptr  # where there are none
     x_scale = 1.0
     if PROJECT:
         x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
+        x_ptr += first_n.to(tl.int64) * stride_xn
         x_scale = load_scale(x_largest_table_ptr, layer, group)
     if HAS_BIAS:
         m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
@@ -220,8 +234,9 @@ def _momentum_project_kernel(
     takes, beta = row_ok, tl.full((BLOCK_R,), 1.0, tl.float32)
     if UPDATE:
         g_ptr = layer_pointer(g_table_ptr, layer, G_DTYPE, ALIGN)
+        g_ptr = from_row(g_ptr, first_row, D, g_place, G_TAPS)
         largest = _largest_entries(
-            g_ptr, layer_rows, row_ok, D, g_place, G_TAPS, BLOCK_R, BLOCK_G
+            g_ptr, block_rows, row_ok, D, g_place, G_TAPS, EVEN_D, BLOCK_R, BLOCK_G
         )
         if HAS_BIAS:
             g_bias_ptr = layer_pointer(g_bias_table_ptr, layer, G_DTYPE, ALIGN)
@@ -232,6 +247,7 @@ def _momentum_project_kernel(
         beta = tl.where(takes, load_scalar(scalars_ptr, MOMENTUM), 1.0)
         if NESTEROV:
             v_ptr = layer_pointer(v_table_ptr, layer, tl.float32, ALIGN)
+            v_ptr += first_row * D
     m_scale = tl.full((BLOCK_R,), 1.0, tl.float32)
     if not MEASURE:
         m_scale = tl.load(m_scale_ptr + scale_at, mask=row_ok, other=0.0)
@@ -241,10 +257,10 @@ def _momentum_project_kernel(
         m_ptr,
         v_ptr,
         x_ptr,
-        layer_rows,
+        block_rows,
         row_ok,
-        n,
-        N,
+        block_samples,
+        N - first_n,
         D,
         g_place,
         m_place,
@@ -259,6 +275,8 @@ def _momentum_project_kernel(
         UPDATE,
         NESTEROV,
         PROJECT,
+        EVEN_N,
+        EVEN_D,
         BLOCK_N,
         BLOCK_R,
         BLOCK_D,
@@ -288,10 +306,10 @@ def _momentum_project_kernel(
                 v_ptr if UPDATE and NESTEROV else m_ptr,
                 v_ptr,
                 x_ptr,
-                layer_rows,
+                block_rows,
                 row_ok,
-                n,
-                N,
+                block_samples,
+                N - first_n,
                 D,
                 g_place,
                 m_place,
@@ -306,6 +324,8 @@ def _momentum_project_kernel(
                 False,
                 NESTEROV,
                 PROJECT,
+                EVEN_N,
+                EVEN_D,
                 BLOCK_N,
                 BLOCK_R,
                 BLOCK_D,
@@ -324,7 +344,7 @@ def _momentum_project_kernel(
         tl.store(m_squared_ptr + problem * R + rows, m_squared, mask=row_ok)
     if PROJECT:
         c_ptr += problem_base(problem, GROUPS, N, R)
-        c_at = n[:, None] * R * GROUPS + rows[None, :]
+        c_at = n[:, None].to(tl.int64) * R * GROUPS + rows[None, :]
         tl.store(c_ptr + c_at, c, mask=(n < N)[:, None] & row_ok[None, :])
 
 
@@ -339,26 +359,43 @@ class ProjectConfig(Config):
     BLOCK_N: int = 64
     BLOCK_R: int = 64
     BLOCK_D: int = 32
-    BLOCK_G: int = 128
+    BLOCK_G: int = 32
 
 
-def project_config(n: int) -> ProjectConfig:
+def project_config(n: int, dtype: torch.dtype = torch.bfloat16) -> ProjectConfig:
     """All samples beside a block of rows, up to 256; without any, long pieces of rows.
 
-    The tiles of 256 samples are the best of a prototype's on an H200.
+    With samples in bfloat16 registers are so few that two programs run on a processor;
+    others need more of them.
+
+    Args:
+        n: samples.
+        dtype: of the samples.
     """
     if n == 0:
         return ProjectConfig(BLOCK_N=16, BLOCK_R=8, BLOCK_D=64)
-    return ProjectConfig(BLOCK_N=min(tile_side(n), 256), num_stages=3)
+    config = ProjectConfig(BLOCK_N=min(tile_side(n), 256), num_warps=8, num_stages=3)
+    if dtype == torch.bfloat16:
+        stages = 3 if config.BLOCK_N < 256 else 2
+        return replace(config, num_stages=stages, maxnreg=128)
+    if config.BLOCK_N < 256:
+        return config
+    return replace(config, BLOCK_D=16, num_stages=2)
 
 
 def _parts(args: Args, problems: int, values: Values) -> Parts:
     """The first block of samples goes with the update, the others read what it left."""
     rows = blocks(args["R"], values["BLOCK_R"])
     samples = blocks(args["N"], values["BLOCK_N"])
+    sides = max(values["BLOCK_D"], values["BLOCK_G"])  # powers of two
+    even = {
+        "EVEN_N": args["N"] % values["BLOCK_N"] == 0,
+        "EVEN_R": args["R"] % values["BLOCK_R"] == 0,
+        "EVEN_D": args["D"] % sides == 0,
+    }
     if not args["UPDATE"]:
-        return [((rows, problems, samples), {})]
-    found: Parts = [((rows, problems, 1), {})]
+        return [((rows, problems, samples), even)]
+    found: Parts = [((rows, problems, 1), even)]
     if samples > 1:
         left = {
             "m_table_ptr": args["v_table_ptr"],
@@ -367,7 +404,7 @@ def _parts(args: Args, problems: int, values: Values) -> Parts:
             "M_TAPS": 0 if args["NESTEROV"] else args["M_TAPS"],  # V is dense
         }
         rest = {"UPDATE": False, "MEASURE": False, "first_block_n": 1}
-        found.append(((rows, problems, samples - 1), rest | left))
+        found.append(((rows, problems, samples - 1), even | rest | left))
     return found
 
 
@@ -403,7 +440,7 @@ MOMENTUM_PROJECT = Kernel(
     parts=_parts,
     count=_count,
     again=_again,
-    values={**PRODUCT, "BLOCK_R": (4, 8, *TILES), "BLOCK_G": (64, 128, 256)},
+    values={**PRODUCT, "BLOCK_R": (4, 8, *TILES), "BLOCK_G": (32, 64, 128)},
     tiles=(("BLOCK_N", "BLOCK_D"), ("BLOCK_R", "BLOCK_D")),
     loop="D",
 )
@@ -461,7 +498,7 @@ def momentum_project_(
     make = m.new_ones if grads is None else m.new_empty
     finite = make(layers, rows, dtype=torch.bool)
     config = MOMENTUM_PROJECT.tuned(
-        project_config(0 if xs is None else n),
+        project_config(0 if xs is None else n, samples[0].dtype),
         {"n": n, "r": rows // groups, "d": dim, "p": layers * groups},
         (gs[0].weight.dtype, m.dtype, samples[0].dtype),
         "alone" if xs is None else "",

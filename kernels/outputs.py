@@ -34,7 +34,10 @@ def output_gradients(y: Tensor) -> Tensor:
 
 @triton.jit
 def load_outputs(y_ptr, n, rows, mask, place):
-    """``Y[n, rows]`` in float32; n counts the positions of all examples."""
+    """``Y[n, rows]`` in float32; n counts the positions of all examples.
+
+    Offsets are integers as wide as n and rows.
+    """
     at = (n // place.P * place.stride_n + n % place.P * place.stride_p)[:, None]
-    at += rows[None, :].to(tl.int64) * place.stride_r
+    at += rows[None, :] * place.stride_r
     return tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)

@@ -14,6 +14,7 @@ from ..linalg.rows import Rows, SampleMap
 from .common import (
     LR,
     WEIGHT_DECAY,
+    below,
     count_anomalies,
     layer_pointer,
     load_scalar,
@@ -23,6 +24,7 @@ from .common import (
     programs,
 )
 from .config import SplitConfig, tile_side
+from .gpu import is_roomy
 from .kernel import PRODUCT, Args, Kernel, Parts, Values, blocks, ceil_div
 from .largest import largest_of, near_one
 from .launchers import (
@@ -34,7 +36,7 @@ from .launchers import (
     stored,
     write_back,
 )
-from .layouts import RowPlace, entries, row_layout
+from .layouts import RowPlace, entries, from_row, row_layout
 from .products import high_term, low_term, sample_precision, terms_times_samples
 from .tables import Tables, numbers_on
 from .work import Sizes
@@ -49,11 +51,12 @@ def _coordinates(
     N,
     stride_n,
     x_scale,
+    EVEN_N: tl.constexpr,
 ):
     """A tile of u, so that samples need no scale."""
     u = tl.load(
-        u_ptr + n[None, :] * stride_n + rows[:, None],
-        mask=row_ok[:, None] & (n < N)[None, :],
+        u_ptr + n[None, :].to(tl.int64) * stride_n + rows[:, None],
+        mask=row_ok[:, None] & below(n, N, EVEN_N)[None, :],
         other=0.0,
     )
     return u * x_scale
@@ -91,6 +94,9 @@ def _update_kernel(
     HAS_BIAS: tl.constexpr,
     STEP: tl.constexpr,
     SAMPLES: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_R: tl.constexpr,
+    EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -110,35 +116,42 @@ def _update_kernel(
     problem = program[1].to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
     piece = program[2]
-    rows = program[0] * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_ok = rows < R
+    block_rows = tl.arange(0, BLOCK_R)
+    rows = program[0] * BLOCK_R + block_rows
+    row_ok = below(rows, R, EVEN_R)
     if STEP:  # none of a skipped step
         row_ok = row_ok & load_taken(scalars_ptr)
-    layer_rows = group * R + rows.to(tl.int64)
+    first_row = group * R + program[0] * BLOCK_R
+    layer_rows = first_row + block_rows
     s = tl.load(s_ptr + problem * R + rows, mask=row_ok, other=0.0)
     m_scale = tl.load(m_scale_ptr + problem * R + rows, mask=row_ok, other=0.0)
     m_factor = s * m_scale
 
-    n = tl.arange(0, BLOCK_N).to(tl.int64)
+    n = tl.arange(0, BLOCK_N)
+    stride_n = R * GROUPS
+    largest = tl.zeros((BLOCK_R,), tl.float32)
     z_bias = tl.zeros((BLOCK_R,), tl.float32)
-    sees = row_ok
     if SAMPLES > 0:
         x_ptr = layer_pointer(x_table_ptr, layer, X_DTYPE, ALIGN) + group * D
         x_scale = load_scale(x_largest_table_ptr, layer, group)
         u_ptr += problem_base(problem, GROUPS, N, R)
-        stride_n = R * GROUPS
-        largest = tl.zeros((BLOCK_R,), tl.float32)
-        for start in range(0, N, BLOCK_N):
-            u = _coordinates(u_ptr, rows, row_ok, start + n, N, stride_n, x_scale)
-            largest = tl.maximum(largest, tl.max(tl.abs(u), axis=1))
-            z_bias += tl.sum(u, axis=1)
-        sees = largest > 0
     if SAMPLES == 1:
+        u = _coordinates(u_ptr, rows, row_ok, n, N, stride_n, x_scale, EVEN_N)
+        largest = tl.max(tl.abs(u), axis=1)
+        z_bias = tl.sum(u, axis=1)
         high = high_term(u, PRECISION)
         low = low_term(u, high, PRECISION)
+    if SAMPLES == 2:
+        for start in range(0, N, BLOCK_N):
+            u = _coordinates(u_ptr, rows, row_ok, start + n, N, stride_n, x_scale, EVEN_N)
+            largest = tl.maximum(largest, tl.max(tl.abs(u), axis=1))
+            z_bias += tl.sum(u, axis=1)
+    sees = largest > 0
 
     theta_ptr = layer_pointer(theta_table_ptr, layer, THETA_DTYPE, ALIGN)
+    theta_ptr = from_row(theta_ptr, first_row, D, theta_place, THETA_TAPS)
     m_ptr = layer_pointer(m_table_ptr, layer, M_DTYPE, ALIGN)
+    m_ptr = from_row(m_ptr, first_row, D, m_place, M_TAPS)
     if STEP:
         finite = tl.load(finite_ptr + problem * R + rows, mask=row_ok, other=0)
         status = tl.load(status_ptr + problem * R + rows, mask=row_ok, other=0)
@@ -158,26 +171,27 @@ def _update_kernel(
     end = tl.minimum((piece + 1) * piece_length, D)
     for begin in range(piece * piece_length, end, BLOCK_D):
         d = begin + tl.arange(0, BLOCK_D)
-        mask = row_ok[:, None] & (d < end)[None, :]
-        m_at = entries(layer_rows[:, None], d[None, :], D, m_place, M_TAPS)
+        d_ok = below(d, end, EVEN_D)
+        mask = row_ok[:, None] & d_ok[None, :]
+        m_at = entries(block_rows[:, None], d[None, :], D, m_place, M_TAPS)
         m = tl.load(m_ptr + m_at, mask=mask, other=0.0).to(tl.float32)
-        at = entries(layer_rows[:, None], d[None, :], D, theta_place, THETA_TAPS)
+        at = entries(block_rows[:, None], d[None, :], D, theta_place, THETA_TAPS)
         if STEP:
             theta = tl.load(theta_ptr + at, mask=mask, other=0.0).to(tl.float32)
         z = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         if SAMPLES == 1:
             x = tl.load(
                 x_ptr + n[:, None] * stride_xn + d[None, :],
-                mask=(n < N)[:, None] & (d < end)[None, :],
+                mask=below(n, N, EVEN_N)[:, None] & d_ok[None, :],
                 other=0.0,
             )
             z = terms_times_samples(u, high, low, x, z, PRECISION)
         if SAMPLES == 2:
             for start in range(0, N, BLOCK_N):
-                u = _coordinates(u_ptr, rows, row_ok, start + n, N, stride_n, x_scale)
+                u = _coordinates(u_ptr, rows, row_ok, start + n, N, stride_n, x_scale, EVEN_N)
                 x = tl.load(
-                    x_ptr + (start + n)[:, None] * stride_xn + d[None, :],
-                    mask=(start + n < N)[:, None] & (d < end)[None, :],
+                    x_ptr + (start + n)[:, None].to(tl.int64) * stride_xn + d[None, :],
+                    mask=below(start + n, N, EVEN_N)[:, None] & d_ok[None, :],
                     other=0.0,
                 )
                 high = high_term(u, PRECISION)
@@ -214,15 +228,29 @@ class UpdateConfig(SplitConfig):
 
     BLOCK_N: int = 64
     BLOCK_R: int = 64
-    BLOCK_D: int = 64
+    BLOCK_D: int = 32
 
 
-def update_config(n: int) -> UpdateConfig:
-    """All samples in one block up to 256, beyond a piece at a time."""
-    block_n = min(tile_side(n), 256)
-    if n > block_n:
-        return UpdateConfig(BLOCK_N=64, num_stages=3)
-    return UpdateConfig(BLOCK_N=block_n, num_warps=8, num_stages=3)
+def update_config(
+    n: int, dtype: torch.dtype = torch.bfloat16, roomy: bool = True
+) -> UpdateConfig:
+    """All samples in one block up to 256 in bfloat16, else a piece at a time.
+
+    Args:
+        n: samples.
+        dtype: of the samples.
+        roomy: whether a block may have more than 99 KiB of shared memory.
+    """
+    block_n = tile_side(n)
+    if dtype != torch.bfloat16:
+        return UpdateConfig(BLOCK_N=block_n if block_n <= 64 else 32, num_warps=8)
+    if block_n > 256:
+        return UpdateConfig(BLOCK_N=64, num_warps=8)
+    if block_n < 256:
+        return UpdateConfig(BLOCK_N=block_n, num_warps=8, maxnreg=128)
+    if roomy:
+        return UpdateConfig(BLOCK_N=block_n, num_warps=8)
+    return UpdateConfig(BLOCK_N=block_n, BLOCK_R=32, BLOCK_D=64, num_warps=8)
 
 
 def _parts(args: Args, problems: int, values: Values) -> Parts:
@@ -232,13 +260,14 @@ def _parts(args: Args, problems: int, values: Values) -> Parts:
     pieces = max(1, min(values["programs"] // (rows * problems), columns // 4))
     length = ceil_div(columns, pieces) * block
     fits = values["BLOCK_N"] >= args["N"]
-    samples = 0 if args["N"] == 0 else 1 if fits else 2
-    return [
-        (
-            (rows, problems, blocks(args["D"], length)),
-            {"piece_length": length, "SAMPLES": samples},
-        )
-    ]
+    more = {
+        "piece_length": length,
+        "SAMPLES": 0 if args["N"] == 0 else 1 if fits else 2,
+        "EVEN_N": args["N"] % values["BLOCK_N"] == 0,
+        "EVEN_R": args["R"] % values["BLOCK_R"] == 0,
+        "EVEN_D": args["D"] % block == 0,
+    }
+    return [((rows, problems, blocks(args["D"], length)), more)]
 
 
 def _count(s: Sizes) -> tuple[int, int]:
@@ -361,7 +390,7 @@ def _gram_step(
             counts or samples,
         ]
     )
-    config = update_config(n)
+    config = update_config(n, samples[0].dtype, is_roomy(m.device))
     if n:  # without samples there is nothing to tune
         config = UPDATE.tuned(
             config,
