@@ -6,7 +6,7 @@
     <v, v>  = s <v, m> + <u, X v>
 
 Lambda, equations (3) and (4), is formed from Y wherever it is used, from two numbers a
-row. The last adjoint is never formed: k - 1 products with K serve k iterations. Squares of p
+row. By conjugacy ``<z, m>`` is the sum of alpha rho. The last adjoint is never formed: k - 1 products with K serve k iterations. Squares of p
 come from those of r, to which the p before is orthogonal: ``|p|^2 = |r|^2 + beta^2
 |p|^2``; as a sum of their own they would be all rounding where p is short beside m.
 
@@ -65,10 +65,10 @@ def _next_direction(rho, s_r, mm, c_u, u_x, active):
 
 
 @triton.jit
-def _normalizer(s, c_u, m_squared, status):
+def _normalizer(s, zm, mm, status):
     """``1 / sqrt(<z, m>)``, and s: one for rows on the identity Fisher."""
     s = tl.where(status == 0, s, 1.0)
-    zm = s * m_squared + tl.where(status == 0, c_u, 0.0)
+    zm = tl.where(status == 0, zm, mm)
     usable = (zm > 0) & (zm < float("inf"))
     root = tl.sqrt_rn(tl.where(usable, zm, 1.0))
     return tl.where(usable, tl.div_rn(1.0, root), 0.0), s
@@ -77,8 +77,8 @@ def _normalizer(s, c_u, m_squared, status):
 @triton.jit
 def _fisher_weights(y, scale, factor):
     """Lambda, equation (4), of one tile."""
-    scaled = y * scale[None, :]
-    return scaled * scaled * factor[None, :]
+    scaled = y * scale
+    return scaled * scaled * factor
 
 
 @triton.jit
@@ -103,9 +103,22 @@ def _factor(trace, row_length):
 
 
 @triton.jit
+def _outputs(y_ptr, n, rows, mask, place):
+    """``Y^T``."""
+    return tl.trans(load_outputs(y_ptr, n, rows, tl.trans(mask), place))
+
+
+@triton.jit
+def _times_k(high, low, k_high, k_low, acc):
+    acc = tl.dot(high, k_low, acc=acc)
+    acc = tl.dot(low, k_high, acc=acc)
+    return tl.dot(high, k_high, acc=acc)
+
+
+@triton.jit
 def _terms_of(u, scale):
     """``u scale`` in two terms."""
-    scaled = u * scale[None, :]
+    scaled = u * scale
     high = scaled.to(tl.float16)
     return high, (scaled - high.to(tl.float32)).to(tl.float16)
 
@@ -186,85 +199,86 @@ def _gram_cg_kernel(
     ):
         rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
         row_ok = below(rows, R, EVEN_R)
-        mask = n_ok[:, None] & row_ok[None, :]
-        at = n[:, None] * stride_n + rows[None, :]
+        mask = row_ok[:, None] & n_ok[None, :]
+        at = rows[:, None] + n[None, :] * stride_n
         mm = tl.load(m_squared_ptr + rows, mask=row_ok, other=0.0)
 
         # Squares of a tiny Y underflow, so each row is first brought near one.
-        y = load_outputs(y_ptr, n, rows, mask, y_place)
-        y_scale = power_of_two(tl.max(tl.abs(y), axis=0))
+        y = _outputs(y_ptr, n, rows, mask, y_place)
+        y_scale = power_of_two(tl.max(tl.abs(y), axis=1))
         norms = tl.load(norms_ptr + n, mask=n_ok, other=0.0)
-        trace = _trace(y, y_scale, norms, BLOCK_N, BLOCK_R)
+        scaled = y * y_scale[:, None]
+        norms = tl.broadcast_to(norms[None, :], (BLOCK_R, BLOCK_N))
+        trace = sum_of_products(scaled * scaled, norms, axis=1)
         factor, status = _factor(trace, row_length)
         tl.store(status_ptr + rows, status, mask=row_ok)
 
-        zero = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+        zero = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
         s = tl.zeros((BLOCK_R,), tl.float32)
         s_r = s + 1.0
         s_p = s + 1.0
         u, u_r, u_p = zero, zero, zero
         x_p = tl.load(c_ptr + at, mask=mask, other=0.0)
-        rho, pp = mm, mm
+        rho, pp, zm = mm, mm, mm * 0.0
         active = rho > 0
         # Y and c are read anew each time, which leaves registers to the vectors.
         for _ in tl.range(0, ITERS - 1, disable_licm=True):
-            y = load_outputs(y_ptr, n, rows, mask, y_place)
-            t = _fisher_weights(y, y_scale, factor) * x_p
-            pap = sum_of_products(t, x_p, axis=0) + damping * pp
+            y = _outputs(y_ptr, n, rows, mask, y_place)
+            t = _fisher_weights(y, y_scale[:, None], factor[:, None]) * x_p
+            pap = sum_of_products(t, x_p, axis=1) + damping * pp
             alpha, active = _step_length(rho, pap, active)
             s += alpha * s_p
-            u += alpha[None, :] * u_p
+            zm += alpha * rho
+            u += alpha[:, None] * u_p
             s_r -= alpha * damping * s_p
-            u_r -= alpha[None, :] * (t + damping * u_p)
-            u_scale = power_of_two(tl.max(tl.abs(u_r), axis=0))
+            u_r -= alpha[:, None] * (t + damping * u_p)
+            u_scale = power_of_two(tl.max(tl.abs(u_r), axis=1))
             product = zero
             if BLOCK_K == BLOCK_N:
-                high, low = _terms_of(u_r, u_scale)
-                product = _k_times(k_high, k_low, high, low, product)
+                high, low = _terms_of(u_r, u_scale[:, None])
+                product = _times_k(high, low, k_high, k_low, product)
             else:
                 tl.debug_barrier()
                 tl.store(u_ptr + at, u_r, mask=mask)
                 tl.debug_barrier()
                 for start in range(0, N, BLOCK_K):
                     kn = start + tl.arange(0, BLOCK_K)
-                    k_at = n[:, None] * N + kn[None, :]
+                    k_at = kn[:, None] * N + n[None, :]
                     kn_ok = below(kn, N, EVEN_N)
-                    k_mask = n_ok[:, None] & kn_ok[None, :]
+                    k_mask = kn_ok[:, None] & n_ok[None, :]
                     part = tl.load(
-                        u_ptr + kn[:, None] * stride_n + rows[None, :],
-                        mask=kn_ok[:, None] & row_ok[None, :],
+                        u_ptr + rows[:, None] + kn[None, :] * stride_n,
+                        mask=row_ok[:, None] & kn_ok[None, :],
                         other=0.0,
                     )
-                    high, low = _terms_of(part, u_scale)
-                    product = _k_times(
-                        tl.load(k_high_ptr + k_at, mask=k_mask, other=0.0),
-                        tl.load(k_low_ptr + k_at, mask=k_mask, other=0.0),
+                    high, low = _terms_of(part, u_scale[:, None])
+                    product = _times_k(
                         high,
                         low,
+                        tl.load(k_high_ptr + k_at, mask=k_mask, other=0.0),
+                        tl.load(k_low_ptr + k_at, mask=k_mask, other=0.0),
                         product,
                     )
             c = tl.load(c_ptr + at, mask=mask, other=0.0)
-            x_r = s_r[None, :] * c
-            x_r += product * reciprocal(k_scale) * reciprocal(u_scale)[None, :]
-            c_u = sum_of_products(c, u_r, axis=0)
-            u_x = sum_of_products(u_r, x_r, axis=0)
+            x_r = s_r[:, None] * c
+            x_r += product * reciprocal(k_scale) * reciprocal(u_scale)[:, None]
+            c_u = sum_of_products(c, u_r, axis=1)
+            u_x = sum_of_products(u_r, x_r, axis=1)
             rho, beta, active = _next_direction(rho, s_r, mm, c_u, u_x, active)
             pp = rho + beta * beta * pp
             s_p = s_r + beta * s_p
-            u_p = u_r + beta[None, :] * u_p
-            x_p = x_r + beta[None, :] * x_p
+            u_p = u_r + beta[:, None] * u_p
+            x_p = x_r + beta[:, None] * x_p
 
-        y = load_outputs(y_ptr, n, rows, mask, y_place)
-        t = _fisher_weights(y, y_scale, factor) * x_p
-        pap = sum_of_products(t, x_p, axis=0) + damping * pp
+        y = _outputs(y_ptr, n, rows, mask, y_place)
+        t = _fisher_weights(y, y_scale[:, None], factor[:, None]) * x_p
+        pap = sum_of_products(t, x_p, axis=1) + damping * pp
         alpha, active = _step_length(rho, pap, active)
         s += alpha * s_p
-        u += alpha[None, :] * u_p
-        c = tl.load(c_ptr + at, mask=mask, other=0.0)
-        c_u = sum_of_products(c, u, axis=0)
-        scale, s = _normalizer(s, c_u, mm, status)
+        u += alpha[:, None] * u_p
+        scale, s = _normalizer(s, zm + alpha * rho, mm, status)
         tl.store(s_ptr + rows, s * scale, mask=row_ok)
-        u = tl.where((status == 0)[None, :], u * scale[None, :], 0.0)
+        u = tl.where((status == 0)[:, None], u * scale[:, None], 0.0)
         tl.debug_barrier()
         tl.store(u_ptr + at, u, mask=mask)
 
@@ -358,7 +372,7 @@ def _gram_cg_tiled_kernel(
     tl.debug_barrier()
 
     s, s_r, s_p, beta = zero, zero + 1.0, zero, zero
-    rho, pp = mm, zero
+    rho, pp, zm = mm, zero, zero
     active = rho > 0
     for iteration in range(ITERS):
         # p = r + beta p, and p^T A p.
@@ -376,12 +390,13 @@ def _gram_cg_tiled_kernel(
             tl.store(u_p_ptr + at, u_p, mask=mask)
             tl.store(x_p_ptr + at, x_p, mask=mask)
             y = load_outputs(y_ptr, n, wide_rows, mask, y_place)
-            t = _fisher_weights(y, y_scale, factor) * x_p
+            t = _fisher_weights(y, y_scale[None, :], factor[None, :]) * x_p
             txp += sum_of_products(t, x_p, axis=0)
         tl.debug_barrier()
         pap = txp + damping * pp
         alpha, active = _step_length(rho, pap, active)
         s += alpha * s_p
+        zm += alpha * rho
         s_r -= alpha * damping * s_p
         # z += alpha p, r -= alpha A p.
         c_u = zero
@@ -394,7 +409,7 @@ def _gram_cg_tiled_kernel(
             u = tl.load(u_ptr + at, mask=mask, other=0.0) + alpha[None, :] * u_p
             tl.store(u_ptr + at, u, mask=mask)
             y = load_outputs(y_ptr, n, wide_rows, mask, y_place)
-            t = _fisher_weights(y, y_scale, factor)
+            t = _fisher_weights(y, y_scale[None, :], factor[None, :])
             t *= tl.load(x_p_ptr + at, mask=mask, other=0.0)
             u_r = tl.load(u_r_ptr + at, mask=mask, other=0.0)
             u_r -= alpha[None, :] * (t + damping * u_p)
@@ -420,7 +435,7 @@ def _gram_cg_tiled_kernel(
                         mask=(kn < N)[:, None] & row_ok[None, :],
                         other=0.0,
                     )
-                    high, low = _terms_of(part, u_scale)
+                    high, low = _terms_of(part, u_scale[None, :])
                     product = _k_times(
                         tl.load(k_high_ptr + k_at, mask=k_mask, other=0.0),
                         tl.load(k_low_ptr + k_at, mask=k_mask, other=0.0),
@@ -436,15 +451,7 @@ def _gram_cg_tiled_kernel(
             tl.debug_barrier()
             rho, beta, active = _next_direction(rho, s_r, mm, c_u, u_x, active)
 
-    c_u = zero
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        at = n[:, None] * stride_n + rows[None, :]
-        mask = (n < N)[:, None] & row_ok[None, :]
-        u = tl.load(u_ptr + at, mask=mask, other=0.0)
-        c = tl.load(c_ptr + at, mask=mask, other=0.0)
-        c_u += sum_of_products(c, u, axis=0)
-    scale, s = _normalizer(s, c_u, mm, status)
+    scale, s = _normalizer(s, zm, mm, status)
     tl.store(s_ptr + problem * R + rows, s * scale, mask=row_ok)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N).to(tl.int64)
