@@ -141,9 +141,6 @@ def signature(fn: Any) -> Signature:
     return Signature(arguments, constants, in_order and "within" in fn.arg_names)
 
 
-COMPILER = ("num_warps", "num_stages", "maxnreg")
-"""Options that are the compiler's."""
-
 STRIDES = frozenset({"N", "R", "D", "ROW"})
 """Sizes that are strides, too: whether 16 divides them decides how memory is read."""
 
@@ -172,7 +169,7 @@ def kind(launch: Launch) -> Any:
     return (
         fn,
         device_of(launch),
-        *(options.get(name) for name in COMPILER),
+        *(options[name] for name in ("num_warps", "num_stages")),
         *(options[n] if n in options else args[n] for n in takes.constants),
         *(_class(name, args[name]) for name in takes.arguments),
     )
@@ -250,7 +247,8 @@ class Bundle:
             "COUNT": len(self.parts),
             "WORDS": table.width,
             "KERNEL": first.kernel.fn,
-            **{name: options[name] for name in COMPILER if name in options},
+            "num_warps": options["num_warps"],
+            "num_stages": options["num_stages"],
         }
 
 

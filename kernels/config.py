@@ -12,14 +12,11 @@ class Config:
     Attributes:
         num_warps: warps of a program.
         num_stages: of Triton's software pipeline.
-        maxnreg: registers that a thread may have at most, so that more programs run at
-            once; 0 leaves it to the compiler.
         key: what it was asked for; see `table.tuned`.
     """
 
     num_warps: int = 4
     num_stages: int = 2
-    maxnreg: int = 0
     key: str = field(default="", compare=False, kw_only=True)
 
     def values(self) -> dict[str, int]:
@@ -28,8 +25,7 @@ class Config:
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of a launch."""
-        known = {name: v for name, v in self.values().items() if name != "programs"}
-        return {name: v for name, v in known.items() if name != "maxnreg" or v}
+        return {name: v for name, v in self.values().items() if name != "programs"}
 
 
 @dataclass(frozen=True)

@@ -131,13 +131,10 @@ def shared_limit(capability: int) -> int:
     return 1024 * _nearest(SHARED, capability)
 
 
-def is_roomy(device: torch.device) -> bool:
-    """Whether a block may have more than the 99 KiB that every GPU's may.
-
-    Where there is no GPU it may.
-    """
+def is_hopper(device: torch.device) -> bool:
+    """Whether products take 64 rows at a time; so it is where there is no GPU."""
     gpu = detect(device)
-    return gpu is None or shared_limit(gpu.capability) > 100 * 1024
+    return gpu is None or gpu.capability == 90
 
 
 def threads_limit(capability: int) -> int:

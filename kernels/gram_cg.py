@@ -35,7 +35,6 @@ from .common import (
     sum_of_products,
 )
 from .config import Config, tile_side
-from .gpu import is_roomy
 from .gram import GramTerms
 from .kernel import TILES, WARPS, Args, Kernel, Parts, Values, blocks, ceil_div
 from .launchers import DTYPES, by_group, stored
@@ -473,7 +472,7 @@ class GramCGConfig(Config):
     """
 
     BLOCK_N: int = 64
-    BLOCK_R: int = 32
+    BLOCK_R: int = 16
     BLOCK_K: int = 64
     programs: int = 264
 
@@ -487,24 +486,23 @@ REGISTER_SAMPLES = 256
 A tuned configuration whose BLOCK_N is less than N keeps them in scratch memory."""
 
 
-def gram_cg_config(n: int, roomy: bool = True) -> GramCGConfig:
+def gram_cg_config(n: int) -> GramCGConfig:
     """K resident, then vectors in registers, then in scratch.
 
-    Prototypes of the first two on an H200 were four and two times as fast as what the
-    third was then; its tiles are the fastest of 11 that do not spill.
-
-    Args:
-        n: samples.
-        roomy: whether a block may have more than 99 KiB of shared memory.
+    Vectors of 128 samples and more leave the compiler too few registers. A prototype on
+    an H200 was fastest so nevertheless, and twice as fast as vectors in scratch, whose
+    tiles are the fastest of 11 that do not spill.
     """
     block_n = tile_side(n)
     if block_n > REGISTER_SAMPLES:
         return GramCGConfig(BLOCK_N=128, BLOCK_R=32, BLOCK_K=32, num_warps=8)
     if block_n > RESIDENT_SAMPLES:
-        return GramCGConfig(BLOCK_N=block_n, BLOCK_K=64 if roomy else 32, num_warps=8)
+        return GramCGConfig(BLOCK_N=block_n, BLOCK_R=32, num_warps=8)
     if block_n == RESIDENT_SAMPLES:
-        return GramCGConfig(BLOCK_N=block_n, BLOCK_K=block_n, num_warps=8, programs=132)
-    return GramCGConfig(BLOCK_N=block_n, BLOCK_R=16, BLOCK_K=block_n)
+        return GramCGConfig(
+            BLOCK_N=block_n, BLOCK_R=32, BLOCK_K=block_n, num_warps=8, programs=132
+        )
+    return GramCGConfig(BLOCK_N=block_n, BLOCK_K=block_n)
 
 
 def _parts(args: Args, problems: int, values: Values) -> Parts:
@@ -600,7 +598,7 @@ def gram_cg(
     status = torch.empty_like(m_squared, dtype=torch.int32)
     tables = Tables([ys])
     config = GRAM_CG.tuned(
-        gram_cg_config(n, is_roomy(c.device)),
+        gram_cg_config(n),
         {"n": n, "r": rows, "p": layers * groups, "k": iters},
         (y.dtype,),
     )

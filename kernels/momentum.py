@@ -23,6 +23,7 @@ from .common import (
     scale_within_reach,
 )
 from .config import Config, tile_side
+from .gpu import is_hopper
 from .kernel import PRODUCT, TILES, Args, Kernel, Parts, Values, blocks
 from .largest import largest_of
 from .launchers import (
@@ -362,25 +363,28 @@ class ProjectConfig(Config):
     BLOCK_G: int = 32
 
 
-def project_config(n: int, dtype: torch.dtype = torch.bfloat16) -> ProjectConfig:
+def project_config(
+    n: int, dtype: torch.dtype = torch.bfloat16, hopper: bool = True
+) -> ProjectConfig:
     """All samples beside a block of rows, up to 256; without any, long pieces of rows.
 
-    With samples in bfloat16 registers are so few that two programs run on a processor;
-    others need more of them.
+    Up to 128 samples in bfloat16 leave registers for two programs a processor.
 
     Args:
         n: samples.
         dtype: of the samples.
+        hopper: see `gpu.is_hopper`.
     """
     if n == 0:
         return ProjectConfig(BLOCK_N=16, BLOCK_R=8, BLOCK_D=64)
     config = ProjectConfig(BLOCK_N=min(tile_side(n), 256), num_warps=8, num_stages=3)
-    if dtype == torch.bfloat16:
-        stages = 3 if config.BLOCK_N < 256 else 2
-        return replace(config, num_stages=stages, maxnreg=128)
+    if config.BLOCK_N <= 32:
+        return replace(config, BLOCK_R=32)
     if config.BLOCK_N < 256:
         return config
-    return replace(config, BLOCK_D=16, num_stages=2)
+    if dtype != torch.bfloat16:
+        return replace(config, BLOCK_R=32, BLOCK_D=16, num_stages=2)
+    return replace(config, BLOCK_R=64 if hopper else 32, num_stages=2)
 
 
 def _parts(args: Args, problems: int, values: Values) -> Parts:
@@ -498,7 +502,9 @@ def momentum_project_(
     make = m.new_ones if grads is None else m.new_empty
     finite = make(layers, rows, dtype=torch.bool)
     config = MOMENTUM_PROJECT.tuned(
-        project_config(0 if xs is None else n, samples[0].dtype),
+        project_config(
+            0 if xs is None else n, samples[0].dtype, is_hopper(m.device)
+        ),
         {"n": n, "r": rows // groups, "d": dim, "p": layers * groups},
         (gs[0].weight.dtype, m.dtype, samples[0].dtype),
         "alone" if xs is None else "",

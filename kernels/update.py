@@ -24,7 +24,7 @@ from .common import (
     programs,
 )
 from .config import SplitConfig, tile_side
-from .gpu import is_roomy
+from .gpu import is_hopper
 from .kernel import PRODUCT, Args, Kernel, Parts, Values, blocks, ceil_div
 from .largest import largest_of, near_one
 from .launchers import (
@@ -226,31 +226,30 @@ class UpdateConfig(SplitConfig):
         programs: how many to cut rows into pieces for.
     """
 
+    num_warps: int = 8
     BLOCK_N: int = 64
     BLOCK_R: int = 64
     BLOCK_D: int = 32
 
 
 def update_config(
-    n: int, dtype: torch.dtype = torch.bfloat16, roomy: bool = True
+    n: int, dtype: torch.dtype = torch.bfloat16, hopper: bool = True
 ) -> UpdateConfig:
     """All samples in one block up to 256 in bfloat16, else a piece at a time.
 
     Args:
         n: samples.
         dtype: of the samples.
-        roomy: whether a block may have more than 99 KiB of shared memory.
+        hopper: see `gpu.is_hopper`.
     """
     block_n = tile_side(n)
-    if dtype != torch.bfloat16:
-        return UpdateConfig(BLOCK_N=block_n if block_n <= 64 else 32, num_warps=8)
+    if dtype != torch.bfloat16 and block_n > 64:
+        return UpdateConfig(BLOCK_N=32, num_stages=3)
     if block_n > 256:
-        return UpdateConfig(BLOCK_N=64, num_warps=8)
+        return UpdateConfig(BLOCK_N=64, num_stages=3)
     if block_n < 256:
-        return UpdateConfig(BLOCK_N=block_n, num_warps=8, maxnreg=128)
-    if roomy:
-        return UpdateConfig(BLOCK_N=block_n, num_warps=8)
-    return UpdateConfig(BLOCK_N=block_n, BLOCK_R=32, BLOCK_D=64, num_warps=8)
+        return UpdateConfig(BLOCK_N=block_n)
+    return UpdateConfig(BLOCK_N=block_n, BLOCK_R=64 if hopper else 32, BLOCK_D=64)
 
 
 def _parts(args: Args, problems: int, values: Values) -> Parts:
@@ -390,7 +389,7 @@ def _gram_step(
             counts or samples,
         ]
     )
-    config = update_config(n, samples[0].dtype, is_roomy(m.device))
+    config = update_config(n, samples[0].dtype, is_hopper(m.device))
     if n:  # without samples there is nothing to tune
         config = UPDATE.tuned(
             config,

