@@ -307,6 +307,8 @@ def _gram_cg_tiled_kernel(
     y_place,
     ALIGN: tl.constexpr,
     Y_DTYPE: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -324,7 +326,7 @@ def _gram_cg_tiled_kernel(
     layer, group = problem // GROUPS, problem % GROUPS
     damping = load_scalar(scalars_ptr, DAMPING)
     rows = program[0] * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_ok = rows < R
+    row_ok = below(rows, R, EVEN_R)
     wide_rows = rows.to(tl.int64)
     stride_n = R * GROUPS
     base = problem_base(problem, GROUPS, N, R)
@@ -348,7 +350,7 @@ def _gram_cg_tiled_kernel(
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N).to(tl.int64)
         at = n[:, None] * stride_n + rows[None, :]
-        mask = (n < N)[:, None] & row_ok[None, :]
+        mask = below(n, N, EVEN_N)[:, None] & row_ok[None, :]
         c = tl.load(c_ptr + at, mask=mask, other=0.0)
         tl.store(x_r_ptr + at, c, mask=mask)
         tl.store(x_p_ptr + at, zero_n, mask=mask)
@@ -362,9 +364,9 @@ def _gram_cg_tiled_kernel(
     trace = zero
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        mask = (n < N)[:, None] & row_ok[None, :]
+        mask = below(n, N, EVEN_N)[:, None] & row_ok[None, :]
         y = load_outputs(y_ptr, n, wide_rows, mask, y_place)
-        norms = tl.load(norms_ptr + n, mask=n < N, other=0.0)
+        norms = tl.load(norms_ptr + n, mask=below(n, N, EVEN_N), other=0.0)
         trace += _trace(y, y_scale, norms, BLOCK_N, BLOCK_R)
     factor, status = _factor(trace, row_length)
     tl.store(status_ptr + problem * R + rows, status, mask=row_ok)
@@ -381,7 +383,7 @@ def _gram_cg_tiled_kernel(
         for start in range(0, N, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N).to(tl.int64)
             at = n[:, None] * stride_n + rows[None, :]
-            mask = (n < N)[:, None] & row_ok[None, :]
+            mask = below(n, N, EVEN_N)[:, None] & row_ok[None, :]
             u_p = tl.load(u_p_ptr + at, mask=mask, other=0.0)
             u_p = tl.load(u_r_ptr + at, mask=mask, other=0.0) + beta[None, :] * u_p
             x_p = tl.load(x_p_ptr + at, mask=mask, other=0.0)
@@ -403,7 +405,7 @@ def _gram_cg_tiled_kernel(
         for start in range(0, N, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N).to(tl.int64)
             at = n[:, None] * stride_n + rows[None, :]
-            mask = (n < N)[:, None] & row_ok[None, :]
+            mask = below(n, N, EVEN_N)[:, None] & row_ok[None, :]
             u_p = tl.load(u_p_ptr + at, mask=mask, other=0.0)
             u = tl.load(u_ptr + at, mask=mask, other=0.0) + alpha[None, :] * u_p
             tl.store(u_ptr + at, u, mask=mask)
@@ -423,15 +425,16 @@ def _gram_cg_tiled_kernel(
             for start in range(0, N, BLOCK_N):
                 n = start + tl.arange(0, BLOCK_N).to(tl.int64)
                 at = n[:, None] * stride_n + rows[None, :]
-                mask = (n < N)[:, None] & row_ok[None, :]
+                mask = below(n, N, EVEN_N)[:, None] & row_ok[None, :]
                 product = zero_n
                 for k_start in range(0, N, BLOCK_K):
                     kn = k_start + tl.arange(0, BLOCK_K).to(tl.int64)
                     k_at = n[:, None] * N + kn[None, :]
-                    k_mask = (n < N)[:, None] & (kn < N)[None, :]
+                    n_ok, kn_ok = below(n, N, EVEN_N), below(kn, N, EVEN_N)
+                    k_mask = n_ok[:, None] & kn_ok[None, :]
                     part = tl.load(
                         u_r_ptr + kn[:, None] * stride_n + rows[None, :],
-                        mask=(kn < N)[:, None] & row_ok[None, :],
+                        mask=kn_ok[:, None] & row_ok[None, :],
                         other=0.0,
                     )
                     high, low = _terms_of(part, u_scale[None, :])
@@ -455,7 +458,7 @@ def _gram_cg_tiled_kernel(
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N).to(tl.int64)
         at = n[:, None] * stride_n + rows[None, :]
-        mask = (n < N)[:, None] & row_ok[None, :]
+        mask = below(n, N, EVEN_N)[:, None] & row_ok[None, :]
         u = tl.load(u_ptr + at, mask=mask, other=0.0)
         u = tl.where((status == 0)[None, :], u * scale[None, :], 0.0)
         tl.store(u_ptr + at, u, mask=mask)
@@ -508,16 +511,16 @@ def gram_cg_config(n: int) -> GramCGConfig:
 def _parts(args: Args, problems: int, values: Values) -> Parts:
     """Blocks of rows, or as many programs as see to several each."""
     count = blocks(args["R"], values["BLOCK_R"])
+    even = {
+        "EVEN_N": args["N"] % values["BLOCK_N"] == 0,
+        "EVEN_R": args["R"] % values["BLOCK_R"] == 0,
+    }
     if args["N"] > values["BLOCK_N"]:
-        return [((count, problems), {})]
+        return [((count, problems), even)]
     step = count
     if values["BLOCK_K"] == values["BLOCK_N"]:
         step = min(count, max(1, values["programs"] // problems))
         step = ceil_div(count, ceil_div(count, step))
-    even = {
-        "EVEN_N": args["N"] == values["BLOCK_N"],
-        "EVEN_R": args["R"] % values["BLOCK_R"] == 0,
-    }
     return [((step, problems), {"block_step": step, **even})]
 
 

@@ -119,6 +119,8 @@ class Kernel:
         """
         values = config.values()
         kernel = self.variant(self, args, values)
+        if kernel.fn is not self.fn:  # and may take others
+            args = {k: v for k, v in args.items() if k in kernel.fn.arg_names}
         return [
             Launch(kernel, grid, {**args, **changes}, config, leads=i == 0)
             for i, (grid, changes) in enumerate(self.parts(args, problems, values))

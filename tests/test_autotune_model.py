@@ -20,12 +20,12 @@ from frog_triton.autotune.shortlist import (
 )
 from frog_triton.autotune.space import invalid
 from frog_triton.kernels.gpu import GPUS
-from frog_triton.kernels.gram import GRAM, GramConfig
+from frog_triton.kernels.gram import GRAM, GRAM_TERMS, GramConfig
 from frog_triton.kernels.launch import Launch, launch, recording
 from frog_triton.kernels.momentum import MOMENTUM_PROJECT
 from frog_triton.kernels.primal_forward import PRIMAL_FORWARD, ForwardConfig
 from frog_triton.kernels.registry import KERNELS, kernel_of
-from frog_triton.kernels.splits import SUM_SPLITS, SumConfig
+from adding import SUM_SPLITS, SumConfig
 from frog_triton.kernels.table import Table, kernel_key, using
 from frog_triton.kernels.work import work
 from frog_triton.solve.launches import Bucket, LayerShape, step_launches
@@ -171,8 +171,8 @@ def test_every_kernel_says_how_it_is_launched(shape, formulation):
 
 def test_sums_of_splits_are_counted_with_all_their_programs():
     """As few as one program would leave all other processors idle."""
-    made = step_launches(geometry(LayerShape("", 768, 3072, 256), 1), "gram")
-    launch = next(a for a in made if a.kernel is SUM_SPLITS)
+    made = step_launches(geometry(LayerShape("", 768, 3072, 512), 1), "gram")
+    launch = next(a for a in made if a.kernel is GRAM_TERMS)
     found = predict(launch, H200)
     idle = H200.processors / launch.grid[0]
     assert 1 < idle < 3
@@ -185,7 +185,7 @@ def test_projections_share_their_samples(n):
     shape = LayerShape("", 96, 300, n, groups=2)
     made = step_launches(geometry(shape), "gram")
     launches = [a for a in made if a.kernel is MOMENTUM_PROJECT]
-    assert len(launches) == (1 if n <= 128 else 2)
+    assert len(launches) == (1 if n <= 256 else 2)
     rows, entries = 2 * 96, 2 * 96 * (300 + 1)
     samples = 2 * 2 * 300 * n
     products = sum(work(launch).operations for launch in launches)

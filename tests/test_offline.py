@@ -25,9 +25,12 @@ ROOT = Path(__file__).parents[1]
 OLDEST_TRITON = ROOT / ".venv" / "triton-3.6"
 SMALL_CHIPS = ("86", "89", "120")
 """With 99 KiB of shared memory a block."""
-SET_ASIDE = 8
-"""Bytes a thread: two registers, which the assembler stores once, outside the innermost
-loops, to fit another block on these chips. Measured: in 2 of 2,040 launches, sm_120."""
+SET_ASIDE = 32
+"""Bytes a thread: some registers, which the assembler stores outside the innermost loops
+to fit another block on chips other than sm_90. Measured: 32."""
+FILLED = {"_gram_cg_kernel": 1024, "_gram_cg_tiled_kernel": 256}
+"""The same of kernels whose vectors fill the registers: on an H200 those that spill were
+the fastest (benchmarks/results/nvidia-h200, "Kernels"). Measured: 904 and 208."""
 
 
 def environment(path=None):
@@ -100,8 +103,8 @@ def check(results):
     assert results
     for r in results:
         what = f"{r['kernel']} on sm_{r['capability']}, {r['samples']} {r['dtype']}"
-        small = str(r["capability"]) in SMALL_CHIPS
-        assert r["spilled"] <= (SET_ASIDE if small else 0), what
+        most = 0 if r["capability"] == 90 else SET_ASIDE
+        assert r["spilled"] <= FILLED.get(r["kernel"], most), what
         assert r["shared"] <= shared_limit(r["capability"]), what
         assert r["tensor_core"] > 0 or not r["multiplies"], what
         assert not r["inexact"], what

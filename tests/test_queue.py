@@ -11,7 +11,7 @@ from frog_triton.kernels import bundle, queue
 from frog_triton.kernels.bundle import Bundle
 from frog_triton.kernels.launch import is_awaited, launch, recording, settle
 from frog_triton.kernels.queue import merged, side_by_side
-from frog_triton.kernels.splits import SUM_SPLITS, SumConfig
+from adding import SUM_SPLITS, SumConfig
 from frog_triton.solve.launches import Bucket, LayerShape, step_launches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,7 +12,7 @@ from torch import nn
 from frog_triton.fallback import FALLBACKS, _FusedAdamW
 from frog_triton.kernels.board import Board, Refused, uploaded
 from frog_triton.kernels.magnitudes import Magnitudes
-from frog_triton.kernels.splits import sum_splits
+from adding import sum_splits
 from frog_triton.kernels.tables import Tables
 from frog_triton.ops import torch_ops
 from frog_triton.routine import record

@@ -197,6 +197,11 @@ def _ask(process: subprocess.Popen[str], job: Job) -> Resources | Failure:
     return Failure(found["error"]) if "error" in found else Resources(**found)
 
 
+def _innermost(error: BaseException) -> BaseException:
+    """What is wrong: within functions that kernels call, errors are causes of others."""
+    return error if error.__cause__ is None else _innermost(error.__cause__)
+
+
 def answer(line: str) -> str:
     """Compile the job on a line; returns its resources, or the error, as JSON."""
     from ..kernels.registry import kernel_of
@@ -210,7 +215,7 @@ def answer(line: str) -> str:
     try:
         return json.dumps(asdict(job.compile()))
     except Exception as error:  # whatever a compiler raises
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {_innermost(error)}"
         if len(reason) > 500:  # what it is comes first, what is wrong last
             reason = f"{reason[:100]} ... {reason[-400:]}"
         return json.dumps({"error": reason})
