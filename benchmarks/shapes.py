@@ -31,6 +31,32 @@ def gpt2_small(samples: int, blocks: int = 12) -> list[LayerShape]:
     ]
 
 
+def llama_1b(samples: int, blocks: int = 16) -> list[LayerShape]:
+    """The Linear layers of Llama 3.2 with a billion parameters, without the embedding.
+
+    Sizes: the model's configuration, as its authors publish it: width 2048, 8 heads of
+    keys and values of 64, 8192 in between.
+
+    Args:
+        samples: N, positions drawn for each layer.
+        blocks: depth.
+    """
+    kinds = (
+        ("attn.q", 2048, 2048),
+        ("attn.k", 512, 2048),
+        ("attn.v", 512, 2048),
+        ("attn.o", 2048, 2048),
+        ("mlp.gate", 8192, 2048),
+        ("mlp.up", 8192, 2048),
+        ("mlp.down", 2048, 8192),
+    )
+    return [
+        LayerShape(f"{i}.{name}", rows, dim, samples, bias=False)
+        for i in range(blocks)
+        for name, rows, dim in kinds
+    ]
+
+
 def resnet50(samples: int) -> list[LayerShape]:
     """ResNet-50's convolutions (torchvision's, stride in the 3x3), no biases.
 
@@ -70,7 +96,12 @@ def tiny(samples: int) -> list[LayerShape]:
     ]
 
 
-MODELS = {"gpt2-small": gpt2_small, "resnet50": resnet50, "tiny": tiny}
+MODELS = {
+    "gpt2-small": gpt2_small,
+    "llama-1b": llama_1b,
+    "resnet50": resnet50,
+    "tiny": tiny,
+}
 REAL = ("gpt2-small", "resnet50")
 """Those that results are about."""
 

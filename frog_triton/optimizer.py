@@ -139,8 +139,10 @@ class FROG(Inspection):
             1e-6 to 1e-2, which lets rows move a hundred times `lr` where there are no
             samples. A group entry, to be changed at any time.
         cg_iters: k; the paper advises 3 to 5.
-        sample_size: positions or examples to sample for a layer and step. None: 256
-            positions or 32 examples (the paper: 16 to 64 examples).
+        sample_size: positions or examples to sample for a layer and step. None: 128
+            positions, beyond which nothing was gained in our trials
+            (``benchmarks/results/cpu/studies/sample-size``), or 32 examples (the paper:
+            16 to 64).
         sampling: ``"positions"``, drawn over batch and space or sequence; or
             ``"examples"``, the paper's: examples of the batch with all their positions.
             In nets for CIFAR-10 the defaults of both train alike over five seeds, and

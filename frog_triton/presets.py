@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-SAMPLINGS: Mapping[str, int] = MappingProxyType({"examples": 32, "positions": 256})
+SAMPLINGS: Mapping[str, int] = MappingProxyType({"examples": 32, "positions": 128})
 """Ways to sample, each with its default size."""
 
 PAPER: Mapping[str, Any] = MappingProxyType(

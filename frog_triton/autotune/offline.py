@@ -101,6 +101,14 @@ def compile_launch(launch: Made, capability: int) -> Resources:
     return resources(compiled(launch, capability))
 
 
+def disassembly(kernel: Any) -> str:
+    """Machine code of what `compiled` gave, as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        return _tool("nvdisasm", "-c", str(path))
+
+
 def resources(kernel: Any) -> Resources:
     """Of what `compiled` gave."""
     with tempfile.TemporaryDirectory() as folder:

@@ -3,12 +3,13 @@
     frog-triton bench kernels --model resnet18 --json kernels.json --plot kernels.png
     frog-triton bench step --model gpt2-small --samples 64
     frog-triton bench host
+    frog-triton bench estimate --model gpt2-small --samples 128
     frog-triton bench train cifar10-small --data DIR
     frog-triton bench stability
     frog-triton bench stability --case overfit-mlp gan
     frog-triton bench coverage
 
-Without a GPU, kernels and step print counts and floors, and time nothing.
+Without a GPU, kernels and step print counts and floors, and time nothing; estimate never does.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ COMMANDS = {
     ),
     "step": Command(
         "FROG's step beside other optimizers'", f"{_BENCHMARKS}.bench_step"
+    ),
+    "estimate": Command(
+        "what kernels would take on an H200, from their machine code",
+        f"{_BENCHMARKS}.estimate",
     ),
     "host": Command(
         "what a training step costs the host, beside AdamW's",

@@ -1,0 +1,300 @@
+"""What a plain step's kernels would take on an H200, estimated from their machine code.
+
+    python -m frog_triton.benchmarks.estimate --model gpt2-small --samples 128
+
+Needs no GPU: kernels are compiled for sm_90, and their registers, shared memory,
+tensor-core instructions and instruction mix read. **No time here is a measurement.** A
+kernel is taken for as long as its bytes take, from memory or through the L2 cache, and
+beside that its instructions, stretched by what warps wait. The stretch was found by
+compiling prototypes whose time on an H200 is known (``benchmarks/results/nvidia-h200``):
+26 estimates were 0.8 to 1.45 times what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..autotune.machine import Trips, code_of, slots
+from ..autotune.model import count_trips, occupancy
+from ..autotune.offline import Resources, compiled, resources
+from ..capture.capture import SAMPLINGS
+from ..kernels.gpu import GPUS, assuming
+from ..kernels.kernel import blocks
+from ..kernels.launch import Launch
+from ..kernels.work import Sizes, work
+from ..solve import FORMULATIONS
+from ..solve.formulation import choose
+from ..solve.launches import Bucket, step_launches
+from .records import Results
+from .shapes import MODELS, grouped
+
+H200 = GPUS["h200"]
+CAPABILITY = 90
+
+# Measured on an H200 by `environment` and `timing.matrix_rate`.
+MEMORY, BF16 = 4.27e12, 790e12
+
+# An assumption, and the clock of NVIDIA's datasheet.
+L2, CLOCK = 5.5e12, 1.755e9
+
+WAITING = {1: 2.3, 2: 1.6}
+"""Cycles that pass for an instruction issued, by programs that a processor holds."""
+
+LAUNCH_US = 3.0
+"""From a kernel's end to the next one's work, in a recorded step; an assumption."""
+
+ADAMW = 7
+"""Passes of fused AdamW over the parameters: p, g, m and v in, p, m and v out."""
+
+ADAMW_MEASURED = 1.67
+"""Times as long as its bytes took it on an H200, for GPT-2 small."""
+
+
+def _momentum(args: Mapping[str, Any], v: Mapping[str, int]) -> Trips:
+    main = (blocks(args["D"], v["BLOCK_D"]), ())
+    ahead = (blocks(args["D"], v["BLOCK_G"]), ())
+    # The last is of rows whose scale is not one.
+    return [ahead, main, (0, ())] if args["UPDATE"] else [main, (0, ())]
+
+
+def _gram(args: Mapping[str, Any], v: Mapping[str, int]) -> Trips:
+    # The second is of samples whose scale is not one.
+    return [(blocks(min(args["split_length"], args["D"]), v["BLOCK_D"]), ()), (0, ())]
+
+
+def _gram_cg(args: Mapping[str, Any], v: Mapping[str, int]) -> Trips:
+    inner: Trips = ()
+    if v["BLOCK_K"] < v["BLOCK_N"]:
+        inner = [(blocks(args["N"], v["BLOCK_K"]), ())]
+    rows = blocks(args["R"], v["BLOCK_R"])
+    return [(blocks(rows, args["block_step"]), [(args["ITERS"] - 1, inner)])]
+
+
+def _gram_cg_tiled(args: Mapping[str, Any], v: Mapping[str, int]) -> Trips:
+    tile = (blocks(args["N"], v["BLOCK_N"]), ())
+    product = (tile[0], [(blocks(args["N"], v["BLOCK_K"]), ())])
+    return [tile, tile, (args["ITERS"], [tile, tile, product]), tile]
+
+
+def _update(args: Mapping[str, Any], v: Mapping[str, int]) -> Trips:
+    columns = blocks(min(args["piece_length"], args["D"]), v["BLOCK_D"])
+    if args["SAMPLES"] < 2:
+        return [(columns, ())]
+    tile = (blocks(args["N"], v["BLOCK_N"]), ())
+    return [tile, (columns, [tile])]
+
+
+TRIPS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, int]], Trips]] = {
+    "_momentum_project_kernel": _momentum,
+    "_gram_kernel": _gram,
+    "_gram_cg_kernel": _gram_cg,
+    "_gram_cg_tiled_kernel": _gram_cg_tiled,
+    "_update_kernel": _update,
+}
+"""How often the loops of a kernel run; of others, each as often as the main one."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """All launches of a kernel in a step, of every geometry.
+
+    Attributes:
+        kernel: its name.
+        programs: of all.
+        registers: most of a thread.
+        spilled: most bytes of a thread.
+        shared: most bytes of a program.
+        held: programs that a processor holds, the fewest.
+        bytes: through memory.
+        cache_bytes: through the L2 cache.
+        executed: instructions of all warps, by kind.
+        memory_us: what the bytes take.
+        cache_us: what those of the cache take.
+        tensor_us: what the products take at the rate of large ones.
+        issue_us: what the instructions take, if no warp waits.
+        time_us: the estimate.
+        floor_us: of bytes and products at the datasheet's rates.
+    """
+
+    kernel: str
+    programs: int
+    registers: int
+    spilled: int
+    shared: int
+    held: int
+    bytes: int
+    cache_bytes: float
+    executed: Mapping[str, int]
+    memory_us: float
+    cache_us: float
+    tensor_us: float
+    issue_us: float
+    time_us: float
+    floor_us: float
+
+
+Look = tuple[Resources, Counter[str]]
+"""Of a launch: what it takes, and what a warp of it executes."""
+
+
+def look_at(job: tuple[Bucket, str, int]) -> Look:
+    """Compile a launch of a geometry's step, and read its machine code."""
+    bucket, formulation, i = job
+    launch = _launches(bucket, formulation)[i]
+    kernel = compiled(launch, CAPABILITY)
+    values = launch.config.values()
+    known = TRIPS.get(launch.name)
+    trips = known(launch.args, values) if known else [(count_trips(launch), ())] * 8
+    return resources(kernel), code_of(kernel).executed(trips)
+
+
+def _launches(bucket: Bucket, formulation: str) -> list[Launch]:
+    with assuming(H200):
+        return step_launches(bucket, formulation)
+
+
+def estimate(
+    buckets: Iterable[Bucket], formulation: str, pool: ProcessPoolExecutor
+) -> list[Line]:
+    """A plain step's kernels, in the order in which they first run.
+
+    Args:
+        buckets: the layers.
+        formulation: ``"gram"``, ``"primal"`` or ``"auto"``.
+        pool: compiles.
+    """
+    jobs = []
+    for bucket in buckets:
+        how = choose(bucket, H200) if formulation == "auto" else formulation
+        count = len(_launches(bucket, how))
+        jobs += [(bucket, how, i) for i in range(count)]
+    found: dict[str, list[tuple[Launch, Look]]] = defaultdict(list)
+    for job, look in zip(jobs, pool.map(look_at, jobs), strict=True):
+        launch = _launches(*job[:2])[job[2]]
+        found[launch.name].append((launch, look))
+    return [_line(name, made) for name, made in found.items()]
+
+
+def _line(name: str, made: Sequence[tuple[Launch, Look]]) -> Line:
+    """Geometries share a launch: their programs follow each other."""
+    executed: Counter[str] = Counter()
+    issue = 0.0
+    held = []
+    for launch, (takes, per_warp) in made:
+        warps = launch.config.num_warps
+        programs = math.prod(launch.grid)
+        held.append(occupancy(H200, warps, takes))
+        for kind, count in per_warp.items():
+            executed[kind] += count * warps * programs
+        issued = slots(per_warp) * warps * programs / 4  # schedulers of a processor
+        issue += issued / CLOCK * WAITING[min(held[-1], 2)]
+    programs = sum(math.prod(launch.grid) for launch, _ in made)
+    done = [work(launch) for launch, _ in made]
+    moved = sum(w.bytes for w in done)
+    again = sum(
+        launch.kernel.again(Sizes(launch), launch.config.values()) for launch, _ in made
+    )
+    busy = min(programs, H200.processors)
+    tensor = sum(w.tf32_operations for w in done) / (BF16 / 2)
+    memory, cache = moved / MEMORY, (moved + again) / L2
+    time = max(memory, cache, tensor) + issue / busy
+    return Line(
+        name,
+        programs,
+        max(look[0].registers for _, look in made),
+        max(look[0].spilled for _, look in made),
+        max(look[0].shared for _, look in made),
+        min(held),
+        moved,
+        moved + again,
+        dict(executed),
+        1e6 * memory,
+        1e6 * cache,
+        1e6 * tensor,
+        1e6 * sum(
+            slots(look[1]) * launch.config.num_warps * math.prod(launch.grid) / 4
+            for launch, look in made
+        ) / CLOCK / busy,
+        1e6 * time + LAUNCH_US,
+        sum(w.floor(H200) for w in done),
+    )  # fmt: skip
+
+
+def show(model: str, samples: int, lines: Sequence[Line], parameters: int) -> None:
+    """Print a model's kernels and their sum, beside AdamW's."""
+    print(f"\n{model}, N = {samples}: estimated for an H200, nothing measured")
+    print(
+        f"{'kernel':24} {'regs':>4} {'spill':>5} {'KiB':>5} {'held':>4} {'MB':>6} "
+        f"{'memory':>6} {'L2':>5} {'tensor':>6} {'issue':>5} {'us':>6} {'floor':>6}"
+    )
+    for line in lines:
+        print(
+            f"{line.kernel[1:].removesuffix('_kernel'):24} {line.registers:4} "
+            f"{line.spilled:5} {line.shared / 1024:5.0f} {line.held:4} "
+            f"{line.bytes / 1e6:6.0f} {line.memory_us:6.0f} {line.cache_us:5.0f} "
+            f"{line.tensor_us:6.0f} {line.issue_us:5.0f} {line.time_us:6.0f} "
+            f"{line.floor_us:6.0f}"
+        )
+    total, floor = totals(lines)
+    adamw = 1e6 * ADAMW * 4 * parameters / MEMORY
+    passes = sum(line.bytes for line in lines) / (4 * parameters)
+    print(
+        f"{passes:.2f} passes; {total:.0f} us (floor {floor:.0f}), "
+        f"{total / adamw:.2f} times AdamW's bytes ({adamw:.0f} us), "
+        f"{total / (adamw * ADAMW_MEASURED):.2f} times fused AdamW as it was measured"
+    )
+
+
+def totals(lines: Sequence[Line]) -> tuple[float, float]:
+    """Estimate and floor of all kernels, microseconds."""
+    return sum(line.time_us for line in lines), sum(line.floor_us for line in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns 1 if a model could not be estimated."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    size = SAMPLINGS["positions"]
+    models = ["gpt2-small", "llama-1b", "resnet50"]
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=models)
+    parser.add_argument(
+        "--samples", type=int, nargs="+", default=[size, 2 * size], help="N of each"
+    )
+    parser.add_argument(
+        "--formulation", choices=(*FORMULATIONS, "auto"), default="gram"
+    )
+    parser.add_argument("--json", type=Path, help="write the results there, too")
+    args = parser.parse_args(argv)
+    results = Results(args.json)
+    with ProcessPoolExecutor() as pool:
+        for model in args.model:
+            for samples in args.samples:
+                names = {"model": model, "samples": samples}
+                shapes = MODELS[model](samples)
+                parameters = sum(s.rows * s.row_length for s in shapes)
+                buckets = grouped(shapes, torch.bfloat16)
+                lines: list[Line] = []
+
+                def work_on() -> dict[str, Any]:
+                    lines.extend(estimate(buckets, args.formulation, pool))  # noqa: B023
+                    kernels = [asdict(line) for line in lines]  # noqa: B023
+                    time, floor = totals(lines)  # noqa: B023
+                    return {"estimate_us": time, "floor_us": floor, "kernels": kernels}
+
+                if "error" not in results.add(names, work_on):
+                    show(model, samples, lines, parameters)
+    return results.exit_code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
