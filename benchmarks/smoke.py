@@ -89,7 +89,8 @@ _BF16 = torch.bfloat16
 CASES: dict[str, Case] = {
     "gram": Case(_linear, (24, 40), _GRAM),
     "gram-bfloat16": Case(_linear, (24, 40), _GRAM, _BF16),
-    "gram-many-samples": Case(_linear, (140, 40), _GRAM),
+    "gram-more-samples": Case(_linear, (140, 40), _GRAM | {"sample_size": 140}),
+    "gram-many-samples": Case(_linear, (270, 40), _GRAM | {"sample_size": 270}),
     "gram-long-rows": Case(lambda: _linear(1100, 5), (9, 1100), _GRAM),
     "gram-images": Case(lambda: nn.Conv2d(8, 8, 3), (2, 8, 5, 5), _GRAM | _WHOLE),
     "gram-nesterov": Case(_linear, (24, 40), _GRAM | {"nesterov": True}),

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .kernels.products import PRICES
-from .kernels.work import Work
+from .kernels.work import PRICES, Work
 
 # A product in float32 keeps its precision unless the user says otherwise, so it runs
 # on no tensor core: as dear as tf32x3 here.

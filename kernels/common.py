@@ -55,7 +55,9 @@ def load_taken(scalars_ptr):
 def load_scale(table_ptr, layer, group):
     """What a group's samples are multiplied by, the 1 that stands for a bias, too."""
     largest_ptr = layer_pointer(table_ptr, layer, tl.float32, 16) + group * PARTS
-    return scale_within_reach(tl.max(tl.load(largest_ptr + tl.arange(0, PARTS)), axis=0))
+    return scale_within_reach(
+        tl.max(tl.load(largest_ptr + tl.arange(0, PARTS)), axis=0)
+    )
 
 
 @triton.jit

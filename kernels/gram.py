@@ -1,8 +1,8 @@
 """``K = X X^T``, as the product ``K u`` of conjugate gradients reads it.
 
-K needs float32's accuracy, as two terms of float16 have it (2^-22 of its largest entry):
-three of their four products are as close to float64 after k = 4 iterations as float32
-is, ill-conditioned systems included, at half the price of tf32's.
+K needs float32's accuracy, and two terms of float16 have it (2^-22 of the largest
+entry): with three of their four products CG is as close to float64 after k = 4
+iterations as with float32, in ill-conditioned systems too, at half the price of tf32's.
 """
 
 from collections.abc import Sequence

@@ -1,17 +1,4 @@
-"""Conjugate gradients in the coordinates ``v = s m + X^T u``, all iterations at once.
-
-    X v     = s c + K u
-    A v     : s' = tau s,  u' = Lambda * (X v) + tau u
-    <v, m>  = s |m|^2 + <c, u>
-    <v, v>  = s <v, m> + <u, X v>
-
-Lambda, equations (3) and (4), is formed from Y wherever it is used, from two numbers a
-row. By conjugacy ``<z, m>`` is the sum of alpha rho. The last adjoint is never formed: k - 1 products with K serve k iterations. Squares of p
-come from those of r, to which the p before is orthogonal: ``|p|^2 = |r|^2 + beta^2
-|p|^2``; as a sum of their own they would be all rounding where p is short beside m.
-
-More than 400 lines: both ways to hold the vectors, with the recurrence they share.
-"""
+"""Conjugate gradients in Gram space, all iterations at once; see `gram_recurrence`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +12,6 @@ from ..linalg.numbers import Numbers
 from .common import (
     DAMPING,
     below,
-    is_finite,
     layer_pointer,
     load_scalar,
     power_of_two,
@@ -36,69 +22,20 @@ from .common import (
 )
 from .config import Config, tile_side
 from .gram import GramTerms
+from .gram_cg_tiled import _gram_cg_tiled_kernel
+from .gram_recurrence import (
+    factor_of,
+    fisher_weights,
+    next_direction,
+    normalizer,
+    step_length,
+    terms_of,
+)
 from .kernel import TILES, WARPS, Args, Kernel, Parts, Values, blocks, ceil_div
 from .launchers import DTYPES, by_group, stored
 from .outputs import OutputPlace, load_outputs, output_gradients
 from .tables import Tables, numbers_on
 from .work import Sizes
-
-# Eight roundings of float32, 2^-20. A sum that much below its terms is all rounding.
-ROUNDING: tl.constexpr = tl.constexpr(9.5367432e-07)
-
-
-@triton.jit
-def _step_length(rho, pap, active):
-    """Alpha, and which rows still move: ``p^T A p`` must be positive."""
-    active = active & (pap > 0)
-    return tl.where(active, tl.div_rn(rho, tl.where(active, pap, 1.0)), 0.0), active
-
-
-@triton.jit
-def _next_direction(rho, s_r, mm, c_u, u_x, active):
-    """``|r|^2``, beta, and which rows still move: the residual must exceed rounding."""
-    rho_new = s_r * (s_r * mm + c_u) + u_x
-    terms = tl.abs(s_r) * (tl.abs(s_r) * mm + tl.abs(c_u)) + tl.abs(u_x)
-    active = active & (rho_new > terms * ROUNDING)
-    beta = tl.div_rn(rho_new, tl.where(active, rho, 1.0))
-    return rho_new, tl.where(active, beta, 0.0), active
-
-
-@triton.jit
-def _normalizer(s, zm, mm, status):
-    """``1 / sqrt(<z, m>)``, and s: one for rows on the identity Fisher."""
-    s = tl.where(status == 0, s, 1.0)
-    zm = tl.where(status == 0, zm, mm)
-    usable = (zm > 0) & (zm < float("inf"))
-    root = tl.sqrt_rn(tl.where(usable, zm, 1.0))
-    return tl.where(usable, tl.div_rn(1.0, root), 0.0), s
-
-
-@triton.jit
-def _fisher_weights(y, scale, factor):
-    """Lambda, equation (4), of one tile."""
-    scaled = y * scale
-    return scaled * scaled * factor
-
-
-@triton.jit
-def _trace(y, scale, norms, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The part of a tile in ``sum_i Y_ij^2 |x_i|^2``, equation (3)."""
-    scaled = y * scale[None, :]
-    norms = tl.broadcast_to(norms[:, None], (BLOCK_N, BLOCK_R))
-    return sum_of_products(scaled * scaled, norms, axis=0)
-
-
-@triton.jit
-def _factor(trace, row_length):
-    """What turns ``(Y scale)^2`` into Lambda, and each row's status.
-
-    Status: 0 Fisher, 1 no sampled gradient, 2 samples that are not finite; the last two
-    get weights of zero.
-    """
-    factor = tl.div_rn(row_length * 1.0, trace)
-    status = tl.where(is_finite(factor), 0, 1)
-    status = tl.where(is_finite(trace), status, 2)
-    return tl.where(status == 0, factor, 0.0), status
 
 
 @triton.jit
@@ -112,22 +49,6 @@ def _times_k(high, low, k_high, k_low, acc):
     acc = tl.dot(high, k_low, acc=acc)
     acc = tl.dot(low, k_high, acc=acc)
     return tl.dot(high, k_high, acc=acc)
-
-
-@triton.jit
-def _terms_of(u, scale):
-    """``u scale`` in two terms."""
-    scaled = u * scale
-    high = scaled.to(tl.float16)
-    return high, (scaled - high.to(tl.float32)).to(tl.float16)
-
-
-@triton.jit
-def _k_times(k_high, k_low, high, low, acc):
-    """``acc + K u``: all products of terms but that of the two low ones."""
-    acc = tl.dot(k_low, high, acc=acc)
-    acc = tl.dot(k_high, low, acc=acc)
-    return tl.dot(k_high, high, acc=acc)
 
 
 @triton.jit
@@ -209,7 +130,7 @@ def _gram_cg_kernel(
         scaled = y * y_scale[:, None]
         norms = tl.broadcast_to(norms[None, :], (BLOCK_R, BLOCK_N))
         trace = sum_of_products(scaled * scaled, norms, axis=1)
-        factor, status = _factor(trace, row_length)
+        factor, status = factor_of(trace, row_length)
         tl.store(status_ptr + rows, status, mask=row_ok)
 
         zero = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
@@ -223,9 +144,9 @@ def _gram_cg_kernel(
         # Y and c are read anew each time, which leaves registers to the vectors.
         for _ in tl.range(0, ITERS - 1, disable_licm=True):
             y = _outputs(y_ptr, n, rows, mask, y_place)
-            t = _fisher_weights(y, y_scale[:, None], factor[:, None]) * x_p
+            t = fisher_weights(y, y_scale[:, None], factor[:, None]) * x_p
             pap = sum_of_products(t, x_p, axis=1) + damping * pp
-            alpha, active = _step_length(rho, pap, active)
+            alpha, active = step_length(rho, pap, active)
             s += alpha * s_p
             zm += alpha * rho
             u += alpha[:, None] * u_p
@@ -234,7 +155,7 @@ def _gram_cg_kernel(
             u_scale = power_of_two(tl.max(tl.abs(u_r), axis=1))
             product = zero
             if BLOCK_K == BLOCK_N:
-                high, low = _terms_of(u_r, u_scale[:, None])
+                high, low = terms_of(u_r, u_scale[:, None])
                 product = _times_k(high, low, k_high, k_low, product)
             else:
                 tl.debug_barrier()
@@ -250,7 +171,7 @@ def _gram_cg_kernel(
                         mask=row_ok[:, None] & kn_ok[None, :],
                         other=0.0,
                     )
-                    high, low = _terms_of(part, u_scale[:, None])
+                    high, low = terms_of(part, u_scale[:, None])
                     product = _times_k(
                         high,
                         low,
@@ -263,204 +184,22 @@ def _gram_cg_kernel(
             x_r += product * reciprocal(k_scale) * reciprocal(u_scale)[:, None]
             c_u = sum_of_products(c, u_r, axis=1)
             u_x = sum_of_products(u_r, x_r, axis=1)
-            rho, beta, active = _next_direction(rho, s_r, mm, c_u, u_x, active)
+            rho, beta, active = next_direction(rho, s_r, mm, c_u, u_x, active)
             pp = rho + beta * beta * pp
             s_p = s_r + beta * s_p
             u_p = u_r + beta[:, None] * u_p
             x_p = x_r + beta[:, None] * x_p
 
         y = _outputs(y_ptr, n, rows, mask, y_place)
-        t = _fisher_weights(y, y_scale[:, None], factor[:, None]) * x_p
+        t = fisher_weights(y, y_scale[:, None], factor[:, None]) * x_p
         pap = sum_of_products(t, x_p, axis=1) + damping * pp
-        alpha, active = _step_length(rho, pap, active)
+        alpha, active = step_length(rho, pap, active)
         s += alpha * s_p
         u += alpha[:, None] * u_p
-        scale, s = _normalizer(s, zm + alpha * rho, mm, status)
+        scale, s = normalizer(s, zm + alpha * rho, mm, status)
         tl.store(s_ptr + rows, s * scale, mask=row_ok)
         u = tl.where((status == 0)[:, None], u * scale[:, None], 0.0)
         tl.debug_barrier()
-        tl.store(u_ptr + at, u, mask=mask)
-
-
-@triton.jit
-def _gram_cg_tiled_kernel(
-    k_high_ptr,
-    k_low_ptr,
-    k_scale_ptr,
-    norms_ptr,
-    c_ptr,
-    y_table_ptr,
-    m_squared_ptr,
-    scalars_ptr,
-    s_ptr,
-    u_ptr,
-    status_ptr,
-    u_r_ptr,
-    u_p_ptr,
-    x_r_ptr,
-    x_p_ptr,
-    N,
-    R,
-    GROUPS,
-    ITERS,
-    row_length,
-    y_place,
-    ALIGN: tl.constexpr,
-    Y_DTYPE: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    within=None,
-):
-    """The same for any N: vectors of length N live in scratch memory, tile by tile.
-
-    A program touches only its own rows of the scratch, so it stays in the cache; the
-    barriers order the program's own stores and loads.
-    """
-    program = programs(within)
-    y_place = OutputPlace(*y_place)
-    problem = program[1].to(tl.int64)
-    layer, group = problem // GROUPS, problem % GROUPS
-    damping = load_scalar(scalars_ptr, DAMPING)
-    rows = program[0] * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_ok = below(rows, R, EVEN_R)
-    wide_rows = rows.to(tl.int64)
-    stride_n = R * GROUPS
-    base = problem_base(problem, GROUPS, N, R)
-    k_high_ptr += problem * N * N
-    k_low_ptr += problem * N * N
-    k_scale = tl.load(k_scale_ptr + problem)
-    y_ptr = layer_pointer(y_table_ptr, layer, Y_DTYPE, ALIGN)
-    y_ptr += group * R * y_place.stride_r
-    norms_ptr += problem * N
-    c_ptr += base
-    u_ptr += base
-    u_r_ptr += base
-    u_p_ptr += base
-    x_r_ptr += base
-    x_p_ptr += base
-    mm = tl.load(m_squared_ptr + problem * R + rows, mask=row_ok, other=0.0)
-
-    zero = tl.zeros((BLOCK_R,), tl.float32)
-    zero_n = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    largest = zero
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        at = n[:, None] * stride_n + rows[None, :]
-        mask = below(n, N, EVEN_N)[:, None] & row_ok[None, :]
-        c = tl.load(c_ptr + at, mask=mask, other=0.0)
-        tl.store(x_r_ptr + at, c, mask=mask)
-        tl.store(x_p_ptr + at, zero_n, mask=mask)
-        tl.store(u_ptr + at, zero_n, mask=mask)
-        tl.store(u_r_ptr + at, zero_n, mask=mask)
-        tl.store(u_p_ptr + at, zero_n, mask=mask)
-        y = load_outputs(y_ptr, n, wide_rows, mask, y_place)
-        largest = tl.maximum(largest, tl.max(tl.abs(y), axis=0))
-    # Squares of a tiny Y underflow, so each row is first brought near one.
-    y_scale = power_of_two(largest)
-    trace = zero
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        mask = below(n, N, EVEN_N)[:, None] & row_ok[None, :]
-        y = load_outputs(y_ptr, n, wide_rows, mask, y_place)
-        norms = tl.load(norms_ptr + n, mask=below(n, N, EVEN_N), other=0.0)
-        trace += _trace(y, y_scale, norms, BLOCK_N, BLOCK_R)
-    factor, status = _factor(trace, row_length)
-    tl.store(status_ptr + problem * R + rows, status, mask=row_ok)
-    tl.debug_barrier()
-
-    s, s_r, s_p, beta = zero, zero + 1.0, zero, zero
-    rho, pp, zm = mm, zero, zero
-    active = rho > 0
-    for iteration in range(ITERS):
-        # p = r + beta p, and p^T A p.
-        s_p = s_r + beta * s_p
-        pp = rho + beta * beta * pp
-        txp = zero
-        for start in range(0, N, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-            at = n[:, None] * stride_n + rows[None, :]
-            mask = below(n, N, EVEN_N)[:, None] & row_ok[None, :]
-            u_p = tl.load(u_p_ptr + at, mask=mask, other=0.0)
-            u_p = tl.load(u_r_ptr + at, mask=mask, other=0.0) + beta[None, :] * u_p
-            x_p = tl.load(x_p_ptr + at, mask=mask, other=0.0)
-            x_p = tl.load(x_r_ptr + at, mask=mask, other=0.0) + beta[None, :] * x_p
-            tl.store(u_p_ptr + at, u_p, mask=mask)
-            tl.store(x_p_ptr + at, x_p, mask=mask)
-            y = load_outputs(y_ptr, n, wide_rows, mask, y_place)
-            t = _fisher_weights(y, y_scale[None, :], factor[None, :]) * x_p
-            txp += sum_of_products(t, x_p, axis=0)
-        tl.debug_barrier()
-        pap = txp + damping * pp
-        alpha, active = _step_length(rho, pap, active)
-        s += alpha * s_p
-        zm += alpha * rho
-        s_r -= alpha * damping * s_p
-        # z += alpha p, r -= alpha A p.
-        c_u = zero
-        largest = zero
-        for start in range(0, N, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-            at = n[:, None] * stride_n + rows[None, :]
-            mask = below(n, N, EVEN_N)[:, None] & row_ok[None, :]
-            u_p = tl.load(u_p_ptr + at, mask=mask, other=0.0)
-            u = tl.load(u_ptr + at, mask=mask, other=0.0) + alpha[None, :] * u_p
-            tl.store(u_ptr + at, u, mask=mask)
-            y = load_outputs(y_ptr, n, wide_rows, mask, y_place)
-            t = _fisher_weights(y, y_scale[None, :], factor[None, :])
-            t *= tl.load(x_p_ptr + at, mask=mask, other=0.0)
-            u_r = tl.load(u_r_ptr + at, mask=mask, other=0.0)
-            u_r -= alpha[None, :] * (t + damping * u_p)
-            tl.store(u_r_ptr + at, u_r, mask=mask)
-            largest = tl.maximum(largest, tl.max(tl.abs(u_r), axis=0))
-            c = tl.load(c_ptr + at, mask=mask, other=0.0)
-            c_u += sum_of_products(c, u_r, axis=0)
-        u_scale = power_of_two(largest)
-        tl.debug_barrier()
-        if iteration < ITERS - 1:
-            u_x = zero
-            for start in range(0, N, BLOCK_N):
-                n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-                at = n[:, None] * stride_n + rows[None, :]
-                mask = below(n, N, EVEN_N)[:, None] & row_ok[None, :]
-                product = zero_n
-                for k_start in range(0, N, BLOCK_K):
-                    kn = k_start + tl.arange(0, BLOCK_K).to(tl.int64)
-                    k_at = n[:, None] * N + kn[None, :]
-                    n_ok, kn_ok = below(n, N, EVEN_N), below(kn, N, EVEN_N)
-                    k_mask = n_ok[:, None] & kn_ok[None, :]
-                    part = tl.load(
-                        u_r_ptr + kn[:, None] * stride_n + rows[None, :],
-                        mask=kn_ok[:, None] & row_ok[None, :],
-                        other=0.0,
-                    )
-                    high, low = _terms_of(part, u_scale[None, :])
-                    product = _k_times(
-                        tl.load(k_high_ptr + k_at, mask=k_mask, other=0.0),
-                        tl.load(k_low_ptr + k_at, mask=k_mask, other=0.0),
-                        high,
-                        low,
-                        product,
-                    )
-                x_r = s_r[None, :] * tl.load(c_ptr + at, mask=mask, other=0.0)
-                x_r += product * reciprocal(k_scale) * reciprocal(u_scale)[None, :]
-                tl.store(x_r_ptr + at, x_r, mask=mask)
-                u_r = tl.load(u_r_ptr + at, mask=mask, other=0.0)
-                u_x += sum_of_products(u_r, x_r, axis=0)
-            tl.debug_barrier()
-            rho, beta, active = _next_direction(rho, s_r, mm, c_u, u_x, active)
-
-    scale, s = _normalizer(s, zm, mm, status)
-    tl.store(s_ptr + problem * R + rows, s * scale, mask=row_ok)
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        at = n[:, None] * stride_n + rows[None, :]
-        mask = below(n, N, EVEN_N)[:, None] & row_ok[None, :]
-        u = tl.load(u_ptr + at, mask=mask, other=0.0)
-        u = tl.where((status == 0)[None, :], u * scale[None, :], 0.0)
         tl.store(u_ptr + at, u, mask=mask)
 
 
@@ -543,8 +282,8 @@ def _again(s: Sizes, values: Values) -> float:
         vectors += 4 * 4 * s.nr * repeats
     elif values["BLOCK_K"] == values["BLOCK_N"]:
         step = _parts(s.args, s.problems, values)[0][0][0]
-        return 4.0 * s.nn * (step - 1) + vectors
-    return 4.0 * s.nn * (rows * repeats - 1) + vectors
+        return float(4 * s.nn * (step - 1) + vectors)
+    return float(4 * s.nn * (rows * repeats - 1) + vectors)
 
 
 def _rule(values: Values, sizes: Mapping[str, int], kind: str) -> str | None:

@@ -1,4 +1,7 @@
-"""Momentum and its projection on the samples, in one pass over the rows."""
+"""Momentum and its projection on the samples, in one pass over the rows.
+
+More than 400 lines: a kernel that is told all of a layer, and the two ops it serves.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,118 +38,16 @@ from .launchers import (
     in_place,
     write_back,
 )
-from .layouts import RowPlace, entries, from_row, row_layout
-from .products import sample_precision, samples_times
+from .layouts import RowPlace, from_row, row_layout
+from .momentum_pass import (
+    decayed_by,
+    foreseen,
+    magnitude_of,
+    pass_over_rows,
+)
+from .products import sample_precision
 from .tables import Tables, numbers_on
 from .work import Sizes
-
-
-@triton.jit
-def _decayed(m, g, beta, M_DTYPE: tl.constexpr, NESTEROV: tl.constexpr):
-    """``beta M + G`` as it is kept, and what is preconditioned."""
-    kept = (beta * m + g).to(M_DTYPE)
-    v = kept.to(tl.float32)
-    if NESTEROV:
-        v = g + beta * v
-    return kept, v
-
-
-@triton.jit
-def _magnitude(v):
-    """``|v|``, infinite where v is not a number."""
-    return tl.where(is_finite(v), tl.abs(v), float("inf"))
-
-
-@triton.jit
-def _largest_entries(
-    ptr,
-    rows,
-    row_ok,
-    D,
-    place,
-    TAPS: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Of each row; infinite where one is not finite."""
-    largest = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        mask = row_ok[:, None] & below(d, D, EVEN_D)[None, :]
-        at = entries(rows[:, None], d[None, :], D, place, TAPS)
-        v = tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, _magnitude(v))
-    return tl.max(largest, axis=1)
-
-
-@triton.jit
-def _pass(
-    g_ptr,
-    m_ptr,
-    v_ptr,
-    x_ptr,
-    rows,
-    row_ok,
-    n,
-    samples,
-    D,
-    g_place,
-    m_place,
-    stride_xn,
-    takes,
-    beta,
-    m_scale,
-    x_scale,
-    M_DTYPE: tl.constexpr,
-    G_TAPS: tl.constexpr,
-    M_TAPS: tl.constexpr,
-    UPDATE: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    PROJECT: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One pass over the rows: C and |v|^2 of rows at a scale, and the largest |v|.
-
-    With UPDATE, M becomes ``beta M + G`` as it goes; an entry that would not be finite
-    stays. Rows that take no gradient have a beta of one.
-    """
-    c = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    squares = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    largest = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        d_ok = below(d, D, EVEN_D)
-        mask = row_ok[:, None] & d_ok[None, :]
-        at = entries(rows[:, None], d[None, :], D, m_place, M_TAPS)
-        m = tl.load(m_ptr + at, mask=mask, other=0.0)
-        v = m.to(tl.float32)
-        if UPDATE:
-            g_at = entries(rows[:, None], d[None, :], D, g_place, G_TAPS)
-            g_mask = mask & takes[:, None]
-            g = tl.load(g_ptr + g_at, mask=g_mask, other=0.0).to(tl.float32)
-            kept, v = _decayed(v, g, beta[:, None], M_DTYPE, NESTEROV)
-            kept = tl.where(is_finite(kept.to(tl.float32)), kept, m)
-            tl.store(m_ptr + at, kept, mask=mask)
-            if NESTEROV:
-                v_at = rows[:, None] * D + d[None, :]
-                tl.store(v_ptr + v_at, v, mask=mask)
-        largest = tl.maximum(largest, _magnitude(v))
-        v *= m_scale[:, None]
-        squares = tl.fma(v, v, squares)
-        if PROJECT:
-            x = tl.load(
-                x_ptr + n[:, None] * stride_xn + d[None, :],
-                mask=below(n, samples, EVEN_N)[:, None] & d_ok[None, :],
-                other=0.0,
-            )
-            c = samples_times(x, tl.trans(v * x_scale), c, PRECISION)
-    return c, tl.sum(squares, axis=1), tl.max(largest, axis=1)
 
 
 @triton.jit
@@ -196,9 +97,10 @@ def _momentum_project_kernel(
     """``M <- beta M + G``, ``C = X V^T`` and ``|v|^2`` for a block of rows.
 
     V is M, or with NESTEROV ``G + beta M``, which is then written out; in products it
-    is scaled so that no square overflows or vanishes. A row whose gradient is not
-    finite stays as it is, as all do in a skipped step. To know it before anything is
-    written, G is read once ahead; the second read comes from the cache. In ordinary
+    is scaled so that no square overflows or vanishes. A row that would not be finite
+    stays as it is, as all do in a skipped step. To know it before anything is written,
+    G is read once ahead, and M where G is huge: a decaying momentum alone cannot
+    overflow. The second read comes from the cache. In ordinary
     training the scale is one, so the pass takes it for that, and makes itself again,
     over V as it left it, where it turns out to be another. Without UPDATE, V is read as
     it is; without MEASURE, so is its scale.
@@ -234,18 +136,36 @@ def _momentum_project_kernel(
 
     takes, beta = row_ok, tl.full((BLOCK_R,), 1.0, tl.float32)
     if UPDATE:
+        decay = load_scalar(scalars_ptr, MOMENTUM)
         g_ptr = layer_pointer(g_table_ptr, layer, G_DTYPE, ALIGN)
         g_ptr = from_row(g_ptr, first_row, D, g_place, G_TAPS)
-        largest = _largest_entries(
-            g_ptr, block_rows, row_ok, D, g_place, G_TAPS, EVEN_D, BLOCK_R, BLOCK_G
-        )
         if HAS_BIAS:
             g_bias_ptr = layer_pointer(g_bias_table_ptr, layer, G_DTYPE, ALIGN)
             g_bias = tl.load(g_bias_ptr + layer_rows, mask=row_ok, other=0.0)
             g_bias = g_bias.to(tl.float32)
-            largest = tl.maximum(largest, _magnitude(g_bias))
+        largest = foreseen(
+            g_ptr,
+            m_ptr,
+            block_rows,
+            row_ok,
+            decay,
+            D,
+            g_place,
+            m_place,
+            M_DTYPE,
+            G_TAPS,
+            M_TAPS,
+            NESTEROV,
+            EVEN_D,
+            BLOCK_R,
+            BLOCK_D,
+            BLOCK_G,
+        )
+        if HAS_BIAS:
+            _, decayed = decayed_by(v_bias, g_bias, decay, M_DTYPE, NESTEROV)
+            largest = tl.maximum(largest, magnitude_of(decayed))
         takes = is_finite(largest) & load_taken(scalars_ptr)
-        beta = tl.where(takes, load_scalar(scalars_ptr, MOMENTUM), 1.0)
+        beta = tl.where(takes, decay, 1.0)
         if NESTEROV:
             v_ptr = layer_pointer(v_table_ptr, layer, tl.float32, ALIGN)
             v_ptr += first_row * D
@@ -253,7 +173,7 @@ def _momentum_project_kernel(
     if not MEASURE:
         m_scale = tl.load(m_scale_ptr + scale_at, mask=row_ok, other=0.0)
 
-    c, m_squared, largest = _pass(
+    c, m_squared, largest = pass_over_rows(
         g_ptr,
         m_ptr,
         v_ptr,
@@ -283,26 +203,24 @@ def _momentum_project_kernel(
         BLOCK_D,
         PRECISION,
     )
-    if UPDATE:
-        if HAS_BIAS:
-            g_bias = tl.where(takes, g_bias, 0.0)
-            kept, v_bias = _decayed(v_bias, g_bias, beta, M_DTYPE, NESTEROV)
-            kept = tl.where(is_finite(kept.to(tl.float32)), kept, m_bias)
-            # Several threads may hold the same row: all must have read it first.
-            tl.debug_barrier()
-            tl.store(m_bias_ptr + layer_rows, kept, mask=row_ok)
-            if NESTEROV:
-                v_bias_ptr = layer_pointer(v_bias_table_ptr, layer, tl.float32, ALIGN)
-                tl.store(v_bias_ptr + layer_rows, v_bias, mask=row_ok)
+    if UPDATE and HAS_BIAS:
+        g_bias = tl.where(takes, g_bias, 0.0)
+        kept, v_bias = decayed_by(v_bias, g_bias, beta, M_DTYPE, NESTEROV)
+        # Several threads may hold the same row: all must have read it first.
+        tl.debug_barrier()
+        tl.store(m_bias_ptr + layer_rows, kept, mask=row_ok)
+        if NESTEROV:
+            v_bias_ptr = layer_pointer(v_bias_table_ptr, layer, tl.float32, ALIGN)
+            tl.store(v_bias_ptr + layer_rows, v_bias, mask=row_ok)
     if MEASURE:
         if HAS_BIAS:
-            largest = tl.maximum(largest, _magnitude(v_bias))
+            largest = tl.maximum(largest, magnitude_of(v_bias))
         m_scale = tl.where(is_finite(largest), scale_within_reach(largest), 1.0)
         if block_n == 0:
             tl.store(m_scale_ptr + scale_at, m_scale, mask=row_ok)
         if tl.min((m_scale == 1.0).to(tl.int32), axis=0) == 0:
             tl.debug_barrier()  # V is there for all threads
-            c, m_squared, _ = _pass(
+            c, m_squared, _ = pass_over_rows(
                 g_ptr,
                 v_ptr if UPDATE and NESTEROV else m_ptr,
                 v_ptr,
@@ -339,7 +257,7 @@ def _momentum_project_kernel(
         v_bias *= m_scale
         m_squared = tl.fma(v_bias, v_bias, m_squared)
         if PROJECT:
-            c += (v_bias * x_scale)[None, :]
+            c += v_bias[None, :] * x_scale
 
     if block_n == 0:
         tl.store(m_squared_ptr + problem * R + rows, m_squared, mask=row_ok)
@@ -502,9 +420,7 @@ def momentum_project_(
     make = m.new_ones if grads is None else m.new_empty
     finite = make(layers, rows, dtype=torch.bool)
     config = MOMENTUM_PROJECT.tuned(
-        project_config(
-            0 if xs is None else n, samples[0].dtype, is_hopper(m.device)
-        ),
+        project_config(0 if xs is None else n, samples[0].dtype, is_hopper(m.device)),
         {"n": n, "r": rows // groups, "d": dim, "p": layers * groups},
         (gs[0].weight.dtype, m.dtype, samples[0].dtype),
         "alone" if xs is None else "",

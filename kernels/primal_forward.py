@@ -23,8 +23,8 @@ from .launchers import DTYPES, biases
 from .layouts import RowPlace, RowPointers, row_layout
 from .outputs import OutputPlace, load_outputs
 from .primal import FLOOR, PrimalState
-from .row_weights import RowWeights
 from .products import as_factor, outstanding, product, product_precision
+from .row_weights import RowWeights
 from .samples import (
     Place,
     load_window,

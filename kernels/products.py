@@ -17,18 +17,6 @@ from .interpreter import interpreted
 PRECISION = "tf32x3"
 """Of products with float32 operands: three tensor-core products, float32's accuracy."""
 
-PRICES = {
-    "tf32x3": 3.0,
-    "tf32x2": 2.0,
-    "fp16x2": 1.5,
-    "tf32": 1.0,
-    "bf16x2": 1.0,
-    "bf16x2_tf32": 1.0,
-    "bf16": 0.5,
-    "bf16_tf32": 0.5,
-}
-"""tf32 products that one product takes, by precision."""
-
 
 @triton.jit
 def as_factor(x, scale, PRECISION: tl.constexpr):

@@ -13,13 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..linalg.rows import SampleMap
-from .common import (
-    layer_pointer,
-    load_scale,
-    load_scales,
-    power_of_two,
-    programs,
-)
+from .common import layer_pointer, load_scale, load_scales, power_of_two, programs
 from .config import Config, SplitConfig, tile_side
 from .kernel import (
     FEW,
@@ -213,13 +207,6 @@ def _row_scale_sum_kernel(
 
 
 @dataclass(frozen=True)
-class SumConfig(Config):
-    """`ROW_SCALE_SUM`."""
-
-    BLOCK: int = 256
-
-
-@dataclass(frozen=True)
 class NormsConfig(Config):
     """`ROW_NORMS`."""
 
@@ -233,6 +220,13 @@ class ScaleConfig(SplitConfig):
 
     BLOCK_N: int = 64
     BLOCK_R: int = 16
+
+
+@dataclass(frozen=True)
+class SumConfig(Config):
+    """`ROW_SCALE_SUM`."""
+
+    BLOCK: int = 256
 
 
 def scale_config(n: int) -> ScaleConfig:

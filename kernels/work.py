@@ -11,7 +11,18 @@ from dataclasses import dataclass, replace
 
 from .gpu import GPU
 from .launch import Launch, Made
-from .products import PRICES
+
+PRICES = {
+    "tf32x3": 3.0,
+    "tf32x2": 2.0,
+    "fp16x2": 1.5,
+    "tf32": 1.0,
+    "bf16x2": 1.0,
+    "bf16x2_tf32": 1.0,
+    "bf16": 0.5,
+    "bf16_tf32": 0.5,
+}
+"""tf32 products that one product takes, by precision."""
 
 ITEMSIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of an entry, by Triton's names of dtypes."""

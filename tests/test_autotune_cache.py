@@ -36,7 +36,7 @@ def test_a_table_comes_back_as_it_was(tmp_path):
 def test_entries_of_others_are_kept(tmp_path):
     cache = Cache(tmp_path)
     cache.store(MACHINE, TABLE)
-    more = Table({"update n64": UpdateConfig(GROUP_M=4)}, {"layer n64": "primal"})
+    more = Table({"update n64": UpdateConfig(programs=512)}, {"layer n64": "primal"})
     cache.store(MACHINE, more)
     assert cache.load(MACHINE) == TABLE.merged(more)
 

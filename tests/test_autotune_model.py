@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from adding import SUM_SPLITS, SumConfig
 from cases import without_tensors
 from layer_shapes import BF16, CONV, DEPTHWISE, F32, LINEAR, MANY, RAGGED, geometry
 
@@ -25,7 +26,6 @@ from frog_triton.kernels.launch import Launch, launch, recording
 from frog_triton.kernels.momentum import MOMENTUM_PROJECT
 from frog_triton.kernels.primal_forward import PRIMAL_FORWARD, ForwardConfig
 from frog_triton.kernels.registry import KERNELS, kernel_of
-from adding import SUM_SPLITS, SumConfig
 from frog_triton.kernels.table import Table, kernel_key, using
 from frog_triton.kernels.work import work
 from frog_triton.solve.launches import Bucket, LayerShape, step_launches

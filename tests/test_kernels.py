@@ -22,6 +22,7 @@ from frog_triton.linalg.numbers import Numbers
 from frog_triton.linalg.rows import Rows, Window
 from frog_triton.linalg.scales import scaled
 from frog_triton.ops import torch_ops, triton_ops
+from frog_triton.ops.fisher import NO_GRADIENT, NON_FINITE
 from frog_triton.solve import FORMULATIONS, Batch
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -320,9 +321,9 @@ def test_gram_cg_of_samples_that_are_not_finite(bad, n):
     inputs = xs, c.float(), ys, squares.float(), Numbers(damping=0.1), 4
     _, u, status = gram_cg(triton_ops, *inputs)
     expected = torch.zeros_like(status)
-    expected[0, 1] = torch_ops.NON_FINITE
-    expected[0, 2] = torch_ops.NO_GRADIENT
-    expected[1, 20:] = torch_ops.NON_FINITE
+    expected[0, 1] = NON_FINITE
+    expected[0, 2] = NO_GRADIENT
+    expected[1, 20:] = NON_FINITE
     assert torch.equal(status, expected)
     flat = u.transpose(1, 2).flatten(2)
     assert not flat.transpose(1, 2)[status != 0].any() and torch.isfinite(flat).all()
@@ -351,7 +352,7 @@ def test_update(size, x_dtype, theta_dtype):
     expected = [theta.to(torch.float64).clone() for theta in thetas]
     before = thetas[1].clone()
     status = torch.zeros(2, r, dtype=torch.int32, device=DEVICE)
-    status[0, 0] = torch_ops.NON_FINITE
+    status[0, 0] = NON_FINITE
     counts = [torch.full((2, r), 3, dtype=torch.int32, device=DEVICE) for _ in xs]
     numbers = Numbers(lr=0.1, weight_decay=0.3)
     rest = (status, finite, counts, numbers)

@@ -15,6 +15,7 @@ from frog_triton.linalg.numbers import Numbers
 from frog_triton.linalg.products import has_fast_bfloat16
 from frog_triton.linalg.rows import Rows
 from frog_triton.ops import torch_ops, triton_ops
+from frog_triton.ops.fisher import NON_FINITE
 from frog_triton.solve.orthogonal import newton_schulz, orthogonalize
 from frog_triton.update import numbers_of, solutions
 
@@ -89,7 +90,7 @@ def test_a_step_along_directions(rows, shape, dtype, bias):
     finite[1, 2] = False
     direction.weight[1, 2] = 0
     status = torch.zeros(2, rows, dtype=torch.int32, device=device)
-    status[0, 1] = torch_ops.NON_FINITE
+    status[0, 1] = NON_FINITE
     for ops in (torch_ops, triton_ops):
         params = [
             Rows(weight[i].to(dtype), b[i].to(dtype) if bias else None).clone()

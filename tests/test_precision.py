@@ -27,7 +27,7 @@ from torch import nn
 from frog_triton import FROG
 from frog_triton.layers import ConvMap
 from frog_triton.layers.conv import ConvSpec
-from frog_triton.kernels import samples as room
+from frog_triton.kernels import products
 from frog_triton.linalg.precision import exact_convolutions, tf32_convolutions
 
 def check(switch, rounded):
@@ -46,9 +46,8 @@ def check(switch, rounded):
     # The precision of products with images.
     spec = ConvSpec((3, 3), (1, 1), (1, 1), (1, 1), 1)
     images = ConvMap(torch.randn(2, 4, 5, 5), spec, False)
-    described = room.samples([images], 4)
-    expected = "tf32" if rounded else room.PRECISION
-    assert room.product_precision(described) == expected
+    expected = "tf32" if rounded else products.PRECISION
+    assert products.product_precision(images, torch.float32) == expected
 
     # Convolutions on CUDA are exact, and the switches afterwards where they were.
     cudnn = torch.backends.cudnn

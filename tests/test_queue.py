@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import toy_kernel
+from adding import SUM_SPLITS, SumConfig
 
 from frog_triton.kernels import bundle, queue
 from frog_triton.kernels.bundle import Bundle
 from frog_triton.kernels.launch import is_awaited, launch, recording, settle
 from frog_triton.kernels.queue import merged, side_by_side
-from adding import SUM_SPLITS, SumConfig
 from frog_triton.solve.launches import Bucket, LayerShape, step_launches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -69,8 +69,11 @@ def test_rows_of_any_size(where, dtype, bias, backend, formulation):
     expected = oracles.precondition(module, x, y, m, mb, DAMPING, ITERS)
     options = {"damping": DAMPING, "cg_iters": ITERS, "formulation": formulation}
     actual = precondition(module, x, y, m, mb, **options, backend=backend)
-    # Measured: 4e-6 (weights), 3e-4 (biases: some happen to be small).
-    assert worst_row(actual[0], expected[0]) < 2e-5
+    # Measured: 4e-6 (weights), 3e-4 (biases: some happen to be small); 1.2e-4 where the
+    # kernels multiply samples in bfloat16 with two terms, and there are more of them
+    # than weights in a row, in the worst of 261 rows.
+    two_terms = dtype == BF16 and (backend, formulation) == ("triton", "gram")
+    assert worst_row(actual[0], expected[0]) < (5e-4 if two_terms else 2e-5)
     if bias:
         assert worst_row(actual[1][:, None], expected[1][:, None]) < 1e-3
 

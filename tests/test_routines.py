@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from adding import sum_splits
 from recorded import CPU, Net, Pair, batch
 from tape import Tape
 from torch import nn
@@ -12,7 +13,6 @@ from torch import nn
 from frog_triton.fallback import FALLBACKS, _FusedAdamW
 from frog_triton.kernels.board import Board, Refused, uploaded
 from frog_triton.kernels.magnitudes import Magnitudes
-from adding import sum_splits
 from frog_triton.kernels.tables import Tables
 from frog_triton.ops import torch_ops
 from frog_triton.routine import record

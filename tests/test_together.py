@@ -14,6 +14,7 @@ from frog_triton.linalg.numbers import Numbers
 from frog_triton.linalg.products import times_transposed
 from frog_triton.linalg.rows import Rows
 from frog_triton.ops import torch_ops
+from frog_triton.ops.fisher import NO_GRADIENT
 from frog_triton.solve import FORMULATIONS, Batch, prepared, together
 
 NUMBERS = Numbers(momentum=0.9, damping=0.1, lr=0.02, weight_decay=0.01)
@@ -93,7 +94,7 @@ def test_as_each_layer_by_itself(formulation, nesterov, dtype, limit):
         torch.testing.assert_close(  # measured: 4 in float64, 1.3
             advanced.double(), joined(momentum), rtol=0, atol=limit_of_m
         )
-    assert found[0].status[0, 2] == torch_ops.NO_GRADIENT
+    assert found[0].status[0, 2] == NO_GRADIENT
     assert not found[1].rows().weight[0, 3].any()
 
 

@@ -43,7 +43,9 @@ STUDIES: dict[str, tuple[Peer, ...]] = {
     "sample-size": tuple(
         variant
         for label in ("FROG", "FROG plain")
-        for variant in _varied(PEERS[label], "sample_size", f"{label}, N =", (64, 128, 256))
+        for variant in _varied(
+            PEERS[label], "sample_size", f"{label}, N =", (64, 128, 256)
+        )
     ),
     "examples": tuple(_varied(_EXAMPLES, "sample_size", "r =", (8, 16, 32, 64))),
     "iterations": tuple(_varied(_FROG, "cg_iters", "k =", (2, 3, 4, 5, 8, 16))),

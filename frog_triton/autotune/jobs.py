@@ -198,7 +198,7 @@ def _ask(process: subprocess.Popen[str], job: Job) -> Resources | Failure:
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """What is wrong: within functions that kernels call, errors are causes of others."""
+    """What is wrong: errors in functions that kernels call are causes of others."""
     return error if error.__cause__ is None else _innermost(error.__cause__)
 
 

@@ -92,19 +92,21 @@ def _kind(instruction: str) -> str:
     return "integers and control"
 
 
-def _multiply(
-    times: list[int], loops: Sequence[tuple[int, int]], trips: Trips
-) -> None:
+def _multiply(times: list[int], loops: Sequence[tuple[int, int]], trips: Trips) -> None:
     """Count the loops' instructions as often as they run."""
     outer = [
         (first, last)
         for first, last in loops
-        if not any(a <= first and last <= b and (a, b) != (first, last) for a, b in loops)
+        if not any(
+            a <= first and last <= b and (a, b) != (first, last) for a, b in loops
+        )
     ]
     for (first, last), (count, inner) in zip(outer, trips, strict=False):
         for i in range(first, last + 1):
             times[i] *= count
         inside = [
-            (a, b) for a, b in loops if first <= a and b <= last and (a, b) != (first, last)
+            (a, b)
+            for a, b in loops
+            if first <= a and b <= last and (a, b) != (first, last)
         ]
         _multiply(times, inside, inner)

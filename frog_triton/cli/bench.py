@@ -9,7 +9,8 @@
     frog-triton bench stability --case overfit-mlp gan
     frog-triton bench coverage
 
-Without a GPU, kernels and step print counts and floors, and time nothing; estimate never does.
+Without a GPU, kernels and step print counts and floors, and time nothing; what
+estimate prints is never measured.
 """
 
 from __future__ import annotations

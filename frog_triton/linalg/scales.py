@@ -15,8 +15,8 @@ from torch import Tensor
 from .rows import Rows, SampleMap
 
 REACH = 40
-"""Samples and rows are left as they are from 2^-40 to 2^40, which squares, and sums of any
-length, can bear; so in ordinary training their scale is one."""
+"""Samples and rows are left as they are from 2^-40 to 2^40, which squares, and sums of
+any length, can bear; so in ordinary training their scale is one."""
 
 # Integer of the same size, bits of the mantissa, bias of the exponent.
 _FORMATS = {

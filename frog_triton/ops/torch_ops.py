@@ -35,14 +35,13 @@ from ..linalg.rows import (
 )
 from ..linalg.scales import row_scales, scaled
 from .backend import Backend
-from .fisher import FISHER, NO_GRADIENT, NON_FINITE, fisher_weights
+from .fisher import FISHER, NON_FINITE, fisher_weights
 from .gram_space import cg_in_gram_space, normalizer
 
 T = TypeVar("T")
 
 NAME = "torch_ops"
 GROUPS_LAYERS = False  # one layer at a time: stacking would only copy
-
 
 
 def side_by_side(jobs: Iterable[Callable[[], T]]) -> list[T]:

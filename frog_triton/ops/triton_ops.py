@@ -37,15 +37,11 @@ from ..linalg.rows import SampleMap, Window, written_out
 from ..linalg.scales import scaled
 from . import torch_ops
 from .backend import Backend
-from .fisher import FISHER, NO_GRADIENT, NON_FINITE
 from .torch_ops import count_, step_along_  # they serve pieces of layers
 
 __all__ = [
-    "FISHER",
     "GROUPS_LAYERS",
     "NAME",
-    "NON_FINITE",
-    "NO_GRADIENT",
     "cg_adjoint_",
     "cg_forward_",
     "cg_rows",

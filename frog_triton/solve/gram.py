@@ -81,7 +81,5 @@ def solve(ops: Backend, batch: Batch, iters: int) -> GramSolution:
         xs, batch.ms, batch.grads, numbers, batch.nesterov
     )
     finite = finite if batch.finite is None else batch.finite
-    s, u, status = ops.gram_cg(
-        k, c, ys, m_squared, batch.row_length, numbers, iters
-    )
+    s, u, status = ops.gram_cg(k, c, ys, m_squared, batch.row_length, numbers, iters)
     return GramSolution(ops, xs, ms, scales, s, u, status, finite, numbers)
