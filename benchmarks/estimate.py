@@ -6,8 +6,8 @@ Needs no GPU: kernels are compiled for sm_90, and their registers, shared memory
 tensor-core instructions and instruction mix read. **No time here is a measurement.** A
 kernel is taken for as long as its bytes take, from memory or through the L2 cache, and
 beside that its instructions, stretched by what warps wait. The stretch was found by
-compiling prototypes whose time on an H200 is known (in
-``benchmarks/results/nvidia-h200``): 26 estimates were 0.7 to 1.5 times what was measured.
+compiling prototypes whose time on an H200 is known (`benchmarks/results/nvidia-h200`):
+26 estimates were 0.7 to 1.5 times what was measured.
 """
 
 from __future__ import annotations

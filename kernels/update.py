@@ -338,11 +338,14 @@ def direction_update_(
     numbers: Numbers,
 ) -> None:
     """See `torch_ops.direction_update_`; one launch: the update ``s z``, no samples."""
-    z = direction.weight.contiguous()
-    bias = None if direction.bias is None else direction.bias.contiguous()
+    z = direction.weight
+    if z.dtype not in DTYPES:
+        z = z.float()
+    bias = direction.bias
+    bias = None if bias is None else bias.to(z.dtype).contiguous()
     layers, rows, dim = z.shape
     zs = [Rows(z[i], None if bias is None else bias[i]) for i in range(layers)]
-    one = z.new_ones(layers, rows)
+    one = z.new_ones(layers, rows, dtype=torch.float32)
     none = _Explicit([z.new_empty(0, dim)] * layers, near_one(z, layers, 1), 1)
     thetas = in_place(params)
     rest = (status, finite, counts, numbers)

@@ -268,7 +268,7 @@ def test_positions_of_a_model_come_from_a_batch():
     inputs = torch.randn(2, 3, 8, 8)
     counted = frog_triton.cost(net, inputs, sampling="examples", sample_size=4)
     assert [line.layer.samples for line in counted.layers] == [4 * 9]
-    assert [line.layer.samples for line in frog_triton.cost(net).layers] == [256]
+    assert [line.layer.samples for line in frog_triton.cost(net).layers] == [128]
     with pytest.raises(ValueError, match="pass inputs="):
         frog_triton.cost(net, sampling="examples")
     with pytest.raises(ValueError, match="sampling must be one of"):

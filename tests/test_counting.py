@@ -59,10 +59,14 @@ def steps(model, monkeypatch, **options):
 def on_a_gpu(workspace):
     """What makes on a CPU, and counts as, what is made on a GPU."""
 
-    def make(x):
+    def make(shape, like):
         with _disable_current_modes():
-            made = workspace(x.to("meta"))
-        return torch.zeros(made.shape, dtype=made.dtype)
+            made, there = workspace(shape, like.to("meta"))
+        room = like.new_empty if made.numel() == there.numel() else like.new_zeros
+        x = room(made.shape, dtype=made.dtype)
+        rows, columns = shape[-2:]
+        part = x[:, : min(rows, columns), : max(rows, columns)]
+        return x, part.mT if rows > columns else part
 
     return make
 

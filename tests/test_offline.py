@@ -26,11 +26,11 @@ OLDEST_TRITON = ROOT / ".venv" / "triton-3.6"
 SMALL_CHIPS = ("86", "89", "120")
 """With 99 KiB of shared memory a block."""
 SET_ASIDE = 32
-"""Bytes a thread: some registers, which the assembler stores outside the innermost loops
-to fit another block on chips other than sm_90. Measured: 32."""
+"""Bytes a thread: some registers, which the assembler stores outside the innermost
+loops to fit another block on chips other than sm_90. Measured: 32."""
 FILLED = {"_gram_cg_kernel": 1024, "_gram_cg_tiled_kernel": 256}
-"""The same of kernels whose vectors fill the registers: on an H200 those that spill were
-the fastest (benchmarks/results/nvidia-h200, "Kernels"). Measured: 904 and 208."""
+"""The same of kernels whose vectors fill the registers: on an H200 those that spill
+were the fastest (benchmarks/results/nvidia-h200, "Kernels"). Measured: 904 and 208."""
 
 
 def environment(path=None):

@@ -440,7 +440,8 @@ def step_along_(
         finite: rows to update ``(L, R)``; the others stay as they are.
         numbers: eta and rho among them.
     """
-    dtype, lr = direction.weight.dtype, numbers.lr
+    lr = numbers.lr
+    dtype = torch.promote_types(direction.weight.dtype, torch.float32)
     finite = numbers.moving(finite)
     everywhere = on_host(finite) and bool(finite.all())
     if not everywhere:
@@ -451,7 +452,7 @@ def step_along_(
             if theta is None or z is None:
                 continue
             wide = theta.to(dtype)  # theta itself unless it is a 16-bit type
-            z = z.reshape(theta.shape)
+            z = z.reshape(theta.shape).to(dtype)
             if everywhere:
                 if lr * numbers.weight_decay != 0:
                     wide.mul_(1 - lr * numbers.weight_decay)

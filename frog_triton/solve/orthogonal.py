@@ -42,27 +42,23 @@ def orthogonalize(rows: Rows, finite: Tensor, groups: int = 1) -> Rows:
         groups: of the layers.
 
     Returns:
-        Rows in the same dtype, times ``sqrt(max(1, R / D))`` of the matrix, which is
-        `torch.optim.Muon`'s own adjustment. Zeros stay zeros.
+        Rows times ``sqrt(max(1, R / D))`` of the matrix, which is `torch.optim.Muon`'s
+        own adjustment, dense and in the same dtype; on a GPU as products in bfloat16
+        have left them. Zeros stay zeros.
     """
-    bias = rows.bias
-    matrix = (
-        rows.weight if bias is None else torch.cat([rows.weight, bias[..., None]], -1)
-    )
-    grouped = matrix.unflatten(1, (groups, -1))
-    unit = _ordinary(grouped, finite)
+    weight, bias = rows.weight, rows.bias
+    layers, height, width = weight.shape
+    shape = (layers, groups, height // groups, width + (bias is not None))
+    unit = None
+    if on_host(weight):
+        whole = weight if bias is None else torch.cat([weight, bias[..., None]], -1)
+        unit = _ordinary(whole.view(shape), finite)
     if unit is None:
-        low, high = matrix.aminmax(dim=-1)
-        sizes = torch.maximum(-low, high)
-        kept = finite & (sizes < math.inf)
-        grouped = torch.where(kept.unsqueeze(-1), matrix, 0).unflatten(1, (groups, -1))
-        sizes = torch.where(kept, sizes, 0).unflatten(1, (groups, -1)).amax(-1)
-        unit = _normalized(grouped, sizes)
-    found = _iterated(unit, grouped.shape).flatten(1, 2)
-    if bias is None:
-        return Rows(_dense(found, rows.weight.dtype), None)
-    parts = (found[..., :-1], found[..., -1])
-    return Rows(*(_dense(part, rows.weight.dtype) for part in parts))
+        unit = _unit(rows, finite, groups, shape)
+    found = _iterated(unit, shape).flatten(1, 2)
+    parts = (found[..., :width], None if bias is None else found[..., width])
+    # On a GPU they are read once more, where they lie: they are not worth a copy.
+    return _dense(*parts, weight.dtype) if on_host(weight) else Rows(*parts)
 
 
 Job = tuple[int, Callable[[], Rows]]
@@ -138,6 +134,34 @@ def _is_wide(x: Tensor) -> bool:
     return 2 * long > 3 * short
 
 
+def _unit(
+    rows: Rows, finite: Tensor, groups: int, shape: tuple[int, int, int, int]
+) -> Tensor:
+    """What `_normalized` returns, of rows that may not be finite.
+
+    Args:
+        rows: ``(L, R, D)``.
+        finite: rows that are to move ``(L, R)``.
+        groups: of the layers.
+        shape: of the matrices, ``(L, groups, R / groups, columns)``.
+    """
+    low, high = rows.weight.aminmax(dim=-1)
+    sizes = torch.maximum(-low, high)
+    if rows.bias is not None:
+        sizes = torch.maximum(sizes, rows.bias.abs())
+    kept = finite & (sizes < math.inf)
+    sizes = torch.where(kept, sizes, 0).unflatten(1, (groups, -1)).amax(-1)
+    divisor = _divisor(sizes.flatten())
+    x, standing = _workspace(shape, rows.weight)
+    parts = [(rows.weight, standing[..., : rows.weight.shape[-1]])]
+    if rows.bias is not None:
+        parts.append((rows.bias.unsqueeze(-1), standing[..., -1:]))
+    for part, place in parts:
+        torch.div(part.reshape(place.shape), divisor, out=place)
+    standing.masked_fill_(~kept.view(*standing.shape[:2], 1), 0)
+    return x / _divisor(torch.linalg.matrix_norm(x))
+
+
 def _ordinary(matrix: Tensor, finite: Tensor) -> Tensor | None:
     """What `_normalized` returns where nothing needs care, if the host can tell.
 
@@ -145,13 +169,13 @@ def _ordinary(matrix: Tensor, finite: Tensor) -> Tensor | None:
         matrix: ``(L, groups, R / groups, D)``.
         finite: rows that are to move ``(L, R)``.
     """
-    if not (on_host(matrix) and bool(finite.all())):
+    if not bool(finite.all()):
         return None
     norms: Tensor = torch.linalg.matrix_norm(matrix).view(-1, 1, 1)
     if not all(1 / FAR < norm < FAR for norm in norms.flatten().tolist()):
         return None
     x = _lying(matrix)
-    unit: Tensor = (x / norms).to(_narrow_dtype(x))
+    unit: Tensor = (x / norms).to(_narrow_dtype(x, *x.shape[-2:]))
     return unit
 
 
@@ -164,11 +188,10 @@ def _normalized(matrix: Tensor, sizes: Tensor) -> Tensor:
         matrix: ``(..., rows, columns)``.
         sizes: the largest magnitude in each ``(...)``.
     """
-    x = _lying(matrix)
-    short, long = x.shape[-2:]
-    scaled = _workspace(x)
-    torch.div(x, _divisor(sizes.reshape(-1)), out=scaled[:, :short, :long])
-    return scaled / _divisor(torch.linalg.matrix_norm(scaled))
+    x, standing = _workspace(matrix.shape, matrix)
+    flat = matrix.reshape(standing.shape)
+    torch.div(flat, _divisor(sizes.reshape(-1)), out=standing)
+    return x / _divisor(torch.linalg.matrix_norm(x))
 
 
 def _lying(matrix: Tensor) -> Tensor:
@@ -178,32 +201,42 @@ def _lying(matrix: Tensor) -> Tensor:
     return x.mT if rows > columns else x
 
 
-def _narrow_dtype(x: Tensor) -> torch.dtype:
-    """What products of ``(count, short, long)`` are in.
+def _narrow_dtype(x: Tensor, short: int, long: int) -> torch.dtype:
+    """What products of matrices ``(short, long)`` are in.
 
     On a CPU bfloat16 pays where the units are kept busy, and where fewer operations in
     float32 (`_through_gram`) would not do as well: measured at 128 rows and above, and
     up to three times as many columns.
     """
-    short, long = x.shape[-2:]
     pays = x.device.type != "cpu" or (short >= 128 and long <= 3 * short)
     narrow = x.dtype == torch.float32 and pays and has_fast_bfloat16(x.device)
     return torch.bfloat16 if narrow else x.dtype
 
 
-def _workspace(x: Tensor) -> Tensor:
-    """Room for the matrices, and on a GPU zeros beside them.
+def _workspace(shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for matrices ``(count, short, long)``, and on a GPU zeros beside them.
 
     Matrix units take rows that begin at multiples of 16 bytes: with a bias as its last
     column a layer of GPT-2 has 769, for which an H200 falls back to products of another
     kind, seven times slower. Zeros add nothing to any product.
+
+    Args:
+        shape: of the matrices ``(..., rows, columns)``.
+        like: what will be written there.
+
+    Returns:
+        The room, and the part of it that is written, ``(count, rows, columns)``.
     """
-    dtype = _narrow_dtype(x)
-    if x.device.type == "cpu" or dtype != torch.bfloat16:
-        return torch.empty(x.shape, dtype=dtype, device=x.device)
-    count, short, long = x.shape
-    aligned = (-(-size // ALIGNMENT) * ALIGNMENT for size in (short, long))
-    return torch.zeros((count, *aligned), dtype=torch.bfloat16, device=x.device)
+    rows, columns = shape[-2:]
+    count, short, long = math.prod(shape[:-2]), min(rows, columns), max(rows, columns)
+    dtype = _narrow_dtype(like, short, long)
+    sides = short, long
+    if like.device.type != "cpu" and dtype == torch.bfloat16:
+        sides = tuple(-(-size // ALIGNMENT) * ALIGNMENT for size in sides)
+    room = like.new_empty if sides == (short, long) else like.new_zeros
+    x = room((count, *sides), dtype=dtype)
+    part = x[:, :short, :long]
+    return x, part.mT if rows > columns else part
 
 
 def _divisor(sizes: Tensor) -> Tensor:
@@ -211,5 +244,6 @@ def _divisor(sizes: Tensor) -> Tensor:
     return sizes.clamp(min=torch.finfo(sizes.dtype).tiny)[:, None, None]
 
 
-def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype, memory_format=torch.contiguous_format).contiguous()
+def _dense(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Rows:
+    made = weight.to(dtype).contiguous()
+    return Rows(made, None if bias is None else bias.to(dtype).contiguous())
