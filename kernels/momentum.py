@@ -42,8 +42,8 @@ from .layouts import RowPlace, from_row, row_layout
 from .momentum_pass import (
     decayed_by,
     foreseen,
-    magnitude_of,
     pass_over_rows,
+    with_bias,
 )
 from .products import sample_precision
 from .tables import Tables, numbers_on
@@ -163,7 +163,7 @@ def _momentum_project_kernel(
         )
         if HAS_BIAS:
             _, decayed = decayed_by(v_bias, g_bias, decay, M_DTYPE, NESTEROV)
-            largest = tl.maximum(largest, magnitude_of(decayed))
+            largest = with_bias(largest, decayed)
         takes = is_finite(largest) & load_taken(scalars_ptr)
         beta = tl.where(takes, decay, 1.0)
         if NESTEROV:
@@ -196,6 +196,7 @@ def _momentum_project_kernel(
         UPDATE,
         NESTEROV,
         PROJECT,
+        not MEASURE,
         EVEN_N,
         EVEN_D,
         BLOCK_N,
@@ -214,7 +215,7 @@ def _momentum_project_kernel(
             tl.store(v_bias_ptr + layer_rows, v_bias, mask=row_ok)
     if MEASURE:
         if HAS_BIAS:
-            largest = tl.maximum(largest, magnitude_of(v_bias))
+            largest = with_bias(largest, v_bias)
         m_scale = tl.where(is_finite(largest), scale_within_reach(largest), 1.0)
         if block_n == 0:
             tl.store(m_scale_ptr + scale_at, m_scale, mask=row_ok)
@@ -243,6 +244,7 @@ def _momentum_project_kernel(
                 False,
                 NESTEROV,
                 PROJECT,
+                True,
                 EVEN_N,
                 EVEN_D,
                 BLOCK_N,

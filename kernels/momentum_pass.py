@@ -25,9 +25,21 @@ def decayed_by(m, g, beta, M_DTYPE: tl.constexpr, NESTEROV: tl.constexpr):
 
 
 @triton.jit
-def magnitude_of(v):
-    """``|v|``, infinite where v is not a number."""
-    return tl.where(is_finite(v), tl.abs(v), float("inf"))
+def or_larger(largest, v):
+    """The larger of it and ``|v|``; no number once v has been none."""
+    return tl.maximum(largest, tl.abs(v), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest_of_rows(largest):
+    """Of a tile that `or_larger` gave; infinite where an entry was not finite."""
+    return tl.max(tl.where(is_finite(largest), largest, float("inf")), axis=1)
+
+
+@triton.jit
+def with_bias(largest, bias):
+    """The largest entry of rows with their biases; infinite where one is not finite."""
+    return tl.maximum(largest, tl.where(is_finite(bias), tl.abs(bias), float("inf")))
 
 
 @triton.jit
@@ -60,8 +72,8 @@ def largest_entries(
             at = entries(rows[:, None], d[None, :], D, m_place, M_TAPS)
             m = tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32)
             _, v = decayed_by(m, v, beta, M_DTYPE, NESTEROV)
-        largest = tl.maximum(largest, magnitude_of(v))
-    return tl.max(largest, axis=1)
+        largest = or_larger(largest, v)
+    return largest_of_rows(largest)
 
 
 @triton.jit
@@ -148,6 +160,7 @@ def pass_over_rows(
     UPDATE: tl.constexpr,
     NESTEROV: tl.constexpr,
     PROJECT: tl.constexpr,
+    SCALED: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -155,7 +168,7 @@ def pass_over_rows(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One pass over the rows: C and |v|^2 of rows at a scale, and the largest |v|.
+    """One pass over the rows: C and |v|^2, with SCALED at a scale; the largest |v|.
 
     With UPDATE, M becomes ``beta M + G`` as it goes. Rows that take no gradient have a
     beta of one.
@@ -178,8 +191,9 @@ def pass_over_rows(
             if NESTEROV:
                 v_at = rows[:, None] * D + d[None, :]
                 tl.store(v_ptr + v_at, v, mask=mask)
-        largest = tl.maximum(largest, magnitude_of(v))
-        v *= m_scale[:, None]
+        largest = or_larger(largest, v)
+        if SCALED:
+            v *= m_scale[:, None]
         squares = tl.fma(v, v, squares)
         if PROJECT:
             x = tl.load(
@@ -191,4 +205,4 @@ def pass_over_rows(
             c = samples_times(x, tl.trans(v), c, PRECISION)
     if PROJECT:
         c *= tl.maximum(x_scale * (1.0 / MOST), 1.0)
-    return c, tl.sum(squares, axis=1), tl.max(largest, axis=1)
+    return c, tl.sum(squares, axis=1), largest_of_rows(largest)
