@@ -242,6 +242,7 @@ def _multiplies(args: Mapping[str, Any]) -> bool:
     return (
         "PRECISION" in args
         and args.get("PROJECT", True)
+        and args.get("SAMPLES", 1) > 0
         and args.get("MULTIPLY", True)
         and not args.get("DEPTHWISE", False)
     )

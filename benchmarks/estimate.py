@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ..autotune.machine import Trips, code_of, slots
+from ..autotune.machine import Loop, Trips, code_of, slots
 from ..autotune.model import count_trips, occupancy
 from ..autotune.offline import Resources, compiled, resources
 from ..capture.capture import SAMPLINGS
@@ -60,37 +60,42 @@ ADAMW_MEASURED = 1.67
 
 
 def _momentum(args: Mapping[str, Any], v: Mapping[str, int]) -> Trips:
-    main = (blocks(args["D"], v["BLOCK_D"]), ())
-    ahead = (blocks(args["D"], v["BLOCK_G"]), ())
-    # The last is of rows whose scale is not one.
-    return [ahead, main, (0, ())] if args["UPDATE"] else [main, (0, ())]
+    main, never = Loop(blocks(args["D"], v["BLOCK_D"])), Loop(0)
+    if not args["UPDATE"]:
+        return [main, never]
+    vectors = v["BLOCK_R"] * v["BLOCK_G"] // (4 * 32 * v["num_warps"])
+    ahead = Loop(blocks(args["D"], v["BLOCK_G"]), loads=vectors)
+    # Those that do not run are of rows with huge gradients, and of other scales.
+    return [ahead, never, main, never]
 
 
 def _gram(args: Mapping[str, Any], v: Mapping[str, int]) -> Trips:
     # The second is of samples whose scale is not one.
-    return [(blocks(min(args["split_length"], args["D"]), v["BLOCK_D"]), ()), (0, ())]
+    main = Loop(blocks(min(args["split_length"], args["D"]), v["BLOCK_D"]))
+    return [main, Loop(0)]
 
 
 def _gram_cg(args: Mapping[str, Any], v: Mapping[str, int]) -> Trips:
     inner: Trips = ()
     if v["BLOCK_K"] < v["BLOCK_N"]:
-        inner = [(blocks(args["N"], v["BLOCK_K"]), ())]
+        inner = [Loop(blocks(args["N"], v["BLOCK_K"]))]
     rows = blocks(args["R"], v["BLOCK_R"])
-    return [(blocks(rows, args["block_step"]), [(args["ITERS"] - 1, inner)])]
+    iterations = Loop(args["ITERS"] - 1, inner)
+    return [Loop(blocks(rows, args["block_step"]), [iterations])]
 
 
 def _gram_cg_tiled(args: Mapping[str, Any], v: Mapping[str, int]) -> Trips:
-    tile = (blocks(args["N"], v["BLOCK_N"]), ())
-    product = (tile[0], [(blocks(args["N"], v["BLOCK_K"]), ())])
-    return [tile, tile, (args["ITERS"], [tile, tile, product]), tile]
+    tile = Loop(blocks(args["N"], v["BLOCK_N"]))
+    product = Loop(tile.count, [Loop(blocks(args["N"], v["BLOCK_K"]))])
+    return [tile, tile, Loop(args["ITERS"], [tile, tile, product]), tile]
 
 
 def _update(args: Mapping[str, Any], v: Mapping[str, int]) -> Trips:
     columns = blocks(min(args["piece_length"], args["D"]), v["BLOCK_D"])
     if args["SAMPLES"] < 2:
-        return [(columns, ())]
-    tile = (blocks(args["N"], v["BLOCK_N"]), ())
-    return [tile, (columns, [tile])]
+        return [Loop(columns)]
+    tile = Loop(blocks(args["N"], v["BLOCK_N"]))
+    return [tile, Loop(columns, [tile])]
 
 
 TRIPS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, int]], Trips]] = {
@@ -153,7 +158,7 @@ def look_at(job: tuple[Bucket, str, int]) -> Look:
     kernel = compiled(launch, CAPABILITY)
     values = launch.config.values()
     known = TRIPS.get(launch.name)
-    trips = known(launch.args, values) if known else [(count_trips(launch), ())] * 8
+    trips = known(launch.args, values) if known else [Loop(count_trips(launch))] * 8
     return resources(kernel), code_of(kernel).executed(trips)
 
 

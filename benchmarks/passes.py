@@ -68,7 +68,7 @@ def _gpt2_small(narrow: bool) -> tuple[nn.Module, Tensor, int]:
 
 def _resnet(depth: int, narrow: bool) -> tuple[nn.Module, Tensor, int]:
     large = depth == 50
-    width = 8 if narrow else 64
+    width = 16 if narrow else 64
     pixels = {18: (8, 32), 50: (32, 224)}[depth][not narrow]
     model = resnet(depth, 1000 if large else 10, not large, width)
     return model, torch.randn(40, 3, pixels, pixels), 64 // width

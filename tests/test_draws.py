@@ -232,8 +232,8 @@ def test_a_layer_costs_two_launches_and_four_operations(name, capturable):
     # Measured: what rows go to, in both; the key, or reading the counter.
     assert found - bare <= 2 * 4
     forward, backward = launches[0], launches[-1]
-    assert work(forward).bytes == 2 * 4 * 256 * forward.args["ROW"]
-    assert backward.args["ROW"] == 8 and backward.args["N"] == 256
+    assert work(forward).bytes == 2 * 4 * 128 * forward.args["ROW"]
+    assert backward.args["ROW"] == 8 and backward.args["N"] == 128
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -31,8 +31,25 @@ schedulers share one unit for memory."""
 SHORTEST_LOOP = 8
 """Instructions below which a jump back waits for something and computes nothing."""
 
-Trips = Sequence[tuple[int, "Trips"]]
-"""How often each loop runs, in the order in which they begin, with those inside it."""
+
+@dataclass(frozen=True)
+class Loop:
+    """How often a loop of a kernel runs.
+
+    Attributes:
+        count: as it is written.
+        inner: loops inside of it, in the order in which they begin.
+        loads: instructions that load in one iteration, where the assembler may have
+            made one of several; 0 where it does not.
+    """
+
+    count: int
+    inner: Sequence[Loop] = ()
+    loads: int = 0
+
+
+Trips = Sequence[Loop]
+"""Loops in the order in which they begin."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +71,7 @@ class Code:
             trips: of its loops; those that are not named run once.
         """
         times = [1] * len(self.instructions)
-        _multiply(times, self.loops, trips)
+        _multiply(times, self.instructions, self.loops, trips)
         found: Counter[str] = Counter()
         for instruction, count in zip(self.instructions, times, strict=True):
             found[_kind(instruction)] += count
@@ -92,21 +109,27 @@ def _kind(instruction: str) -> str:
     return "integers and control"
 
 
-def _multiply(times: list[int], loops: Sequence[tuple[int, int]], trips: Trips) -> None:
+def _multiply(
+    times: list[int],
+    instructions: Sequence[str],
+    loops: Sequence[tuple[int, int]],
+    trips: Trips,
+) -> None:
     """Count the loops' instructions as often as they run."""
-    outer = [
-        (first, last)
-        for first, last in loops
-        if not any(
-            a <= first and last <= b and (a, b) != (first, last) for a, b in loops
-        )
-    ]
-    for (first, last), (count, inner) in zip(outer, trips, strict=False):
-        for i in range(first, last + 1):
-            times[i] *= count
+    for first, last in loops:
+        if any(a <= first and last <= b and (a, b) != (first, last) for a, b in loops):
+            continue  # inside of another
+        if not trips:
+            return
+        loop, trips = trips[0], trips[1:]
+        body = range(first, last + 1)
+        loads = sum(_kind(instructions[i]) == "memory" for i in body)
+        unrolled = max(1, loads // loop.loads) if loop.loads else 1
+        for i in body:
+            times[i] *= -(-loop.count // unrolled)
         inside = [
             (a, b)
             for a, b in loops
             if first <= a and b <= last and (a, b) != (first, last)
         ]
-        _multiply(times, inside, inner)
+        _multiply(times, instructions, inside, loop.inner)
