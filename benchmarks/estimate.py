@@ -7,7 +7,7 @@ tensor-core instructions and instruction mix read. **No time here is a measureme
 kernel is taken for as long as its bytes take, from memory or through the L2 cache, and
 beside that its instructions, stretched by what warps wait. The stretch was found by
 compiling prototypes whose time on an H200 is known (`benchmarks/results/nvidia-h200`):
-26 estimates were 0.7 to 1.5 times what was measured.
+26 estimates were 0.76 to 1.75 times what was measured.
 """
 
 from __future__ import annotations
