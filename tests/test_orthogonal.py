@@ -58,6 +58,17 @@ def test_scale_does_not_matter(scale, dtype):
     assert error < 100 * torch.finfo(dtype).eps  # measured 9
 
 
+def test_a_bias_alone_among_bad_rows():
+    """The weight is frozen: rows have no other entry, and one of them stays."""
+    weight, bias = torch.empty(1, 6, 0), randn(1, 6)
+    finite = torch.arange(6)[None] != 4
+    found = orthogonalize(Rows(weight, bias), finite)
+    expected = torch.where(finite, bias, 0).mT  # (6, 1)
+    expected = oracles.orthogonalized(oracles.as_numpy(expected), 1)
+    assert oracles.relative_error(found.bias.mT, expected) < 2e-5  # measured: 2e-7
+    assert found.weight.shape == (1, 6, 0)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_rows_that_are_not_finite_leave_the_others_as_if_they_were_not_there(bad):
     weight, bias = randn(1, 6, 9), randn(1, 6)

@@ -441,7 +441,8 @@ def step_along_(
         numbers: eta and rho among them.
     """
     lr = numbers.lr
-    dtype = torch.promote_types(direction.weight.dtype, torch.float32)
+    dtype = direction.weight.dtype
+    dtype = torch.float32 if dtype == torch.bfloat16 else dtype
     finite = numbers.moving(finite)
     everywhere = on_host(finite) and bool(finite.all())
     if not everywhere:

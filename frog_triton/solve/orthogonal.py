@@ -87,7 +87,7 @@ def newton_schulz(matrix: Tensor) -> Tensor:
     return _iterated(unit, matrix.shape)
 
 
-def _iterated(unit: Tensor, shape: torch.Size) -> Tensor:
+def _iterated(unit: Tensor, shape: Sequence[int]) -> Tensor:
     """The iterations on wide matrices of norm one; see `_normalized`."""
     rows, columns = shape[-2:]
     size = max(1, rows / columns) ** 0.5
@@ -145,18 +145,19 @@ def _unit(
         groups: of the layers.
         shape: of the matrices, ``(L, groups, R / groups, columns)``.
     """
-    low, high = rows.weight.aminmax(dim=-1)
-    sizes = torch.maximum(-low, high)
-    if rows.bias is not None:
-        sizes = torch.maximum(sizes, rows.bias.abs())
+    parts = [] if rows.bias is None else [rows.bias.abs()]
+    if rows.weight.shape[-1]:  # else all but a bias is frozen
+        low, high = rows.weight.aminmax(dim=-1)
+        parts.append(torch.maximum(-low, high))
+    sizes = parts[0] if len(parts) == 1 else torch.maximum(*parts)
     kept = finite & (sizes < math.inf)
     sizes = torch.where(kept, sizes, 0).unflatten(1, (groups, -1)).amax(-1)
     divisor = _divisor(sizes.flatten())
     x, standing = _workspace(shape, rows.weight)
-    parts = [(rows.weight, standing[..., : rows.weight.shape[-1]])]
+    written = [(rows.weight, standing[..., : rows.weight.shape[-1]])]
     if rows.bias is not None:
-        parts.append((rows.bias.unsqueeze(-1), standing[..., -1:]))
-    for part, place in parts:
+        written.append((rows.bias.unsqueeze(-1), standing[..., -1:]))
+    for part, place in written:
         torch.div(part.reshape(place.shape), divisor, out=place)
     standing.masked_fill_(~kept.view(*standing.shape[:2], 1), 0)
     return x / _divisor(torch.linalg.matrix_norm(x))
@@ -230,7 +231,7 @@ def _workspace(shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = shape[-2:]
     count, short, long = math.prod(shape[:-2]), min(rows, columns), max(rows, columns)
     dtype = _narrow_dtype(like, short, long)
-    sides = short, long
+    sides: tuple[int, ...] = (short, long)
     if like.device.type != "cpu" and dtype == torch.bfloat16:
         sides = tuple(-(-size // ALIGNMENT) * ALIGNMENT for size in sides)
     room = like.new_empty if sides == (short, long) else like.new_zeros
