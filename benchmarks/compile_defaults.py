@@ -96,9 +96,11 @@ def launches(
     for launch in made:
         part = launch.parts[0]
         flags = {
-            k: v for k, v in part.args.items() if isinstance(v, bool) or k == "KEY"
+            k: str(v)
+            for k, v in part.args.items()
+            if isinstance(v, bool) or k == "KEY" or k.endswith("DTYPE")
         }
-        values = sorted((flags | part.config.values()).items())
+        values = sorted((flags | part.config.values()).items(), key=str)
         kinds.setdefault((launch.name, *values), launch)
     return list(kinds.values())
 
@@ -123,6 +125,10 @@ def _made(
             made += step_launches(bucket, formulation, orthogonalize=True)
         if every_branch:
             made += step_launches(replace(bucket, nesterov=True), formulation)
+            narrow = (DTYPES[dtype], torch.bfloat16, torch.bfloat16)
+            for nesterov in (False, True):
+                other = replace(bucket, nesterov=nesterov, dtypes=narrow)
+                made += step_launches(other, formulation)
             made += rows(bucket, formulation)
     return made
 

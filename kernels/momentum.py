@@ -162,7 +162,7 @@ def _momentum_project_kernel(
             BLOCK_G,
         )
         if HAS_BIAS:
-            _, decayed = decayed_by(v_bias, g_bias, decay, M_DTYPE, NESTEROV)
+            kept, decayed = decayed_by(v_bias, g_bias, decay, M_DTYPE, NESTEROV)
             largest = with_bias(largest, decayed)
         takes = is_finite(largest) & load_taken(scalars_ptr)
         beta = tl.where(takes, decay, 1.0)
@@ -221,7 +221,7 @@ def _momentum_project_kernel(
             tl.store(m_scale_ptr + scale_at, m_scale, mask=row_ok)
         if tl.min((m_scale == 1.0).to(tl.int32), axis=0) == 0:
             tl.debug_barrier()  # V is there for all threads
-            c, m_squared, _ = pass_over_rows(
+            c, m_squared, same = pass_over_rows(
                 g_ptr,
                 v_ptr if UPDATE and NESTEROV else m_ptr,
                 v_ptr,
