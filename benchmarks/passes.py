@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -20,10 +20,7 @@ from .. import FROG, ops, optimizer
 from ..eager import eager_work
 from ..kernels.bundle import Bundle
 from ..kernels.launch import Launch, recording
-from ..linalg.rows import Rows
 from ..presets import SAMPLINGS
-from ..solve import orthogonal
-from ..solve.orthogonal import Job, in_turn
 from .models import resnet
 from .train.models import GPT
 
@@ -118,7 +115,7 @@ def triton_anywhere(device: torch.device) -> Iterator[Callable[[], None]]:
     idle = mock.patch.object(Launch, "run", _pretend)
     bound = mock.patch.object(Bundle, "run", lambda bundle: bundle.bound)
     unread = mock.patch.object(optimizer, "may_read", lambda *_: False)
-    unseen = mock.patch.object(orthogonal, "on_host", lambda _: False)
+    unseen = mock.patch.object(triton_ops, "on_host", lambda _: False)
     with taken, idle, bound, unread, unseen, recording() as launches:
 
         def forget() -> None:
@@ -143,10 +140,6 @@ class Silence:
     def recording(self) -> AbstractContextManager[Any]:
         """See `frog_triton.routine.Graph`; what is recorded is done, too."""
         return nullcontext()
-
-    def spread(self, jobs: Sequence[Job]) -> list[Rows]:
-        """See `frog_triton.routine.Graph`."""
-        return in_turn(jobs)
 
     def replay(self) -> None:
         """Do nothing."""

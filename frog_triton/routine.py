@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,25 +24,9 @@ from torch.utils._pytree import tree_leaves
 
 from .kernels.board import Board, Refused, placing_on
 from .kernels.launch import SIZES_ALONE, Made, is_awaited, showing
-from .linalg.rows import Rows
-
-if TYPE_CHECKING:
-    from .solve.orthogonal import Job
 
 MOST_MEMORY = 1 / 16
 """Of a GPU's memory that one recording may hold for what its launches hand on."""
-
-
-BRANCHES = 8
-"""Streams that directions are orthogonalized on, a geometry on one: products of small
-ones leave a GPU idle."""
-
-LARGE = 2**22
-"""Entries of a geometry that fills a GPU by itself.
-
-Such share `BRANCHES_OF_LARGE` streams, so that one's memory serves the next."""
-
-BRANCHES_OF_LARGE = 2
 
 
 class Graph(Protocol):
@@ -50,9 +34,6 @@ class Graph(Protocol):
 
     def recording(self) -> Any:
         """A context whose work is recorded, not done."""
-
-    def spread(self, jobs: Sequence[Job]) -> list[Rows]:
-        """Do jobs that do not depend on each other, at the same time."""
 
     def replay(self) -> None:
         """Do the recorded work, at the same addresses."""
@@ -72,8 +53,6 @@ class CudaGraph:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._graph = torch.cuda.CUDAGraph()
-        self._trunk: torch.cuda.Stream | None = None
-        self._branches: list[torch.cuda.Stream] = []
         self.held = 0
 
     @contextmanager
@@ -85,37 +64,12 @@ class CudaGraph:
         before = torch.cuda.memory_reserved(self._device)
         with torch.cuda.device(self._device), torch.cuda.stream(trunk):
             self._graph.capture_begin(capture_error_mode="thread_local")
-            self._trunk = trunk
             try:
                 yield
             finally:
                 self._graph.capture_end()
         here.wait_stream(trunk)
         self.held = torch.cuda.memory_reserved(self._device) - before
-
-    def spread(self, jobs: Sequence[Job]) -> list[Rows]:
-        """See `Graph`: each on one of the streams, all of which are waited for.
-
-        What the jobs hold stays until then: no stream reuses what another still reads.
-        """
-        assert self._trunk is not None
-        found: list[Rows] = []
-        begun = [0, 0]  # small and large
-        try:
-            for entries, job in jobs:
-                large = entries >= LARGE
-                place = begun[large] % (BRANCHES_OF_LARGE if large else BRANCHES)
-                begun[large] += 1
-                while len(self._branches) <= place:
-                    self._branches.append(torch.cuda.Stream(self._device))
-                branch = self._branches[place]
-                branch.wait_stream(self._trunk)
-                with torch.cuda.stream(branch):
-                    found.append(job())
-        finally:
-            for branch in self._branches:
-                self._trunk.wait_stream(branch)
-        return found
 
     def replay(self) -> None:
         """See `Graph`."""
@@ -159,7 +113,7 @@ class Routine:
 
 def record(
     graph: Graph,
-    work: Callable[[Graph, Board], Any],
+    work: Callable[[Board], Any],
     moving: Sequence[Tensor],
     still: Iterable[Tensor],
     words: int,
@@ -170,7 +124,7 @@ def record(
 
     Args:
         graph: a new one.
-        work: makes launches, given graph and board; never waits for the device.
+        work: makes launches, given the board; never waits for the device.
         moving: dense tensors that will be others the next time.
         still: all other tensors that `work` is given.
         words: of its tables together, at most.
@@ -183,7 +137,7 @@ def record(
     board = Board(moving, still, words, groups, device)
     routine, watch = Routine(graph, board), _Watch(board)
     with graph.recording(), showing(watch.look), placing_on(board), watch:
-        routine.found = work(graph, board)
+        routine.found = work(board)
     routine.launches, routine.operations = watch.launches, watch.operations
     return routine
 

@@ -265,7 +265,6 @@ class Routines:
         self,
         gathered: Sequence[Gathered],
         grads: Mapping[str, Tensor],
-        graph: Graph,
         board: Board,
     ) -> tuple[Tensor, Tensor]:
         """All that is recorded of a step."""
@@ -280,7 +279,7 @@ class Routines:
             numbers = numbers_of(group, found_inf)
             numbers.vectors[vector.device] = vector
             how = (group, numbers, self._formulation, self._anomalies.counts)
-            step_layers(self._world, steps, *how, spread=graph.spread)
+            step_layers(self._world, steps, *how)
             for step in steps:
                 step.write_back()
         return found_inf, largest

@@ -22,7 +22,6 @@ from .preconditioner import solve
 from .scaling import Left, leaving
 from .solve import Batch, Solution, together
 from .solve.launches import Bucket
-from .solve.orthogonal import Spread, in_turn, orthogonalize
 from .step import LayerStep, alike, buckets_of, is_mixture, portions, untouched
 
 if TYPE_CHECKING:
@@ -40,8 +39,12 @@ class Directions(Protocol):
     def finite(self) -> Tensor:
         """Rows that may move ``(L, R)``."""
 
-    def rows(self) -> Rows:
-        """The directions written out, ``(L, R, D)``."""
+    def rows(self, narrow: bool = False) -> Rows:
+        """The directions written out, ``(L, R, D)``.
+
+        Args:
+            narrow: they are for `Backend.orthogonalize`.
+        """
 
     @property
     def backend(self) -> Backend:
@@ -86,9 +89,9 @@ class Solved(NamedTuple):
         """See `Directions`."""
         return self.steps[0].backend
 
-    def rows(self) -> Rows:
+    def rows(self, narrow: bool = False) -> Rows:
         """See `Directions`."""
-        return self.solution.rows()
+        return self.solution.rows(narrow)
 
     def step_along_(self, rows: Rows, numbers: Numbers) -> None:
         """See `Directions`; counts anomalies, too."""
@@ -188,7 +191,6 @@ def step_layers(
     formulation: str,
     counts: Mapping[str, Tensor],
     observe: Callable[..., None] | None = None,
-    spread: Spread = in_turn,
 ) -> dict[str, str]:
     """Momentum, solve and update of all layers, those of one geometry together.
 
@@ -200,7 +202,6 @@ def step_layers(
         formulation: ``"primal"``, ``"gram"`` or ``"auto"``.
         counts: of each layer by name, as in `Solved`; updated in place.
         observe: called with layers, solution and group between solve and update.
-        spread: orthogonalizes several geometries.
 
     Returns:
         How each layer was solved, in words.
@@ -210,7 +211,8 @@ def step_layers(
     solved = solutions(here, group, numbers, formulation, counts, observe, how)
     if group["orthogonalize"]:
         for some in world.whole(steps, solved, numbers):
-            _step_orthogonalized(some, numbers, spread)
+            jobs = [partial(_step_orthogonalized, each, numbers) for each in some]
+            side_by_side(some, jobs)
     else:
         for portion in solved:
             side_by_side(portion, [each.update_ for each in portion])
@@ -218,20 +220,12 @@ def step_layers(
     return how
 
 
-def _step_orthogonalized(
-    some: Sequence[Directions], numbers: Numbers, spread: Spread
-) -> None:
+def _step_orthogonalized(directions: Directions, numbers: Numbers) -> None:
     """Equation (5) along directions with singular values near one."""
-    rows = side_by_side(some, [each.rows for each in some])
-    jobs = [
-        (z.weight.numel(), partial(orthogonalize, z, each.finite, each.groups))
-        for each, z in zip(some, rows, strict=True)
-    ]
-    steps = [
-        partial(each.step_along_, z, numbers)
-        for each, z in zip(some, spread(jobs), strict=True)
-    ]
-    side_by_side(some, steps)
+    rows = directions.rows(narrow=True)
+    finite, groups = directions.finite, directions.groups
+    rows = directions.backend.orthogonalize(rows, finite, groups)
+    directions.step_along_(rows, numbers)
 
 
 def solutions(

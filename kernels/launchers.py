@@ -70,6 +70,36 @@ def empty_rows(ms: Sequence[Rows]) -> tuple[Rows, list[Rows]]:
     return rows, layers
 
 
+ALIGNMENT: tl.constexpr = tl.constexpr(16)
+"""Numbers in bfloat16 that rows of products begin at multiples of: with fewer bytes
+than 16 in common, Triton would read them number by number."""
+
+
+def padded(length: int) -> int:
+    """The length of a row with zeros behind it."""
+    return -(-length // ALIGNMENT.value) * ALIGNMENT.value
+
+
+def empty_directions(ms: Sequence[Rows]) -> tuple[Rows, list[Rows]]:
+    """Unwritten bfloat16 rows ``(L, R, D)``, and each layer's; see `room_of`."""
+    m = ms[0]
+    length = padded(m.dim + (m.bias is not None))
+    room = m.weight.new_empty(
+        (len(ms), m.weight.shape[0], length), dtype=torch.bfloat16
+    )
+    bias = None if m.bias is None else room[..., m.dim]
+    rows = Rows(room[..., : m.dim], bias)
+    return rows, [rows.layer(i) for i in range(len(ms))]
+
+
+def room_of(rows: Rows) -> Tensor:
+    """Where `empty_directions` lie: a bias as the last column, then zeros."""
+    weight = rows.weight
+    length = padded(weight.shape[-1] + (rows.bias is not None))
+    shape = (*weight.shape[:-1], length)
+    return weight.as_strided(shape, (shape[1] * length, length, 1))
+
+
 def by_group(values: Tensor, groups: int) -> Tensor:
     """``(L, N, R)`` as ``(L, groups, N, R / groups)``."""
     split: Tensor = values.unflatten(2, (groups, -1))

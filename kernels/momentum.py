@@ -221,7 +221,7 @@ def _momentum_project_kernel(
             tl.store(m_scale_ptr + scale_at, m_scale, mask=row_ok)
         if tl.min((m_scale == 1.0).to(tl.int32), axis=0) == 0:
             tl.debug_barrier()  # V is there for all threads
-            c, m_squared, same = pass_over_rows(
+            c, m_squared, _same = pass_over_rows(
                 g_ptr,
                 v_ptr if UPDATE and NESTEROV else m_ptr,
                 v_ptr,

@@ -136,7 +136,7 @@ def _primal_forward_kernel(
         for tap in range(STENCIL.TAPS):
             if FIRST:
                 local = layer_rows * D + tap
-                if M_TAPS > 0:  # one channel
+                if M_TAPS != 0:  # one channel
                     local = layer_rows * m_place.stride_r + tap * m_place.stride_c
                 p = tl.load(m_ptr + local, mask=row_ok, other=0.0)
                 p = p.to(tl.float32) * m_scale

@@ -14,6 +14,7 @@ from .common import (
     LR,
     WEIGHT_DECAY,
     count_anomalies,
+    is_finite,
     layer_pointer,
     load_scalar,
     load_taken,
@@ -21,7 +22,16 @@ from .common import (
 )
 from .config import Config
 from .kernel import FEW, WARPS, Kernel, covering
-from .launchers import DTYPES, biases, empty_rows, in_place, write_back
+from .launchers import (
+    ALIGNMENT,
+    DTYPES,
+    biases,
+    empty_directions,
+    empty_rows,
+    in_place,
+    padded,
+    write_back,
+)
 from .layouts import RowPlace, RowPointers, row_layout
 from .primal import PrimalState, step_length
 from .samples import Stencil, native_entries
@@ -53,6 +63,7 @@ def _primal_update_kernel(
     GROUPS,
     total,
     pap_blocks,
+    theta_row,
     theta_place,
     m_place,
     ALIGN: tl.constexpr,
@@ -64,11 +75,15 @@ def _primal_update_kernel(
     HAS_BIAS: tl.constexpr,
     FIRST: tl.constexpr,
     STEP: tl.constexpr,
+    NARROW: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     within=None,
 ):
-    """The last ``z += alpha p``, normalized, and equation (5); not STEP: z itself."""
+    """The last ``z += alpha p``, normalized, and equation (5); not STEP: z itself.
+
+    With NARROW a bias is the last column, and zeros follow up to the end of a row.
+    """
     program = programs(within)
     p_rows = RowPointers(*p_rows)
     z_rows = RowPointers(*z_rows)
@@ -140,10 +155,12 @@ def _primal_update_kernel(
     if STEP:
         theta = tl.load(theta_ptr + local, mask=mask, other=0.0).to(tl.float32)
         z = decay * theta - lr * z
+    if NARROW:
+        z = tl.where(is_finite(z), z, 0.0)
     tl.debug_barrier()
     tl.store(theta_ptr + local, z.to(THETA_DTYPE), mask=mask)
+    first = row_ok & (block_d == 0)
     if HAS_BIAS:
-        first = row_ok & (block_d == 0)
         z = alpha * tl.load(p_rows.bias + at, mask=first, other=0.0)
         if not FIRST:
             z += tl.load(z_rows.bias + at, mask=first, other=0.0)
@@ -154,8 +171,18 @@ def _primal_update_kernel(
         if STEP:
             theta = tl.load(bias_ptr + layer_rows, mask=first, other=0.0)
             z = decay * theta.to(tl.float32) - lr * z
-        tl.debug_barrier()
-        tl.store(bias_ptr + layer_rows, z.to(THETA_DTYPE), mask=first)
+        if not NARROW:
+            tl.debug_barrier()
+            tl.store(bias_ptr + layer_rows, z.to(THETA_DTYPE), mask=first)
+    if NARROW:
+        last = D + tl.arange(0, ALIGNMENT)
+        tail = tl.zeros((BLOCK_R, ALIGNMENT), tl.float32)
+        if HAS_BIAS:
+            z = tl.where(is_finite(z), z, 0.0)
+            tail = tl.where((last == D)[None, :], z[:, None], tail)
+        at_last = layer_rows[:, None] * theta_row + last[None, :]
+        mask = first[:, None] & (last < theta_row)[None, :]
+        tl.store(theta_ptr + at_last, tail.to(THETA_DTYPE), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -188,9 +215,9 @@ PRIMAL_UPDATE = Kernel(
 )
 
 
-def cg_rows(state: PrimalState, numbers: Numbers) -> Rows:
-    """See `torch_ops.cg_rows`; one launch."""
-    z, layers = empty_rows(state.ms)
+def cg_rows(state: PrimalState, numbers: Numbers, narrow: bool) -> Rows:
+    """See `torch_ops.cg_rows`; one launch. Narrow is bfloat16."""
+    z, layers = empty_directions(state.ms) if narrow else empty_rows(state.ms)
     _finish(layers, state, state.status, [], numbers, step=False)
     return z
 
@@ -260,6 +287,7 @@ def _finish(
         GROUPS=s.groups,
         total=state.pp.numel(),
         pap_blocks=state.pap.shape[0],
+        theta_row=padded(dim + (m.bias is not None)),
         **row_layout("theta", thetas[0].weight),
         **row_layout("m", m.weight),
         ALIGN=tables.align,
@@ -269,4 +297,5 @@ def _finish(
         HAS_BIAS=m.bias is not None,
         FIRST=k == 0,
         STEP=step,
+        NARROW=not step and thetas[0].weight.dtype == torch.bfloat16,
     )

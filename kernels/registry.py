@@ -10,6 +10,7 @@ from .kernel import Kernel
 from .largest import LARGEST
 from .magnitudes import LARGEST_PARTS, MAGNITUDES
 from .momentum import MOMENTUM_PROJECT
+from .newton_schulz import NEWTON_GRAM, NEWTON_POLYNOMIAL, NEWTON_STEP
 from .primal_adjoint import PRIMAL_ADJOINT
 from .primal_forward import PRIMAL_FORWARD
 from .primal_update import PRIMAL_UPDATE
@@ -30,6 +31,9 @@ KERNELS = MappingProxyType(
             LARGEST_PARTS,
             MAGNITUDES,
             MOMENTUM_PROJECT,
+            NEWTON_GRAM,
+            NEWTON_POLYNOMIAL,
+            NEWTON_STEP,
             PRIMAL_ADJOINT,
             PRIMAL_FORWARD,
             PRIMAL_UPDATE,

@@ -19,6 +19,7 @@ from .common import (
     WEIGHT_DECAY,
     below,
     count_anomalies,
+    is_finite,
     layer_pointer,
     load_scalar,
     load_scale,
@@ -29,17 +30,27 @@ from .common import (
 from .config import SplitConfig, tile_side
 from .gpu import is_hopper
 from .kernel import PRODUCT, Args, Kernel, Parts, Values, blocks, ceil_div
-from .largest import largest_of, near_one
+from .largest import largest_of
 from .launchers import (
+    ALIGNMENT,
     DTYPES,
     biases,
+    empty_directions,
     empty_rows,
     flat_samples,
     in_place,
+    padded,
     stored,
     write_back,
 )
-from .layouts import RowPlace, entries, from_row, row_layout
+from .layouts import (
+    BiasPlace,
+    RowPlace,
+    bias_layout,
+    entries,
+    from_row,
+    row_layout,
+)
 from .products import high_term, low_term, sample_precision, terms_times_samples
 from .tables import Tables, numbers_on
 from .work import Sizes
@@ -84,6 +95,8 @@ def _update_kernel(
     GROUPS,
     piece_length,
     stride_xn,
+    m_bias_place,
+    theta_row,
     theta_place,
     m_place,
     ALIGN: tl.constexpr,
@@ -94,6 +107,8 @@ def _update_kernel(
     M_TAPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STEP: tl.constexpr,
+    NARROW: tl.constexpr,
+    ALONG: tl.constexpr,
     SAMPLES: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_R: tl.constexpr,
@@ -107,13 +122,15 @@ def _update_kernel(
     """A block of rows, one piece of their columns; the first sees to the biases too.
 
     X and m are scaled. Without STEP the direction itself is written: ``theta = s m +
-    X^T u``. SAMPLES is 0 where there are none, 1 where one block holds all, whose u is
-    then read once, and else 2. Rows whose u is zero must not see samples that are not
-    finite.
+    X^T u``; with NARROW a bias as the last column, and zeros up to the end of a row, as
+    products take them. With ALONG m is the direction. SAMPLES is 0 where there are
+    none, 1 where one block holds all, whose u is then read once, and else 2. Rows whose
+    u is zero must not see samples that are not finite.
     """
     program = programs(within)
     theta_place = RowPlace(*theta_place)
     m_place = RowPlace(*m_place)
+    m_bias_place = BiasPlace(*m_bias_place)
     problem = program[1].to(tl.int64)
     layer, group = problem // GROUPS, problem % GROUPS
     piece = program[2]
@@ -124,8 +141,10 @@ def _update_kernel(
         row_ok = row_ok & load_taken(scalars_ptr)
     first_row = group * R + program[0] * BLOCK_R
     layer_rows = first_row + block_rows
-    s = tl.load(s_ptr + problem * R + rows, mask=row_ok, other=0.0)
-    m_scale = tl.load(m_scale_ptr + problem * R + rows, mask=row_ok, other=0.0)
+    s, m_scale = tl.full((BLOCK_R,), 1.0, tl.float32), 1.0
+    if not ALONG:
+        s = tl.load(s_ptr + problem * R + rows, mask=row_ok, other=0.0)
+        m_scale = tl.load(m_scale_ptr + problem * R + rows, mask=row_ok, other=0.0)
 
     n = tl.arange(0, BLOCK_N)
     stride_n = R * GROUPS
@@ -201,23 +220,39 @@ def _update_kernel(
                 z = terms_times_samples(u, high, low, x, z, PRECISION)
         if SAMPLES > 0:
             z = tl.where(sees[:, None], z * x_scale, 0.0)
-        z += s[:, None] * (m * m_scale[:, None])
+        if ALONG:
+            z = m
+        else:
+            z += s[:, None] * (m * m_scale[:, None])
         if STEP:
             z = decay * theta - lr * z
+        if NARROW:
+            z = tl.where(is_finite(z), z, 0.0)
         tl.store(theta_ptr + at, z.to(THETA_DTYPE), mask=mask)
 
+    first = row_ok & (piece == 0)
     if HAS_BIAS:
-        first = row_ok & (piece == 0)
         m_bias_ptr = layer_pointer(m_bias_table_ptr, layer, M_DTYPE, ALIGN)
         bias_ptr = layer_pointer(theta_bias_table_ptr, layer, THETA_DTYPE, ALIGN)
-        m_bias = tl.load(m_bias_ptr + layer_rows, mask=first, other=0.0)
+        m_bias_ptr += m_bias_place.first + layer_rows * m_bias_place.stride_r
+        m_bias = tl.load(m_bias_ptr, mask=first, other=0.0)
         z_bias += s * (m_bias.to(tl.float32) * m_scale)
         if STEP:
             bias = tl.load(bias_ptr + layer_rows, mask=first, other=0.0)
             z_bias = decay * bias.to(tl.float32) - lr * z_bias
-        # Several threads may hold the same row: all must have read it first.
-        tl.debug_barrier()
-        tl.store(bias_ptr + layer_rows, z_bias.to(THETA_DTYPE), mask=first)
+        if not NARROW:
+            # Several threads may hold the same row: all must have read it first.
+            tl.debug_barrier()
+            tl.store(bias_ptr + layer_rows, z_bias.to(THETA_DTYPE), mask=first)
+    if NARROW:
+        last = D + tl.arange(0, ALIGNMENT)
+        z = tl.zeros((BLOCK_R, ALIGNMENT), tl.float32)
+        if HAS_BIAS:
+            z_bias = tl.where(is_finite(z_bias), z_bias, 0.0)
+            z = tl.where((last == D)[None, :], z_bias[:, None], z)
+        at = block_rows[:, None] * theta_row + last[None, :]
+        mask = first[:, None] & (last < theta_row)[None, :]
+        tl.store(theta_ptr + at, z.to(THETA_DTYPE), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -301,10 +336,15 @@ UPDATE = Kernel(
 
 
 def gram_rows(
-    xs: Sequence[SampleMap], ms: Sequence[Rows], scales: Tensor, s: Tensor, u: Tensor
+    xs: Sequence[SampleMap],
+    ms: Sequence[Rows],
+    scales: Tensor,
+    s: Tensor,
+    u: Tensor,
+    narrow: bool,
 ) -> Rows:
-    """See `torch_ops.gram_rows`; one launch."""
-    z, layers = empty_rows(ms)
+    """See `torch_ops.gram_rows`; one launch. Narrow is bfloat16."""
+    z, layers = empty_directions(ms) if narrow else empty_rows(ms)
     x = _Explicit.of(xs)
     _gram_step(layers, x, ms, scales, s, u, s, s, [], None)
     return z
@@ -342,15 +382,14 @@ def direction_update_(
     if z.dtype not in DTYPES:
         z = z.float()
     bias = direction.bias
-    bias = None if bias is None else bias.to(z.dtype).contiguous()
-    layers, rows, dim = z.shape
+    bias = None if bias is None else bias.to(z.dtype)
+    layers, _, dim = z.shape
     zs = [Rows(z[i], None if bias is None else bias[i]) for i in range(layers)]
-    one = z.new_ones(layers, rows, dtype=torch.float32)
-    none = _Explicit([z.new_empty(0, dim)] * layers, near_one(z, layers, 1), 1)
+    none = _Explicit([z.new_empty(0, dim)] * layers, [z] * layers, 1)
     thetas = in_place(params)
     rest = (status, finite, counts, numbers)
-    u = z.new_empty(layers, 1, 0, rows)
-    _gram_step(thetas, none, zs, one, one, u, *rest)
+    u = z.new_empty(layers, 1, 0, status.shape[-1])
+    _gram_step(thetas, none, zs, None, status, u, *rest)
     write_back(params, thetas)
 
 
@@ -371,7 +410,7 @@ def _gram_step(
     thetas: Sequence[Rows],
     xs: _Explicit,
     ms: Sequence[Rows],
-    scales: Tensor,
+    scales: Tensor | None,
     s: Tensor,
     u: Tensor,
     status: Tensor,
@@ -379,10 +418,15 @@ def _gram_step(
     counts: Sequence[Tensor],
     numbers: Numbers | None,
 ) -> None:
-    """Equation (5), or without numbers directions written out."""
+    """Equation (5), or without numbers directions written out.
+
+    Without scales the rows of `ms` are directions, and s is not read.
+    """
     ms = in_place(ms)
     (samples, largest, groups), m = xs, ms[0].weight
     rows, dim, n = m.shape[0], ms[0].dim, samples[0].shape[0]
+    narrow = numbers is None and thetas[0].weight.dtype == torch.bfloat16
+    m_biases, m_bias_place = bias_layout(ms)
     tables = Tables(
         [
             [theta.weight for theta in thetas],
@@ -390,7 +434,7 @@ def _gram_step(
             samples,
             largest,
             biases(thetas),
-            biases(ms),
+            m_biases,
             counts or samples,
         ]
     )
@@ -411,8 +455,8 @@ def _gram_step(
         theta_bias_table_ptr=tables[4],
         m_bias_table_ptr=tables[5],
         counts_table_ptr=tables[6],
-        scalars_ptr=scales if numbers is None else numbers_on(numbers, m.device),
-        m_scale_ptr=scales,
+        scalars_ptr=s if numbers is None else numbers_on(numbers, m.device),
+        m_scale_ptr=s if scales is None else scales,
         s_ptr=s,
         u_ptr=stored(u),
         status_ptr=status,
@@ -422,6 +466,8 @@ def _gram_step(
         D=dim,
         GROUPS=groups,
         stride_xn=samples[0].stride(0),
+        m_bias_place=m_bias_place,
+        theta_row=padded(dim + (ms[0].bias is not None)),
         **row_layout("theta", thetas[0].weight),
         **row_layout("m", m),
         ALIGN=tables.align,
@@ -430,5 +476,7 @@ def _gram_step(
         X_DTYPE=DTYPES[samples[0].dtype],
         HAS_BIAS=ms[0].bias is not None,
         STEP=numbers is not None,
+        NARROW=narrow,
+        ALONG=scales is None,
         PRECISION=sample_precision(samples[0].dtype),
     )

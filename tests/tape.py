@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from frog_triton.kernels.bundle import Bundle
 from frog_triton.kernels.launch import Launch
-from frog_triton.solve.orthogonal import in_turn
 
 
 class Tape(TorchDispatchMode):
@@ -52,9 +51,6 @@ class Tape(TorchDispatchMode):
                 kind.run = run
             for storage, old in self._before.values():
                 torch.tensor([], dtype=torch.uint8).set_(storage).copy_(old)
-
-    def spread(self, jobs):
-        return in_turn(jobs)
 
     def replay(self):
         for entry in self.entries:

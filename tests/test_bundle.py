@@ -14,7 +14,6 @@ from frog_triton.kernels.launch import recording
 from frog_triton.kernels.queue import side_by_side
 from frog_triton.layers.conv import ConvSpec
 from frog_triton.ops import triton_ops
-from frog_triton.solve import orthogonal
 from frog_triton.solve.launches import Bucket, LayerShape, trial_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -243,7 +242,7 @@ def variant(made):
 def test_a_recording_compiles_nothing(monkeypatch, orthogonalize):
     """All its kernels have been launched before: none can be loaded meanwhile."""
     monkeypatch.setattr(optimizer, "may_read", lambda *_: False)
-    monkeypatch.setattr(orthogonal, "on_host", lambda _: False)
+    monkeypatch.setattr(triton_ops, "on_host", lambda _: False)
     net = Net().to(DEVICE)
     options = {"sample_size": 24, "orthogonalize": orthogonalize}
     opt = FROG(net, backend="triton", exclude_output_layer=False, **options)

@@ -7,14 +7,13 @@ import pytest
 import torch
 from tape import Tape
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 import frog_triton
 from frog_triton import optimizer
 from frog_triton.eager import FROM_HOST, eager_operations
 from frog_triton.kernels.launch import recording
 from frog_triton.kernels.work import work
-from frog_triton.solve import orthogonal
+from frog_triton.ops import triton_ops
 
 
 def net():
@@ -36,11 +35,10 @@ def steps(model, monkeypatch, **options):
     opt = frog_triton.FROG(
         model, backend="triton", exclude_output_layer=False, **options
     )
-    # As on a GPU, where the host does not know whether a step is skipped, matrices are
-    # in bfloat16, and steps are recorded.
+    # As on a GPU, where the host does not know whether a step is skipped, directions
+    # are in bfloat16, and steps are recorded.
     monkeypatch.setattr(optimizer, "may_read", lambda *_: False)
-    monkeypatch.setattr(orthogonal, "on_host", lambda _: False)
-    monkeypatch.setattr(orthogonal, "_workspace", on_a_gpu(orthogonal._workspace))
+    monkeypatch.setattr(triton_ops, "on_host", lambda _: False)
     opt._routines.graphs = lambda device: Tape
     found = []
     for _ in range(3):
@@ -54,21 +52,6 @@ def steps(model, monkeypatch, **options):
     found[1]["_foreach_add_"] -= 1
     (recorded,) = opt._routines._kept.values()
     return +found[1], recorded.routine.launches
-
-
-def on_a_gpu(workspace):
-    """What makes on a CPU, and counts as, what is made on a GPU."""
-
-    def make(shape, like):
-        with _disable_current_modes():
-            made, there = workspace(shape, like.to("meta"))
-        room = like.new_empty if made.numel() == there.numel() else like.new_zeros
-        x = room(made.shape, dtype=made.dtype)
-        rows, columns = shape[-2:]
-        part = x[:, : min(rows, columns), : max(rows, columns)]
-        return x, part.mT if rows > columns else part
-
-    return make
 
 
 @pytest.mark.parametrize("orthogonalize", [True, False])

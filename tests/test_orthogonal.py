@@ -16,7 +16,7 @@ from frog_triton.linalg.products import has_fast_bfloat16
 from frog_triton.linalg.rows import Rows
 from frog_triton.ops import torch_ops, triton_ops
 from frog_triton.ops.fisher import NON_FINITE
-from frog_triton.solve.orthogonal import newton_schulz, orthogonalize
+from frog_triton.ops.orthogonal import newton_schulz, orthogonalize
 from frog_triton.update import numbers_of, solutions
 
 

@@ -14,15 +14,15 @@ from frog_triton.fallback import FALLBACKS, _FusedAdamW
 from frog_triton.kernels.board import Board, Refused, uploaded
 from frog_triton.kernels.magnitudes import Magnitudes
 from frog_triton.kernels.tables import Tables
-from frog_triton.ops import torch_ops
+from frog_triton.ops import orthogonal, torch_ops, triton_ops
 from frog_triton.routine import record
-from frog_triton.solve import orthogonal, together
+from frog_triton.solve import together
 
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     """Nothing looks at numbers: what is recorded depends on none."""
-    for module in (orthogonal, together, torch_ops):
+    for module in (orthogonal, together, torch_ops, triton_ops):
         monkeypatch.setattr(module, "on_host", lambda tensor: False)
 
 
@@ -364,31 +364,31 @@ class TestWhatIsRefused:
     def test_an_operation_on_memory_that_moves(self):
         x = torch.ones(8)
         with pytest.raises(Refused, match="lie elsewhere"):
-            self.record(lambda graph, board: x.view(2, 4) + 1, moving=[x])
+            self.record(lambda board: x.view(2, 4) + 1, moving=[x])
 
     def test_an_operation_on_memory_of_nobody(self):
         x = torch.ones(8)
         with pytest.raises(Refused, match="lie elsewhere"):
-            self.record(lambda graph, board: x + 1)
-        self.record(lambda graph, board: x + 1, still=[x])
+            self.record(lambda board: x + 1)
+        self.record(lambda board: x + 1, still=[x])
 
     def test_a_table_of_memory_of_nobody(self):
         x = torch.ones(8)
         with pytest.raises(Refused, match="neither here nor there"):
-            self.record(lambda graph, board: Tables([[x]]))
+            self.record(lambda board: Tables([[x]]))
 
     def test_a_launch_on_memory_that_moves(self):
         x = torch.ones(2, 8)
 
         with pytest.raises(Refused, match="lie elsewhere"):
-            self.record(lambda graph, board: sum_splits(x), moving=[x])
+            self.record(lambda board: sum_splits(x), moving=[x])
 
     def test_gradients_that_share_memory(self):
         x = torch.ones(8)
         with pytest.raises(Refused, match="share memory"):
-            self.record(lambda graph, board: None, moving=[x, x[4:]])
+            self.record(lambda board: None, moving=[x, x[4:]])
 
     def test_too_many_tables(self):
         x = torch.ones(8)
         with pytest.raises(Refused, match="more tables"):
-            self.record(lambda graph, board: Tables([[x] * 100]), still=[x])
+            self.record(lambda board: Tables([[x] * 100]), still=[x])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.launch import settle
 from ..linalg.numbers import Numbers
 from ..linalg.rows import Rows, stack_rows
 from ..ops.backend import Backend
@@ -59,12 +60,13 @@ class Whole:
         """Rows that may move ``(1, R)``."""
         return self.direction.finite[None]
 
-    def rows(self) -> Rows:
+    def rows(self, narrow: bool = False) -> Rows:
         """The direction ``(1, R, D)``."""
         return stack_rows([self.direction.rows])
 
     def step_along_(self, rows: Rows, numbers: Numbers) -> None:
         """Update the rows held here; each rank has counted those that it solved."""
+        settle()
         self.backend.step_along_(
             [self.step.params],
             stack_rows([narrow(rows.layer(0), self.held)]),

@@ -126,7 +126,7 @@ class Backend(Protocol):
     ) -> None:
         """``z += alpha p`` and ``r -= alpha A p``."""
 
-    def cg_rows(self, state: Any, numbers: Numbers) -> Rows:
+    def cg_rows(self, state: Any, numbers: Numbers, narrow: bool = False) -> Rows:
         """Directions written out."""
 
     def cg_update_(
@@ -163,6 +163,7 @@ class Backend(Protocol):
         scales: Tensor,
         s: Tensor,
         u: Tensor,
+        narrow: bool = False,
     ) -> Rows:
         """Directions written out."""
 
@@ -181,7 +182,10 @@ class Backend(Protocol):
     ) -> None:
         """Equation (5)."""
 
-    # -- steps along directions that are written out ---------------------------------
+    # -- directions that are written out, and steps along them -----------------------
+
+    def orthogonalize(self, rows: Rows, finite: Tensor, groups: int) -> Rows:
+        """Rows with singular values near one."""
 
     def step_along_(
         self,

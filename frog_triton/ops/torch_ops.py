@@ -37,6 +37,7 @@ from ..linalg.scales import row_scales, scaled
 from .backend import Backend
 from .fisher import FISHER, NON_FINITE, fisher_weights
 from .gram_space import cg_in_gram_space, normalizer
+from .orthogonal import orthogonalize  # noqa: F401 - one of the backend's functions
 
 T = TypeVar("T")
 
@@ -304,8 +305,15 @@ def cg_adjoint_(xs: Sequence[SampleMap], state: CGState, numbers: Numbers) -> No
     state.rho = rho
 
 
-def cg_rows(state: CGState, numbers: Numbers) -> Rows:
-    """Directions ``z / sqrt(<z, m>)``, equation (2): rows ``(L, R, D)``."""
+def cg_rows(state: CGState, numbers: Numbers, narrow: bool = False) -> Rows:
+    """Directions ``z / sqrt(<z, m>)``, equation (2): rows ``(L, R, D)``.
+
+    Args:
+        state: after the last iteration.
+        numbers: of the group.
+        narrow: `orthogonalize` alone will read them, so they may be no more precise
+            than it is.
+    """
     z = state.m.select(state.status != FISHER, state.z)
     return z.scale_(normalizer(z.dot(state.m)))
 
@@ -374,7 +382,12 @@ def gram_cg(
 
 
 def gram_rows(
-    xs: Sequence[SampleMap], ms: Sequence[Rows], scales: Tensor, s: Tensor, u: Tensor
+    xs: Sequence[SampleMap],
+    ms: Sequence[Rows],
+    scales: Tensor,
+    s: Tensor,
+    u: Tensor,
+    narrow: bool = False,
 ) -> Rows:
     """Directions ``s m + X^T u`` written out: rows ``(L, R, D)``.
 
@@ -384,6 +397,7 @@ def gram_rows(
         scales: of their rows ``(L, R)``, from `momentum_project_`.
         s: ``(L, R)``.
         u: ``(L, groups, N, R / groups)``.
+        narrow: see `cg_rows`.
     """
     layers = []
     for i, (x, m) in enumerate(zip(xs, ms, strict=True)):

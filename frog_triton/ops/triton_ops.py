@@ -25,15 +25,20 @@ from ..kernels.largest import with_largest
 from ..kernels.launch import settle
 from ..kernels.launchers import DTYPES
 from ..kernels.momentum import momentum_, momentum_project_
+from ..kernels.newton_schulz import orthogonalize as orthogonalize_narrow
 from ..kernels.primal_adjoint import cg_adjoint_
 from ..kernels.primal_forward import cg_forward_
 from ..kernels.primal_start import cg_start
-from ..kernels.primal_update import cg_rows, cg_update_
+from ..kernels.primal_update import cg_rows as rows_of_cg
+from ..kernels.primal_update import cg_update_
 from ..kernels.queue import side_by_side
 from ..kernels.row_weights import row_weights
 from ..kernels.samples import matrix_view, serves
-from ..kernels.update import direction_update_, gram_rows, gram_update_
-from ..linalg.rows import SampleMap, Window, written_out
+from ..kernels.update import direction_update_, gram_update_
+from ..kernels.update import gram_rows as rows_of_gram
+from ..linalg.numbers import Numbers
+from ..linalg.products import on_host
+from ..linalg.rows import Rows, SampleMap, Window, written_out
 from ..linalg.scales import scaled
 from . import torch_ops
 from .backend import Backend
@@ -59,6 +64,7 @@ __all__ = [
     "momentum_",
     "momentum_project_",
     "on_rows",
+    "orthogonalize",
     "prepare",
     "row_weights",
     "side_by_side",
@@ -133,3 +139,28 @@ def gather_patches(
     if x.ndim > 4 or window.padding_mode != "zeros":
         return torch_ops.gather_patches(x, index, output_shape, window)
     return gather(x, index, output_shape, window)
+
+
+def cg_rows(state: Any, numbers: Numbers, narrow: bool = False) -> Rows:
+    """See `torch_ops.cg_rows`; narrow is bfloat16, on a GPU."""
+    return rows_of_cg(state, numbers, narrow and not on_host(state.status))
+
+
+def gram_rows(
+    xs: Sequence[SampleMap],
+    ms: Sequence[Rows],
+    scales: Tensor,
+    s: Tensor,
+    u: Tensor,
+    narrow: bool = False,
+) -> Rows:
+    """See `torch_ops.gram_rows`; likewise."""
+    return rows_of_gram(xs, ms, scales, s, u, narrow and not on_host(s))
+
+
+def orthogonalize(rows: Rows, finite: Tensor, groups: int) -> Rows:
+    """See `torch_ops.orthogonalize`; on a GPU by kernels, in bfloat16 throughout."""
+    if on_host(rows.weight):
+        settle()
+        return torch_ops.orthogonalize(rows, finite, groups)
+    return orthogonalize_narrow(rows, finite, groups)

@@ -47,9 +47,10 @@ class GramSolution:
     formulation: str = "gram"
     has_anomalies: bool = True
 
-    def rows(self) -> Rows:
-        """The directions, ``(L, R, D)``."""
-        return self.ops.gram_rows(self.xs, self.ms, self.scales, self.s, self.u)
+    def rows(self, narrow: bool = False) -> Rows:
+        """The directions, ``(L, R, D)``; narrow ones are to be orthogonalized."""
+        coordinates = (self.scales, self.s, self.u)
+        return self.ops.gram_rows(self.xs, self.ms, *coordinates, narrow)
 
     def update_(self, params: Sequence[Rows], counts: Sequence[Tensor]) -> None:
         """Equation (5), in place, on the rows that are finite; the others are counted.

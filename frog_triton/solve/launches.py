@@ -10,14 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels.launch import Launch, Launches, recording, settle
+from ..kernels.launch import Launch, Launches, recording
 from ..layers import ConvMap, LinearMap, MatrixMap
 from ..layers.conv import ConvSpec
 from ..linalg.numbers import Numbers
 from ..linalg.rows import Rows
 from ..ops.backend import Backend
 from . import FORMULATIONS, Batch, prepared
-from .orthogonal import orthogonalize as directions
 
 
 @dataclass(frozen=True)
@@ -217,9 +216,8 @@ class Trial:
         solution = FORMULATIONS[self.formulation](backend, batch, self.iters)
         if orthogonalize:
             status, finite = solution.status, solution.finite
-            rows = solution.rows()
-            settle()
-            z = directions(rows, finite, batch.xs[0].groups)
+            rows = solution.rows(narrow=True)
+            z = backend.orthogonalize(rows, finite, batch.xs[0].groups)
             how = (status, finite, self.counts, numbers)
             backend.direction_update_(self.params, z, *how)
         else:

@@ -40,9 +40,9 @@ class PrimalSolution:
     formulation: str = "primal"
     has_anomalies: bool = True
 
-    def rows(self) -> Rows:
-        """The directions, ``(L, R, D)``."""
-        return self.ops.cg_rows(self.state, self.numbers)
+    def rows(self, narrow: bool = False) -> Rows:
+        """The directions, ``(L, R, D)``; narrow ones are to be orthogonalized."""
+        return self.ops.cg_rows(self.state, self.numbers, narrow)
 
     def update_(self, params: Sequence[Rows], counts: Sequence[Tensor]) -> None:
         """Equation (5), in place, on the rows that are finite; the others are counted.

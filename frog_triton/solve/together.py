@@ -65,7 +65,7 @@ class LayerSolution:
     formulation: str
     has_anomalies: bool = False
 
-    def rows(self) -> Rows:
+    def rows(self, narrow: bool = False) -> Rows:
         """The directions, ``(1, R, D)``."""
         z = self.direction()[None]
         return Rows(z[..., :-1], z[..., -1]) if self.bias else Rows(z, None)

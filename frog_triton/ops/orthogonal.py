@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,13 +14,8 @@ from ..linalg.products import (
     plus_product,
     times_transposed,
 )
+from ..linalg.quintic import ITERATIONS, QUINTIC
 from ..linalg.rows import Rows
-
-QUINTIC = (3.4445, -4.7750, 2.0315)
-"""K. Jordan's polynomial (Muon, 2024): steep at zero, so that five iterations bring
-singular values above 0.3 % of the largest to between about 0.7 and 1.2."""
-
-ITERATIONS = 5
 
 ALIGNMENT = 8
 """Numbers in bfloat16 that fill 16 bytes."""
@@ -59,18 +54,6 @@ def orthogonalize(rows: Rows, finite: Tensor, groups: int = 1) -> Rows:
     parts = (found[..., :width], None if bias is None else found[..., width])
     # On a GPU they are read once more, where they lie: they are not worth a copy.
     return _dense(*parts, weight.dtype) if on_host(weight) else Rows(*parts)
-
-
-Job = tuple[int, Callable[[], Rows]]
-"""How many entries it works on, and what does it."""
-
-Spread = Callable[[Sequence[Job]], list[Rows]]
-"""Does jobs that do not depend on each other."""
-
-
-def in_turn(jobs: Sequence[Job]) -> list[Rows]:
-    """One after the other."""
-    return [job() for _, job in jobs]
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:
