@@ -1,4 +1,4 @@
-"""What a plain step's kernels would take on an H200, estimated from their machine code.
+"""What a step's kernels would take on an H200, estimated from their machine code.
 
     python -m frog_triton.benchmarks.estimate --model gpt2-small --samples 128
 
@@ -13,6 +13,7 @@ compiling prototypes whose time on an H200 is known (`benchmarks/results/nvidia-
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -98,11 +99,32 @@ def _update(args: Mapping[str, Any], v: Mapping[str, int]) -> Trips:
     return [tile, Loop(columns, [tile])]
 
 
+def _newton_gram(args: Mapping[str, Any], v: Mapping[str, int]) -> Trips:
+    return [Loop(blocks(args["R" if args["TALL"] else "ROW"], v["BLOCK_K"]))]
+
+
+def _newton_polynomial(args: Mapping[str, Any], v: Mapping[str, int]) -> Trips:
+    main, side = Loop(blocks(args["SIDE"], v["BLOCK_K"])), args["SIDE"]
+    if not args["FIRST"]:
+        return [main]
+    trace = Loop(
+        blocks(side, v["BLOCK"]), loads=-(-v["BLOCK"] // (32 * v["num_warps"]))
+    )
+    return [trace, main]
+
+
+def _newton_step(args: Mapping[str, Any], v: Mapping[str, int]) -> Trips:
+    return [Loop(blocks(args["ROW" if args["TALL"] else "R"], v["BLOCK_K"]))]
+
+
 TRIPS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, int]], Trips]] = {
     "_momentum_project_kernel": _momentum,
     "_gram_kernel": _gram,
     "_gram_cg_kernel": _gram_cg,
     "_gram_cg_tiled_kernel": _gram_cg_tiled,
+    "_newton_gram_kernel": _newton_gram,
+    "_newton_polynomial_kernel": _newton_polynomial,
+    "_newton_step_kernel": _newton_step,
     "_update_kernel": _update,
 }
 """How often the loops of a kernel run; of others, each as often as the main one."""
@@ -151,10 +173,10 @@ Look = tuple[Resources, Counter[str]]
 """Of a launch: what it takes, and what a warp of it executes."""
 
 
-def look_at(job: tuple[Bucket, str, int]) -> Look:
+def look_at(job: tuple[Bucket, str, bool, int]) -> Look:
     """Compile a launch of a geometry's step, and read its machine code."""
-    bucket, formulation, i = job
-    launch = _launches(bucket, formulation)[i]
+    *how, i = job
+    launch = _launches(*how)[i]
     kernel = compiled(launch, CAPABILITY)
     values = launch.config.values()
     known = TRIPS.get(launch.name)
@@ -162,29 +184,34 @@ def look_at(job: tuple[Bucket, str, int]) -> Look:
     return resources(kernel), code_of(kernel).executed(trips)
 
 
-def _launches(bucket: Bucket, formulation: str) -> list[Launch]:
+@functools.lru_cache(maxsize=8)  # jobs of one geometry follow each other
+def _launches(bucket: Bucket, formulation: str, orthogonalize: bool) -> list[Launch]:
     with assuming(H200):
-        return step_launches(bucket, formulation)
+        return step_launches(bucket, formulation, orthogonalize)
 
 
 def estimate(
-    buckets: Iterable[Bucket], formulation: str, pool: ProcessPoolExecutor
+    buckets: Iterable[Bucket],
+    formulation: str,
+    orthogonalize: bool,
+    pool: ProcessPoolExecutor,
 ) -> list[Line]:
-    """A plain step's kernels, in the order in which they first run.
+    """A step's kernels, in the order in which they first run.
 
     Args:
         buckets: the layers.
         formulation: ``"gram"``, ``"primal"`` or ``"auto"``.
+        orthogonalize: as for `FROG`.
         pool: compiles.
     """
     jobs = []
     for bucket in buckets:
         how = choose(bucket, H200) if formulation == "auto" else formulation
-        count = len(_launches(bucket, how))
-        jobs += [(bucket, how, i) for i in range(count)]
+        count = len(_launches(bucket, how, orthogonalize))
+        jobs += [(bucket, how, orthogonalize, i) for i in range(count)]
     found: dict[str, list[tuple[Launch, Look]]] = defaultdict(list)
     for job, look in zip(jobs, pool.map(look_at, jobs), strict=True):
-        launch = _launches(*job[:2])[job[2]]
+        launch = _launches(*job[:-1])[job[-1]]
         found[launch.name].append((launch, look))
     return [_line(name, made) for name, made in found.items()]
 
@@ -278,6 +305,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--formulation", choices=(*FORMULATIONS, "auto"), default="gram"
     )
+    parser.add_argument(
+        "--orthogonalize", action="store_true", help="as by default; else a plain step"
+    )
     parser.add_argument("--json", type=Path, help="write the results there, too")
     args = parser.parse_args(argv)
     results = Results(args.json)
@@ -291,7 +321,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 lines: list[Line] = []
 
                 def work_on() -> dict[str, Any]:
-                    lines.extend(estimate(buckets, args.formulation, pool))  # noqa: B023
+                    how = (args.formulation, args.orthogonalize)
+                    lines.extend(estimate(buckets, *how, pool))  # noqa: B023
                     kernels = [asdict(line) for line in lines]  # noqa: B023
                     time, floor = totals(lines)  # noqa: B023
                     return {"estimate_us": time, "floor_us": floor, "kernels": kernels}

@@ -93,11 +93,12 @@ def empty_directions(ms: Sequence[Rows]) -> tuple[Rows, list[Rows]]:
 
 
 def room_of(rows: Rows) -> Tensor:
-    """Where `empty_directions` lie: a bias as the last column, then zeros."""
+    """Where `empty_directions` lie, or a layer's: a bias as the last column, zeros."""
     weight = rows.weight
     length = padded(weight.shape[-1] + (rows.bias is not None))
-    shape = (*weight.shape[:-1], length)
-    return weight.as_strided(shape, (shape[1] * length, length, 1))
+    *layers, height = weight.shape[:-1]
+    strides = (*(height * length for _ in layers), length, 1)
+    return weight.as_strided((*layers, height, length), strides)
 
 
 def by_group(values: Tensor, groups: int) -> Tensor:

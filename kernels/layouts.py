@@ -73,7 +73,9 @@ def bias_layout(rows: Sequence[Rows]) -> tuple[list[Tensor], BiasPlace]:
         biases = [r.bias.contiguous() for r in rows if r.bias is not None]
         return biases, BiasPlace(0, 1)
     first = bias.storage_offset() - weight.storage_offset()
-    return [r.weight for r in rows], BiasPlace(first, bias.stride(0))
+    # A weight without entries has no address.
+    tables = [r.weight if first or r.bias is None else r.bias for r in rows]
+    return tables, BiasPlace(first, bias.stride(0))
 
 
 @triton.jit

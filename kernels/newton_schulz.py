@@ -7,23 +7,12 @@ X comes as it is. The trace of its G is ``|X|^2``, by which the first P divides,
 the iterations begin at a norm of one and nothing is read to find it.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..linalg.quintic import ITERATIONS, QUINTIC
-from ..linalg.rows import Rows
+from ..linalg.quintic import QUINTIC
 from .common import grouped_program, programs
-from .config import Config, tile_side
-from .kernel import Args, Kernel, Parts, Values, blocks
-from .launch import settle
-from .launchers import padded, room_of
-from .products import gram_precision, product
-from .work import Sizes
+from .products import product
 
 A: tl.constexpr = tl.constexpr(QUINTIC[0])
 B: tl.constexpr = tl.constexpr(QUINTIC[1])
@@ -40,6 +29,21 @@ def _moving(finite_ptr, rows, R, FIRST: tl.constexpr):
     if FIRST:
         ok = tl.load(finite_ptr + rows, mask=ok, other=0) != 0
     return ok
+
+
+@triton.jit
+def _tile_below(program, tiles):
+    """Row and column of one of the tiles on and below the diagonal.
+
+    A long row of them and a short one together make a row of a rectangle.
+    """
+    odd = tiles % 2
+    width = tiles + 1 - odd
+    row, column = program // width, program % width
+    length = tiles - row
+    in_long = column < length
+    i = tl.where(in_long, length - 1, row - odd)
+    return i, tl.where(in_long, column, column - length)
 
 
 @triton.jit
@@ -73,46 +77,44 @@ def _newton_gram_kernel(
     """``X X^T`` of wide matrices, ``X^T X`` of tall ones."""
     program = programs(within)
     problem = program[1].to(tl.int64)
-    tiles = tl.cdiv(SIDE, BLOCK)
-    block_i, block_j = program[0] // tiles, program[0] % tiles
-    if block_j <= block_i:
-        x_ptr += problem * R * ROW
-        finite_ptr += problem * R
-        in_block = tl.arange(0, BLOCK)
-        in_step = tl.arange(0, BLOCK_K)
-        i, j = block_i * BLOCK + in_block, block_j * BLOCK + in_block
-        g = tl.zeros((BLOCK, BLOCK), tl.float32)
-        if TALL:
-            i_ok, j_ok = (i < ROW)[None, :], (j < ROW)[None, :]
-            at = in_step[:, None] * ROW
-            for start in range(0, R, BLOCK_K):
-                ok = _moving(finite_ptr, start + in_step, R, FIRST)[:, None]
-                xi = tl.load(x_ptr + (at + i[None, :]), mask=ok & i_ok, other=0.0)
-                xj = tl.load(x_ptr + (at + j[None, :]), mask=ok & j_ok, other=0.0)
-                g = product(tl.trans(xi), xj, g, PRECISION)
-                x_ptr += BLOCK_K * ROW
-        else:
-            i_ok = _moving(finite_ptr, i, R, FIRST)[:, None]
-            j_ok = _moving(finite_ptr, j, R, FIRST)[None, :]
-            i_ptr = x_ptr + (block_i * BLOCK).to(tl.int64) * ROW
-            j_ptr = x_ptr + (block_j * BLOCK).to(tl.int64) * ROW
-            at = in_block * ROW
-            for start in range(0, ROW, BLOCK_K):
-                k = start + in_step
-                ok = k < ROW
-                xi = tl.load(
-                    i_ptr + (at[:, None] + k[None, :]),
-                    mask=i_ok & ok[None, :],
-                    other=0.0,
-                )
-                xj = tl.load(
-                    j_ptr + (at[None, :] + k[:, None]),
-                    mask=j_ok & ok[:, None],
-                    other=0.0,
-                )
-                g = product(xi, xj, g, PRECISION)
-        g_ptr += problem * SIDE * SIDE
-        _store_symmetric(g_ptr, g, block_i, block_j, SIDE, BLOCK)
+    block_i, block_j = _tile_below(program[0], tl.cdiv(SIDE, BLOCK))
+    x_ptr += problem * R * ROW
+    finite_ptr += problem * R
+    in_block = tl.arange(0, BLOCK)
+    in_step = tl.arange(0, BLOCK_K)
+    i, j = block_i * BLOCK + in_block, block_j * BLOCK + in_block
+    g = tl.zeros((BLOCK, BLOCK), tl.float32)
+    if TALL:
+        i_ok, j_ok = (i < ROW)[None, :], (j < ROW)[None, :]
+        at = in_step[:, None] * ROW
+        for start in range(0, R, BLOCK_K):
+            ok = _moving(finite_ptr, start + in_step, R, FIRST)[:, None]
+            xi = tl.load(x_ptr + (at + i[None, :]), mask=ok & i_ok, other=0.0)
+            xj = tl.load(x_ptr + (at + j[None, :]), mask=ok & j_ok, other=0.0)
+            g = product(tl.trans(xi), xj, g, PRECISION)
+            x_ptr += BLOCK_K * ROW
+    else:
+        i_ok = _moving(finite_ptr, i, R, FIRST)[:, None]
+        j_ok = _moving(finite_ptr, j, R, FIRST)[None, :]
+        i_ptr = x_ptr + (block_i * BLOCK).to(tl.int64) * ROW
+        j_ptr = x_ptr + (block_j * BLOCK).to(tl.int64) * ROW
+        at = in_block * ROW
+        for start in range(0, ROW, BLOCK_K):
+            k = start + in_step
+            ok = k < ROW
+            xi = tl.load(
+                i_ptr + (at[:, None] + k[None, :]),
+                mask=i_ok & ok[None, :],
+                other=0.0,
+            )
+            xj = tl.load(
+                j_ptr + (at[None, :] + k[:, None]),
+                mask=j_ok & ok[:, None],
+                other=0.0,
+            )
+            g = product(xi, xj, g, PRECISION)
+    g_ptr += problem * SIDE * SIDE
+    _store_symmetric(g_ptr, g, block_i, block_j, SIDE, BLOCK)
 
 
 @triton.jit
@@ -130,49 +132,47 @@ def _newton_polynomial_kernel(
     """``b G + c G^2``; the first G is divided by its trace, whose root goes to X."""
     program = programs(within)
     problem = program[1].to(tl.int64)
-    tiles = tl.cdiv(SIDE, BLOCK)
-    block_i, block_j = program[0] // tiles, program[0] % tiles
-    if block_j <= block_i:
-        g_ptr += problem * SIDE * SIDE
-        in_block = tl.arange(0, BLOCK)
-        in_step = tl.arange(0, BLOCK_K)
-        i, j = block_i * BLOCK + in_block, block_j * BLOCK + in_block
-        i_ok, j_ok = (i < SIDE)[:, None], (j < SIDE)[None, :]
-        inverse = 1.0
-        if FIRST:
-            squares = tl.zeros((BLOCK,), tl.float32)
-            for start in range(0, SIDE, BLOCK):
-                d = (start + in_block).to(tl.int64)
-                on = tl.load(g_ptr + d * (SIDE + 1), mask=d < SIDE, other=0.0)
-                squares += on.to(tl.float32)
-            trace = tl.sum(squares, axis=0)
-            usable = (trace > SMALLEST) & (trace < float("inf"))
-            trace = tl.where(usable, trace, 1.0)
-            inverse = tl.where(usable, tl.div_rn(1.0, trace), 0.0)
-            if program[0] == 0:
-                tl.store(size_ptr + problem, tl.sqrt_rn(inverse))
-        i_ptr = g_ptr + (block_i * BLOCK).to(tl.int64) * SIDE
-        j_ptr = g_ptr + (block_j * BLOCK).to(tl.int64) * SIDE
-        at = in_block * SIDE
-        p = tl.zeros((BLOCK, BLOCK), tl.float32)
-        for start in range(0, SIDE, BLOCK_K):
-            k = start + in_step
-            ok = k < SIDE
-            gi = tl.load(
-                i_ptr + (at[:, None] + k[None, :]), mask=i_ok & ok[None, :], other=0.0
-            )
-            gj = tl.load(
-                j_ptr + (at[None, :] + k[:, None]), mask=j_ok & ok[:, None], other=0.0
-            )
-            if FIRST:  # so that no product is beyond float32
-                gi = gi.to(tl.float32) * inverse
-            p = product(gi, gj, p, PRECISION)
-        g = tl.load(i_ptr + (at[:, None] + j[None, :]), mask=i_ok & j_ok, other=0.0)
-        p = B * g.to(tl.float32) + C * p
-        if FIRST:
-            p = tl.where(inverse > 0, p * inverse, 0.0)
-        p_ptr += problem * SIDE * SIDE
-        _store_symmetric(p_ptr, p, block_i, block_j, SIDE, BLOCK)
+    block_i, block_j = _tile_below(program[0], tl.cdiv(SIDE, BLOCK))
+    g_ptr += problem * SIDE * SIDE
+    in_block = tl.arange(0, BLOCK)
+    in_step = tl.arange(0, BLOCK_K)
+    i, j = block_i * BLOCK + in_block, block_j * BLOCK + in_block
+    i_ok, j_ok = (i < SIDE)[:, None], (j < SIDE)[None, :]
+    inverse = 1.0
+    if FIRST:
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, SIDE, BLOCK):
+            d = (start + in_block).to(tl.int64)
+            on = tl.load(g_ptr + d * (SIDE + 1), mask=d < SIDE, other=0.0)
+            squares += on.to(tl.float32)
+        trace = tl.sum(squares, axis=0)
+        usable = (trace > SMALLEST) & (trace < float("inf"))
+        trace = tl.where(usable, trace, 1.0)
+        inverse = tl.where(usable, tl.div_rn(1.0, trace), 0.0)
+        if program[0] == 0:
+            tl.store(size_ptr + problem, tl.sqrt_rn(inverse))
+    i_ptr = g_ptr + (block_i * BLOCK).to(tl.int64) * SIDE
+    j_ptr = g_ptr + (block_j * BLOCK).to(tl.int64) * SIDE
+    at = in_block * SIDE
+    p = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, SIDE, BLOCK_K):
+        k = start + in_step
+        ok = k < SIDE
+        gi = tl.load(
+            i_ptr + (at[:, None] + k[None, :]), mask=i_ok & ok[None, :], other=0.0
+        )
+        gj = tl.load(
+            j_ptr + (at[None, :] + k[:, None]), mask=j_ok & ok[:, None], other=0.0
+        )
+        if FIRST:  # so that no product is beyond float32
+            gi = gi.to(tl.float32) * inverse
+        p = product(gi, gj, p, PRECISION)
+    g = tl.load(i_ptr + (at[:, None] + j[None, :]), mask=i_ok & j_ok, other=0.0)
+    p = B * g.to(tl.float32) + C * p
+    if FIRST:
+        p = tl.where(inverse > 0, p * inverse, 0.0)
+    p_ptr += problem * SIDE * SIDE
+    _store_symmetric(p_ptr, p, block_i, block_j, SIDE, BLOCK)
 
 
 @triton.jit
@@ -256,187 +256,3 @@ def _newton_step_kernel(
     mask = (first + rows < R)[:, None] & j_ok
     next_ptr += first.to(tl.int64) * ROW
     tl.store(next_ptr + at, acc.to(tl.bfloat16), mask=mask)
-
-
-@dataclass(frozen=True)
-class SymmetricConfig(Config):
-    """`NEWTON_GRAM` and `NEWTON_POLYNOMIAL`."""
-
-    num_warps: int = 8
-    num_stages: int = 3
-    BLOCK: int = 128
-    BLOCK_K: int = 64
-
-
-@dataclass(frozen=True)
-class StepConfig(Config):
-    """`NEWTON_STEP`."""
-
-    num_warps: int = 8
-    num_stages: int = 3
-    BLOCK_R: int = 128
-    BLOCK_D: int = 128
-    BLOCK_K: int = 64
-    GROUP_M: int = 8
-
-
-def symmetric_config(side: int) -> SymmetricConfig:
-    """Tiles that a small matrix fills."""
-    if side > 128:
-        return SymmetricConfig()
-    block = min(tile_side(side), 64)
-    return SymmetricConfig(BLOCK=block, BLOCK_K=max(32, block), num_warps=4)
-
-
-def step_config(rows: int, length: int) -> StepConfig:
-    """Likewise."""
-    if min(rows, length) > 64:
-        return StepConfig()
-    block = tile_side(min(rows, length))
-    return StepConfig(
-        BLOCK_R=min(tile_side(rows), 64),
-        BLOCK_D=min(tile_side(length), 64),
-        BLOCK_K=max(32, block),
-        num_warps=4,
-    )
-
-
-def _symmetric_parts(args: Args, problems: int, values: Values) -> Parts:
-    return [((blocks(args["SIDE"], values["BLOCK"]) ** 2, problems), {})]
-
-
-def _step_parts(args: Args, problems: int, values: Values) -> Parts:
-    down = blocks(args["R"], values["BLOCK_R"])
-    return [((down * blocks(args["ROW"], values["BLOCK_D"]), problems), {})]
-
-
-def _entries(s: Sizes) -> tuple[int, int]:
-    """Of X, and of G."""
-    return s.args["R"] * s.args["ROW"] * s.problems, s.args["SIDE"] ** 2 * s.problems
-
-
-def _count_gram(s: Sizes) -> tuple[int, int]:
-    x, g = _entries(s)
-    return x * (s.args["SIDE"] + 1), 2 * (x + g)
-
-
-def _count_polynomial(s: Sizes) -> tuple[int, int]:
-    _, g = _entries(s)
-    return g * (s.args["SIDE"] + 1), 2 * 2 * g
-
-
-def _count_step(s: Sizes) -> tuple[int, int]:
-    x, g = _entries(s)
-    return 2 * x * s.args["SIDE"], 2 * (2 * x + g)
-
-
-def _again_gram(s: Sizes, values: Values) -> float:
-    x, _ = _entries(s)
-    return 2.0 * x * blocks(s.args["SIDE"], values["BLOCK"])
-
-
-def _again_polynomial(s: Sizes, values: Values) -> float:
-    _, g = _entries(s)
-    return 2.0 * g * blocks(s.args["SIDE"], values["BLOCK"])
-
-
-def _again_step(s: Sizes, values: Values) -> float:
-    x, g = _entries(s)
-    down = blocks(s.args["R"], values["BLOCK_R"])
-    across = blocks(s.args["ROW"], values["BLOCK_D"])
-    if s.args["TALL"]:
-        return 2.0 * (x * across + g * (down - 1))
-    return 2.0 * (x * down + g * (across - 1))
-
-
-NEWTON_GRAM = Kernel(
-    fn=_newton_gram_kernel,
-    config=SymmetricConfig,
-    parts=_symmetric_parts,
-    count=_count_gram,
-    again=_again_gram,
-)
-
-NEWTON_POLYNOMIAL = Kernel(
-    fn=_newton_polynomial_kernel,
-    config=SymmetricConfig,
-    parts=_symmetric_parts,
-    count=_count_polynomial,
-    again=_again_polynomial,
-)
-
-NEWTON_STEP = Kernel(
-    fn=_newton_step_kernel,
-    config=StepConfig,
-    parts=_step_parts,
-    count=_count_step,
-    again=_again_step,
-)
-
-
-def orthogonalize(rows: Rows, finite: Tensor, groups: int) -> Rows:
-    """See `torch_ops.orthogonalize`; three launches an iteration.
-
-    Args:
-        rows: ``(L, R, D)``. If they are bfloat16, `empty_directions` has made them, and
-            they are overwritten.
-        finite: rows that are to move ``(L, R)``.
-        groups: of the layers.
-
-    Returns:
-        Rows in bfloat16, laid like those.
-    """
-    dim, bias = rows.weight.shape[-1], rows.bias is not None
-    if rows.weight.dtype != torch.bfloat16:
-        rows, finite = _narrowed(rows, finite)
-    x = room_of(rows)
-    layers, height, row = x.shape
-    problems, height, length = layers * groups, height // groups, dim + bias
-    tall = height > length
-    side = row if tall else padded(height)
-    g = x.new_empty(problems, side, side)
-    p, spare = torch.empty_like(g), torch.empty_like(x)
-    size = x.new_empty(problems, dtype=torch.float32)
-    how: dict[str, Any] = {
-        "SIDE": side,
-        "PRECISION": gram_precision(torch.bfloat16),
-    }
-    of_rows = {
-        "finite_ptr": finite.contiguous().view(torch.int8),
-        "R": height,
-        "ROW": row,
-        "TALL": tall,
-        **how,
-    }
-    symmetric, stepping = symmetric_config(side), step_config(height, row)
-    for iteration in range(ITERATIONS):
-        of_rows["FIRST"] = how["FIRST"] = iteration == 0
-        NEWTON_GRAM.launch(symmetric, problems, x_ptr=x, g_ptr=g, **of_rows)
-        NEWTON_POLYNOMIAL.launch(
-            symmetric, problems, g_ptr=g, p_ptr=p, size_ptr=size, **how
-        )
-        NEWTON_STEP.launch(
-            stepping,
-            problems,
-            x_ptr=x,
-            p_ptr=p,
-            next_ptr=spare,
-            size_ptr=size,
-            length=length,
-            LAST=iteration + 1 == ITERATIONS,
-            **of_rows,
-        )
-        x, spare = spare, x
-    return Rows(x[..., :dim], x[..., dim] if bias else None)
-
-
-def _narrowed(rows: Rows, finite: Tensor) -> tuple[Rows, Tensor]:
-    """Rows that torch has written, as `empty_directions` would; which of them move."""
-    settle()
-    weight, bias = rows
-    whole = weight if bias is None else torch.cat([weight, bias[..., None]], -1)
-    beyond = padded(whole.shape[-1]) - whole.shape[-1]
-    room = torch.nn.functional.pad(whole.to(torch.bfloat16), (0, beyond))
-    dim = weight.shape[-1]
-    finite = finite & torch.isfinite(room).all(-1)
-    return Rows(room[..., :dim], None if bias is None else room[..., dim]), finite

@@ -30,6 +30,7 @@ from .launchers import (
     empty_rows,
     in_place,
     padded,
+    room_of,
     write_back,
 )
 from .layouts import RowPlace, RowPointers, row_layout
@@ -245,6 +246,7 @@ def _finish(
 ) -> None:
     """Equation (5), or directions written out."""
     s, m = state.samples, state.ms[0]
+    narrow = not step and thetas[0].weight.dtype == torch.bfloat16
     dim = m.dim
     k = state.iteration - 1
     p, z = state.directions[k % 2], state.z
@@ -255,7 +257,7 @@ def _finish(
     )
     tables = Tables(
         [
-            [theta.weight for theta in thetas],
+            [room_of(theta) if narrow else theta.weight for theta in thetas],
             biases(thetas),
             [m.weight for m in state.ms],
             biases(state.ms),
@@ -297,5 +299,5 @@ def _finish(
         HAS_BIAS=m.bias is not None,
         FIRST=k == 0,
         STEP=step,
-        NARROW=not step and thetas[0].weight.dtype == torch.bfloat16,
+        NARROW=narrow,
     )

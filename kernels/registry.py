@@ -10,7 +10,7 @@ from .kernel import Kernel
 from .largest import LARGEST
 from .magnitudes import LARGEST_PARTS, MAGNITUDES
 from .momentum import MOMENTUM_PROJECT
-from .newton_schulz import NEWTON_GRAM, NEWTON_POLYNOMIAL, NEWTON_STEP
+from .orthogonalize import NEWTON_GRAM, NEWTON_POLYNOMIAL, NEWTON_STEP
 from .primal_adjoint import PRIMAL_ADJOINT
 from .primal_forward import PRIMAL_FORWARD
 from .primal_update import PRIMAL_UPDATE

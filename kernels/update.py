@@ -40,6 +40,7 @@ from .launchers import (
     flat_samples,
     in_place,
     padded,
+    room_of,
     stored,
     write_back,
 )
@@ -429,7 +430,7 @@ def _gram_step(
     m_biases, m_bias_place = bias_layout(ms)
     tables = Tables(
         [
-            [theta.weight for theta in thetas],
+            [room_of(theta) if narrow else theta.weight for theta in thetas],
             [m.weight for m in ms],
             samples,
             largest,

@@ -93,6 +93,7 @@ KERNEL_TESTS = (
     "test_kernels",
     "test_conv_kernels",
     "test_queue",
+    "test_newton_schulz",
     "test_ranges",
     "test_routines",
 )

@@ -25,7 +25,7 @@ from ..kernels.largest import with_largest
 from ..kernels.launch import settle
 from ..kernels.launchers import DTYPES
 from ..kernels.momentum import momentum_, momentum_project_
-from ..kernels.newton_schulz import orthogonalize as orthogonalize_narrow
+from ..kernels.orthogonalize import orthogonalize as orthogonalize_narrow
 from ..kernels.primal_adjoint import cg_adjoint_
 from ..kernels.primal_forward import cg_forward_
 from ..kernels.primal_start import cg_start
