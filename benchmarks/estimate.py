@@ -1,6 +1,9 @@
 """What a step's kernels would take on an H200, estimated from their machine code.
 
     python -m frog_triton.benchmarks.estimate --model gpt2-small --samples 128
+    python -m frog_triton.benchmarks.estimate --images resnet18 resnet50
+
+The second solves on whole images, one geometry at a time.
 
 Needs no GPU: kernels are compiled for sm_90, and their registers, shared memory,
 tensor-core instructions and instruction mix read. **No time here is a measurement.** A
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,6 +39,7 @@ from ..kernels.work import Sizes, work
 from ..solve import FORMULATIONS
 from ..solve.formulation import choose
 from ..solve.launches import Bucket, step_launches
+from . import bench_kernels
 from .records import Results
 from .shapes import MODELS, grouped
 
@@ -286,6 +291,24 @@ def show(model: str, samples: int, lines: Sequence[Line], parameters: int) -> No
     )
 
 
+def show_geometry(name: str, lines: Sequence[Line]) -> None:
+    """Print what a geometry's solve and its two products take, and their floors."""
+    total, floor = totals(lines)
+    parts = [f"{name:28} {total:7.0f} {floor / total:6.0%}"]
+    for line in lines:
+        if line.kernel in PRODUCTS:
+            parts.append(
+                f"{line.registers:5} {line.spilled:5} {line.held:4} "
+                f"{line.time_us:7.0f} "
+                f"{line.floor_us / line.time_us:6.0%}"
+            )
+    print("  ".join(parts))
+
+
+PRODUCTS = ("_primal_forward_kernel", "_primal_adjoint_kernel")
+"""With samples that are images."""
+
+
 def totals(lines: Sequence[Line]) -> tuple[float, float]:
     """Estimate and floor of all kernels, microseconds."""
     return sum(line.time_us for line in lines), sum(line.floor_us for line in lines)
@@ -300,6 +323,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = ["gpt2-small", "llama-1b", "resnet50"]
     parser.add_argument("--model", nargs="+", choices=MODELS, default=models)
     parser.add_argument(
+        "--images", nargs="+", choices=bench_kernels.MODELS, default=[], help="instead"
+    )
+    parser.add_argument(
         "--samples", type=int, nargs="+", default=[size, 2 * size], help="N of each"
     )
     parser.add_argument(
@@ -312,24 +338,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     results = Results(args.json)
     with ProcessPoolExecutor() as pool:
-        for model in args.model:
-            for samples in args.samples:
-                names = {"model": model, "samples": samples}
-                shapes = MODELS[model](samples)
-                parameters = sum(s.rows * s.row_length for s in shapes)
-                buckets = grouped(shapes, torch.bfloat16)
-                lines: list[Line] = []
-
-                def work_on() -> dict[str, Any]:
-                    how = (args.formulation, args.orthogonalize)
-                    lines.extend(estimate(buckets, *how, pool))  # noqa: B023
-                    kernels = [asdict(line) for line in lines]  # noqa: B023
-                    time, floor = totals(lines)  # noqa: B023
-                    return {"estimate_us": time, "floor_us": floor, "kernels": kernels}
-
-                if "error" not in results.add(names, work_on):
-                    show(model, samples, lines, parameters)
+        if args.images:
+            estimate_images(args.images, results, pool)
+        else:
+            estimate_steps(args, results, pool)
     return results.exit_code
+
+
+def estimate_steps(
+    args: argparse.Namespace, results: Results, pool: ProcessPoolExecutor
+) -> None:
+    """Of models, layers of all geometries together."""
+    how = (args.formulation, args.orthogonalize)
+    for model, samples in itertools.product(args.model, args.samples):
+        names = {"model": model, "samples": samples}
+        shapes = MODELS[model](samples)
+        parameters = sum(s.rows * s.row_length for s in shapes)
+        buckets = grouped(shapes, torch.bfloat16)
+        lines: list[Line] = []
+        if "error" not in results.add(names, _work(buckets, *how, pool, lines)):
+            show(model, samples, lines, parameters)
+
+
+def estimate_images(
+    models: Sequence[str], results: Results, pool: ProcessPoolExecutor
+) -> None:
+    """Of convolutions on whole images, a layer of each geometry by itself."""
+    heading = f"{'regs':>5} {'spill':>5} {'held':>4} {'us':>7} {'floor':>6}"
+    for model in models:
+        print(f"\n{model}, whole images: estimated for an H200, nothing measured")
+        print(f"{'':46}{'X p':>31}  {'X^T t':>31}")
+        print(f"{'geometry':28} {'us':>7} {'floor':>6}  {heading}  {heading}")
+        counted = bench_kernels.geometries(model, torch.bfloat16, "h200", "primal")
+        for line in counted.layers:
+            (bucket,) = bench_kernels.buckets([line], torch.bfloat16)
+            names = {"model": model, "geometry": line.layer.name}
+            lines: list[Line] = []
+            done = _work([bucket], "primal", False, pool, lines)
+            if "error" not in results.add(names, done):
+                show_geometry(line.layer.name, lines)
+
+
+def _work(
+    buckets: Iterable[Bucket],
+    formulation: str,
+    orthogonalize: bool,
+    pool: ProcessPoolExecutor,
+    lines: list[Line],
+) -> Callable[[], dict[str, Any]]:
+    """What makes a result, and puts its lines in a list."""
+
+    def estimated() -> dict[str, Any]:
+        lines.extend(estimate(buckets, formulation, orthogonalize, pool))
+        time, floor = totals(lines)
+        kernels = [asdict(line) for line in lines]
+        return {"estimate_us": time, "floor_us": floor, "kernels": kernels}
+
+    return estimated
 
 
 if __name__ == "__main__":
