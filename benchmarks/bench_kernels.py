@@ -116,7 +116,8 @@ def products(batch: Batch) -> dict[str, Launch]:
     """Launches of one forward and one adjoint product from the middle of a solve."""
     with recording() as launches:
         solved(batch, "primal", iters=3)
-    middle = [a for a in launches.parts if not a.args.get("FIRST", True)]
+    products = [a for a in launches.parts if not a.args.get("LAST", False)]
+    middle = [a for a in products if not a.args.get("FIRST", False)]
     named = {
         "forward": [a for a in middle if a.kernel is PRIMAL_FORWARD],
         "adjoint": [

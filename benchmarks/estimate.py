@@ -104,6 +104,15 @@ def _update(args: Mapping[str, Any], v: Mapping[str, int]) -> Trips:
     return [tile, Loop(columns, [tile])]
 
 
+def _primal_direction(args: Mapping[str, Any], v: Mapping[str, int]) -> Trips:
+    main = Loop(blocks(args["D"], v["BLOCK_D"]))
+    if args["FIRST"]:
+        return [main]
+    # Of partial sums, four at a time, and those that are left.
+    sums = [Loop(args["rho_blocks"] // 4), Loop(args["rho_blocks"] % 4)]
+    return [*sums, main]
+
+
 def _newton_gram(args: Mapping[str, Any], v: Mapping[str, int]) -> Trips:
     return [Loop(blocks(args["R" if args["TALL"] else "ROW"], v["BLOCK_K"]))]
 
@@ -127,6 +136,7 @@ TRIPS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, int]], Trips]] = {
     "_gram_kernel": _gram,
     "_gram_cg_kernel": _gram_cg,
     "_gram_cg_tiled_kernel": _gram_cg_tiled,
+    "_primal_direction_kernel": _primal_direction,
     "_newton_gram_kernel": _newton_gram,
     "_newton_polynomial_kernel": _newton_polynomial,
     "_newton_step_kernel": _newton_step,

@@ -1,6 +1,6 @@
 """Conjugate gradients on the rows themselves.
 
-Two launches an iteration (three where the positions are split), with nothing between
+Three launches an iteration (four where the positions are split), with nothing between
 them: partial sums that one launch leaves behind are added up, in order, by whoever
 needs them in the next. Scalars of rows have one slot an iteration: no program writes
 what another may still read. Vectors are stored in the column order of `samples`.
@@ -53,6 +53,8 @@ class PrimalState:
         status: of the rows ``(L, R)``.
         iteration: how many forward products have been made.
         directions: p of even and of odd iterations ``(L, R, D)``.
+        factor: p in bfloat16 where the products with samples are, its rows with zeros
+            behind them; else None.
         r: residuals.
         z: iterates.
         t: ``Lambda * (X p)`` ``(L, N, R)``, in the type of its next product.
@@ -73,6 +75,7 @@ class PrimalState:
     status: Tensor
     iteration: int
     directions: tuple[Rows, Rows]
+    factor: Tensor | None
     r: Rows
     z: Rows
     t: Tensor

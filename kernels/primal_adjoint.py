@@ -30,6 +30,7 @@ from .primal import PrimalState, step_length
 from .products import as_factor, outstanding, product, product_precision
 from .samples import (
     Place,
+    load_columns,
     load_window,
     native_entries,
 )
@@ -199,13 +200,13 @@ def _primal_adjoint_kernel(
             x_scale = load_scales(x_largest_table_ptr, layer, channel, row_ok)
         else:
             x_scale = load_scale(x_largest_table_ptr, layer, group)
-        begin = split * split_length
+        begin = program[2] * split_length  # 64 bits where N has so many
         end = tl.minimum(begin + split_length, N)
         for start in range(begin, end, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N).to(tl.int64)
+            n = start + tl.arange(0, BLOCK_N)
             if DEPTHWISE:
                 t_mask = (n < end)[:, None] & row_ok[None, :]
-                t_at = n[:, None] * GROUPS * R + layer_rows[None, :]
+                t_at = n[:, None].to(tl.int64) * GROUPS * R + layer_rows[None, :]
                 t = tl.load(t_ptr + t_at, mask=t_mask, other=0.0).to(tl.float32)
                 x = load_window(
                     x_ptr,
@@ -222,21 +223,10 @@ def _primal_adjoint_kernel(
                     ap_bias += tl.sum(t, axis=0)
             else:
                 t_mask = row_ok[:, None] & (n < end)[None, :]
-                t_at = n[None, :] * GROUPS * R + layer_rows[:, None]
+                t_at = n[None, :].to(tl.int64) * GROUPS * R + layer_rows[:, None]
                 t = tl.load(t_ptr + t_at, mask=t_mask, other=0.0)
-                x_mask = (n < end)[:, None] & (d < D)[None, :]
-                channel, tap = d, d
-                if not STENCIL.POINTWISE:
-                    channel, tap = d % STENCIL.CHANNELS, d // STENCIL.CHANNELS
-                x = load_window(
-                    x_ptr,
-                    n[:, None],
-                    channel[None, :],
-                    tap[None, :],
-                    x_mask,
-                    place,
-                    STENCIL,
-                )
+                first_d = block_d * BLOCK_D
+                x = load_columns(x_ptr, n, first_d, end, D, place, STENCIL, BLOCK_D)
                 ap = product(t, as_factor(x, x_scale, PRECISION), ap, PRECISION)
                 if HAS_BIAS:
                     ap_bias += tl.sum(t.to(tl.float32), axis=1)
@@ -312,11 +302,21 @@ class AdjointConfig(SplitConfig):
     GROUP_M: int = 1
 
 
-def adjoint_config(n: int, depthwise: bool = False) -> AdjointConfig:
-    """Tiles of rows by weights; of a depthwise layer, rows by one weight."""
+def adjoint_config(
+    n: int, depthwise: bool = False, rounded: bool = False
+) -> AdjointConfig:
+    """Tiles of rows by weights; of a depthwise layer, rows by one weight.
+
+    Args:
+        n: samples.
+        depthwise: each row sees one channel.
+        rounded: products are in bfloat16.
+    """
     if depthwise:
         block_n = min(tile_side(n), 64)
         return AdjointConfig(BLOCK_N=block_n, BLOCK_R=32, BLOCK_D=1)
+    if rounded:
+        return AdjointConfig(BLOCK_N=min(tile_side(n), 64), num_stages=3)
     return AdjointConfig(BLOCK_N=min(tile_side(n), 32), num_warps=8)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..linalg.rows import Rows, SampleMap
 from .kernel import blocks
-from .launchers import in_place
+from .launchers import in_place, padded
 from .primal import PrimalState
 from .primal_adjoint import PRIMAL_ADJOINT, adjoint_config, adjoint_pieces
 from .primal_forward import PRIMAL_FORWARD, forward_config
@@ -36,18 +36,21 @@ def cg_start(
         return Rows(empty(*leading, layers, rows, dim), bias)
 
     precision = product_precision(s.map, s.tensors[0].dtype)
+    rounded = precision.startswith("bf16") and not s.depthwise
     dtypes, kind = (s.tensors[0].dtype,), f"{s.kind} {precision}"
     of_forward = PRIMAL_FORWARD.tuned(
-        forward_config(s.n, s.map.dim, s.kind), s.key, dtypes, kind
+        forward_config(s.n, s.map.dim, s.kind, rounded, s.group_channels),
+        s.key,
+        dtypes,
+        kind,
     )
     of_adjoint = PRIMAL_ADJOINT.tuned(
-        adjoint_config(s.n, s.depthwise > 0), s.key, dtypes, kind
+        adjoint_config(s.n, s.depthwise > 0, rounded), s.key, dtypes, kind
     )
     blocks_n = blocks(s.n, of_forward.BLOCK_N)
     blocks_d = blocks(dim, of_adjoint.BLOCK_D)
     problems = layers * s.groups
     splits, _ = adjoint_pieces(s.sizes, problems, of_adjoint.values())
-    rounded = precision.startswith("bf16") and not s.depthwise
     t_dtype = torch.bfloat16 if rounded else torch.float32
     return PrimalState(
         s,
@@ -58,6 +61,7 @@ def cg_start(
         status,
         0,
         (vector(), vector()),
+        empty(layers, rows, padded(dim), dtype=torch.bfloat16) if rounded else None,
         vector(),
         vector(),
         empty(layers, s.n, rows, dtype=t_dtype),

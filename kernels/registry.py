@@ -12,6 +12,7 @@ from .magnitudes import LARGEST_PARTS, MAGNITUDES
 from .momentum import MOMENTUM_PROJECT
 from .orthogonalize import NEWTON_GRAM, NEWTON_POLYNOMIAL, NEWTON_STEP
 from .primal_adjoint import PRIMAL_ADJOINT
+from .primal_direction import PRIMAL_DIRECTION
 from .primal_forward import PRIMAL_FORWARD
 from .primal_update import PRIMAL_UPDATE
 from .row_weights import ROW_NORMS, ROW_SCALE, ROW_SCALE_SUM
@@ -35,6 +36,7 @@ KERNELS = MappingProxyType(
             NEWTON_POLYNOMIAL,
             NEWTON_STEP,
             PRIMAL_ADJOINT,
+            PRIMAL_DIRECTION,
             PRIMAL_FORWARD,
             PRIMAL_UPDATE,
             ROW_NORMS,

@@ -88,7 +88,7 @@ def load_window(x_ptr, n, channel, tap, mask, place, STENCIL: tl.constexpr):
     The arguments n, channel and tap broadcast against each other.
     """
     if STENCIL.POINTWISE:
-        at = n * place.stride_n + channel * place.stride_c
+        at = n.to(tl.int64) * place.stride_n + channel * place.stride_c
     else:
         out_w = n % place.OUT_WIDTH
         out_h = (n // place.OUT_WIDTH) % place.OUT_HEIGHT
@@ -104,9 +104,42 @@ def load_window(x_ptr, n, channel, tap, mask, place, STENCIL: tl.constexpr):
             whole = w % STENCIL.UPSAMPLE_W == 0
             w = tl.where(whole, w // STENCIL.UPSAMPLE_W, -1)
         mask = mask & (h >= 0) & (h < place.HEIGHT) & (w >= 0) & (w < place.WIDTH)
-        at = example * place.stride_n + channel * place.stride_c
+        at = example.to(tl.int64) * place.stride_n + channel * place.stride_c
         at += h * place.stride_h + w * place.stride_w
     return tl.load(x_ptr + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_columns(
+    x_ptr,
+    n,
+    start,
+    end_n,
+    D,
+    place,
+    STENCIL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Columns from `start` on, of samples n: a tile of X, its columns tap by tap.
+
+    Where tiles fill the channels of a tap there is but one tap to a tile, and where
+    it looks is found once a sample.
+    """
+    d = start + tl.arange(0, BLOCK_D)
+    mask = (n < end_n)[:, None]
+    if STENCIL.POINTWISE:
+        mask = mask & (d < D)[None, :]
+        x = load_window(x_ptr, n[:, None], d[None, :], 0, mask, place, STENCIL)
+    elif STENCIL.CHANNELS % BLOCK_D == 0:
+        channel, tap = d % STENCIL.CHANNELS, start // STENCIL.CHANNELS
+        x = load_window(x_ptr, n[:, None], channel[None, :], tap, mask, place, STENCIL)
+    else:
+        channel, tap = d % STENCIL.CHANNELS, d // STENCIL.CHANNELS
+        mask = mask & (d < D)[None, :]
+        x = load_window(
+            x_ptr, n[:, None], channel[None, :], tap[None, :], mask, place, STENCIL
+        )
+    return x
 
 
 @dataclass(frozen=True)
