@@ -77,7 +77,7 @@ than 16 in common, Triton would read them number by number."""
 
 def padded(length: int) -> int:
     """The length of a row with zeros behind it."""
-    return -(-length // ALIGNMENT.value) * ALIGNMENT.value
+    return int(-(-length // ALIGNMENT.value) * ALIGNMENT.value)
 
 
 def empty_directions(ms: Sequence[Rows]) -> tuple[Rows, list[Rows]]:

@@ -72,7 +72,7 @@ def bias_layout(rows: Sequence[Rows]) -> tuple[list[Tensor], BiasPlace]:
     if bias.stride(0) == 1 or storage_of(bias) != storage_of(weight):
         biases = [r.bias.contiguous() for r in rows if r.bias is not None]
         return biases, BiasPlace(0, 1)
-    first = bias.storage_offset() - weight.storage_offset()
+    first = int(bias.storage_offset() - weight.storage_offset())
     # A weight without entries has no address.
     tables = [r.weight if first or r.bias is None else r.bias for r in rows]
     return tables, BiasPlace(first, bias.stride(0))

@@ -142,7 +142,8 @@ def _update_kernel(
         row_ok = row_ok & load_taken(scalars_ptr)
     first_row = group * R + program[0] * BLOCK_R
     layer_rows = first_row + block_rows
-    s, m_scale = tl.full((BLOCK_R,), 1.0, tl.float32), 1.0
+    s = tl.full((BLOCK_R,), 1.0, tl.float32)
+    m_scale = s
     if not ALONG:
         s = tl.load(s_ptr + problem * R + rows, mask=row_ok, other=0.0)
         m_scale = tl.load(m_scale_ptr + problem * R + rows, mask=row_ok, other=0.0)

@@ -37,7 +37,7 @@ from ..linalg.scales import row_scales, scaled
 from .backend import Backend
 from .fisher import FISHER, NON_FINITE, fisher_weights
 from .gram_space import cg_in_gram_space, normalizer
-from .orthogonal import orthogonalize  # noqa: F401 - one of the backend's functions
+from .orthogonal import orthogonalize as orthogonalize  # one of its functions
 
 T = TypeVar("T")
 

@@ -85,8 +85,8 @@ class Solution(Protocol):
     def has_anomalies(self) -> bool:
         """Whether a row may have met numbers that are not finite, to be counted."""
 
-    def rows(self) -> Rows:
-        """The directions written out, ``(L, R, D)``."""
+    def rows(self, narrow: bool = False) -> Rows:
+        """The directions written out, ``(L, R, D)``; narrow: to be orthogonalized."""
 
     def update_(self, params: Sequence[Rows], counts: Sequence[Tensor]) -> None:
         """Equation (5), in place, on the rows that are finite; the others are counted.
