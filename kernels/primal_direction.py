@@ -165,6 +165,12 @@ def next_direction(state: PrimalState) -> None:
     s, m = state.samples, state.ms[0]
     k = state.iteration
     before = max(k - 1, 0)
+    # Where m lies matters once; later on layers of all windows share launches.
+    first_r, stencil = state.r.weight[0], Stencil()
+    if k == 0:
+        first_r = m.weight
+        if s.stencil.TAPS > 1:
+            stencil = Stencil(s.stencil.TAPS, s.stencil.CHANNELS)
     tables = Tables([[m.weight for m in state.ms], biases(state.ms), s.largest])
     PRIMAL_DIRECTION.launch(
         DirectionConfig(),
@@ -190,10 +196,10 @@ def next_direction(state: PrimalState) -> None:
         total=state.pp.numel(),
         rho_blocks=state.rho_partial.shape[0],
         factor_row=padded(m.dim),
-        **row_layout("m", m.weight),
+        **row_layout("m", first_r),
         ALIGN=tables.align,
         M_DTYPE=DTYPES[m.weight.dtype],
-        STENCIL=Stencil(s.stencil.TAPS, s.stencil.CHANNELS),
+        STENCIL=stencil,
         HAS_BIAS=m.bias is not None,
         FIRST=k == 0,
         NARROW=state.factor is not None,
