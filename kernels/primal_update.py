@@ -253,7 +253,8 @@ def _finish(
     config = PRIMAL_UPDATE.tuned(
         FinishConfig(),
         {"r": s.problem_rows, "d": dim, "p": len(thetas) * s.groups},
-        (thetas[0].weight.dtype, m.weight.dtype),
+        # Narrow rows are written with the configuration of a plain step.
+        (m.weight.dtype if narrow else thetas[0].weight.dtype, m.weight.dtype),
     )
     tables = Tables(
         [

@@ -445,7 +445,8 @@ def _gram_step(
         config = UPDATE.tuned(
             config,
             {"n": n, "r": rows // groups, "d": dim, "p": len(ms) * groups},
-            (thetas[0].weight.dtype, m.dtype, samples[0].dtype),
+            # Narrow rows are written with the configuration of a plain step.
+            (m.dtype if narrow else thetas[0].weight.dtype, m.dtype, samples[0].dtype),
         )
     UPDATE.launch(
         config,

@@ -71,11 +71,11 @@ def test_all_launches_of_a_key_are_compiled(monkeypatch):
         (part,) = launch.parts
         assert part.config.key == asked.key and capability == 90
         seen.append(launch)
-        first, last = part.args["FIRST"], part.args["LAST"]
-        return Resources(100 + 5 * first, 8 * last, 1024 * (1 + first), 1, 1)
+        last = part.args["LAST"]
+        return Resources(100 + 5 * last, 8 * last, 1024 * (2 - last), 1, 1)
 
     monkeypatch.setattr("frog_triton.autotune.jobs.compile_launch", compile_launch)
-    registers = 100 + 5 * asked.launch.args["FIRST"]
+    registers = 100 + 5 * asked.launch.args["LAST"]
     found = job.compile()
     assert len(seen) == 4  # k
     assert found == Resources(registers, 8, 2048, 1, 1)
