@@ -13,7 +13,7 @@ from frog_triton import FROG
 from frog_triton.fallback import FALLBACKS
 from frog_triton.linalg import products
 from frog_triton.linalg.numbers import Numbers
-from frog_triton.ops import orthogonal, torch_ops, triton_ops
+from frog_triton.ops import orthogonal, torch_ops
 from frog_triton.solve import together
 from frog_triton.solve.formulation import predict
 
@@ -75,7 +75,7 @@ def test_nothing_waits_for_the_device(
     orthogonalize, sampling, formulation, fallback, monkeypatch
 ):
     # The CPU stands for a device whose numbers the host may not read.
-    for module in (orthogonal, products, together, torch_ops, triton_ops):
+    for module in (orthogonal, products, together, torch_ops):
         monkeypatch.setattr(module, "on_host", lambda tensor: False)
     net = Net()
     opt = FROG(
