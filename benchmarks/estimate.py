@@ -5,6 +5,8 @@
 
 The second solves on whole images, one geometry at a time.
 
+More than 400 lines: how often each kernel's loops run stands beside what is made of it.
+
 Needs no GPU: kernels are compiled for sm_90, and their registers, shared memory,
 tensor-core instructions and instruction mix read. **No time here is a measurement.** A
 kernel is taken for as long as its bytes take, from memory or through the L2 cache, and
