@@ -54,6 +54,33 @@ def test_every_geometry(name, formulation, iters):
     compare(*on_device(problem(name, dtype=torch.float32)), iters, formulation)
 
 
+@pytest.mark.parametrize(
+    ("channels", "kernel", "dtype"),
+    [
+        (32, 3, torch.bfloat16),
+        (64, 3, torch.bfloat16),
+        (64, 3, torch.float32),
+        (70, 1, torch.bfloat16),
+    ],
+)
+def test_channels_that_fill_tiles(channels, kernel, dtype):
+    """A tile lies within a tap then; rows and positions are none of its multiples."""
+    module = nn.Conv2d(channels, 70, kernel, padding=kernel // 2)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, channels, 9, 8), (2, 70), (70, channels, kernel, kernel), (70,)]
+    shapes[1] += module(torch.zeros(shapes[0])).shape[2:]
+    made = [torch.randn(shape, generator=generator) for shape in shapes]
+    module, x, y, m, mb = on_device([module, *made])
+    x, y = (t.to(dtype, memory_format=torch.channels_last) for t in (x, y))
+    expected = oracles.precondition(module, x, y, m, mb, 1e-1, 3)
+    options = {"damping": 1e-1, "cg_iters": 3, "formulation": "primal"}
+    found = precondition(module, x, y, m, mb, **options, backend="triton")
+    # Measured: 3e-3 and 1.5e-7.
+    limit = 2e-2 if dtype == torch.bfloat16 else 2e-6
+    for a, exact in zip(found, expected, strict=True):
+        assert oracles.relative_error(a, exact) < limit
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     "name", ["conv2d", "conv2d-1x1", "conv2d-1x1-stride", "conv2d-depthwise"]
