@@ -23,15 +23,6 @@ SMALLEST: tl.constexpr = tl.constexpr(1e-37)
 
 
 @triton.jit
-def _moving(finite_ptr, rows, R, FIRST: tl.constexpr):
-    """Which rows there are; ahead of the first iteration, which are to move."""
-    ok = rows < R
-    if FIRST:
-        ok = tl.load(finite_ptr + rows, mask=ok, other=0) != 0
-    return ok
-
-
-@triton.jit
 def _tile_below(program, tiles):
     """Row and column of one of the tiles on and below the diagonal.
 
@@ -62,13 +53,11 @@ def _store_symmetric(ptr, tile, block_i, block_j, SIDE, BLOCK: tl.constexpr):
 @triton.jit
 def _newton_gram_kernel(
     x_ptr,
-    finite_ptr,
     g_ptr,
     R,
     ROW,
     SIDE,
     TALL: tl.constexpr,
-    FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -79,7 +68,6 @@ def _newton_gram_kernel(
     problem = program[1].to(tl.int64)
     block_i, block_j = _tile_below(program[0], tl.cdiv(SIDE, BLOCK))
     x_ptr += problem * R * ROW
-    finite_ptr += problem * R
     in_block = tl.arange(0, BLOCK)
     in_step = tl.arange(0, BLOCK_K)
     i, j = block_i * BLOCK + in_block, block_j * BLOCK + in_block
@@ -88,14 +76,13 @@ def _newton_gram_kernel(
         i_ok, j_ok = (i < ROW)[None, :], (j < ROW)[None, :]
         at = in_step[:, None] * ROW
         for start in range(0, R, BLOCK_K):
-            ok = _moving(finite_ptr, start + in_step, R, FIRST)[:, None]
+            ok = (start + in_step < R)[:, None]
             xi = tl.load(x_ptr + (at + i[None, :]), mask=ok & i_ok, other=0.0)
             xj = tl.load(x_ptr + (at + j[None, :]), mask=ok & j_ok, other=0.0)
             g = product(tl.trans(xi), xj, g, PRECISION)
             x_ptr += BLOCK_K * ROW
     else:
-        i_ok = _moving(finite_ptr, i, R, FIRST)[:, None]
-        j_ok = _moving(finite_ptr, j, R, FIRST)[None, :]
+        i_ok, j_ok = (i < R)[:, None], (j < R)[None, :]
         i_ptr = x_ptr + (block_i * BLOCK).to(tl.int64) * ROW
         j_ptr = x_ptr + (block_j * BLOCK).to(tl.int64) * ROW
         at = in_block * ROW
@@ -129,7 +116,10 @@ def _newton_polynomial_kernel(
     PRECISION: tl.constexpr,
     within=None,
 ):
-    """``b G + c G^2``; the first G is divided by its trace, whose root goes to X."""
+    """``b G + c G^2``; the first G is divided by its trace, and X will be by the root.
+
+    What X is to be multiplied by goes to `size_ptr`, in later iterations one.
+    """
     program = programs(within)
     problem = program[1].to(tl.int64)
     block_i, block_j = _tile_below(program[0], tl.cdiv(SIDE, BLOCK))
@@ -149,8 +139,11 @@ def _newton_polynomial_kernel(
         usable = (trace > SMALLEST) & (trace < float("inf"))
         trace = tl.where(usable, trace, 1.0)
         inverse = tl.where(usable, tl.div_rn(1.0, trace), 0.0)
-        if program[0] == 0:
-            tl.store(size_ptr + problem, tl.sqrt_rn(inverse))
+    if program[0] == 0:
+        size = 1.0
+        if FIRST:
+            size = tl.sqrt_rn(inverse)
+        tl.store(size_ptr + problem, size)
     i_ptr = g_ptr + (block_i * BLOCK).to(tl.int64) * SIDE
     j_ptr = g_ptr + (block_j * BLOCK).to(tl.int64) * SIDE
     at = in_block * SIDE
@@ -181,14 +174,12 @@ def _newton_step_kernel(
     p_ptr,
     next_ptr,
     size_ptr,
-    finite_ptr,
     R,
     ROW,
     SIDE,
     length,
+    last,
     TALL: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -209,13 +200,12 @@ def _newton_step_kernel(
     x_ptr += problem * R * ROW
     next_ptr += problem * R * ROW
     p_ptr += problem * SIDE * SIDE
-    finite_ptr += problem * R
     in_step = tl.arange(0, BLOCK_K)
     rows = tl.arange(0, BLOCK_R)
     first = block_i * BLOCK_R
     j = block_j * BLOCK_D + tl.arange(0, BLOCK_D)
     j_ok = (j < ROW)[None, :]
-    row_ok = _moving(finite_ptr, first + rows, R, FIRST)[:, None]
+    row_ok = (first + rows < R)[:, None]
     rows_ptr = x_ptr + first.to(tl.int64) * ROW
     acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     if TALL:
@@ -242,17 +232,14 @@ def _newton_step_kernel(
                 mask=there & (k < SIDE)[None, :],
                 other=0.0,
             )
-            ok = _moving(finite_ptr, k, R, FIRST)[:, None]
-            b = tl.load(x_ptr + at, mask=ok & j_ok, other=0.0)
+            b = tl.load(x_ptr + at, mask=(k < R)[:, None] & j_ok, other=0.0)
             acc = product(a, b, acc, PRECISION)
             x_ptr += BLOCK_K * ROW
     at = rows[:, None] * ROW + j[None, :]
     x = tl.load(rows_ptr + at, mask=row_ok & j_ok, other=0.0)
     acc += A * x.to(tl.float32)
-    if FIRST:
-        acc *= tl.load(size_ptr + problem)
-    if LAST:
-        acc *= tl.sqrt_rn(tl.maximum(tl.div_rn(R * 1.0, length * 1.0), 1.0))
-    mask = (first + rows < R)[:, None] & j_ok
+    acc *= tl.load(size_ptr + problem)
+    adjustment = tl.sqrt_rn(tl.maximum(tl.div_rn(R * 1.0, length * 1.0), 1.0))
+    acc *= tl.where(last != 0, adjustment, 1.0)
     next_ptr += first.to(tl.int64) * ROW
-    tl.store(next_ptr + at, acc.to(tl.bfloat16), mask=mask)
+    tl.store(next_ptr + at, acc.to(tl.bfloat16), mask=row_ok & j_ok)

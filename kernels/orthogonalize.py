@@ -153,8 +153,9 @@ def orthogonalize(rows: Rows, finite: Tensor, groups: int) -> Rows:
     """See `torch_ops.orthogonalize`; three launches an iteration.
 
     Args:
-        rows: ``(L, R, D)``. If they are bfloat16, `empty_directions` has made them, and
-            they are overwritten.
+        rows: ``(L, R, D)``. If they are bfloat16, a kernel has written them into what
+            `empty_directions` made, with zeros where nothing is to move, and they are
+            overwritten.
         finite: rows that are to move ``(L, R)``.
         groups: of the layers.
 
@@ -163,7 +164,7 @@ def orthogonalize(rows: Rows, finite: Tensor, groups: int) -> Rows:
     """
     dim, bias = rows.weight.shape[-1], rows.bias is not None
     if rows.weight.dtype != torch.bfloat16:
-        rows, finite = _narrowed(rows, finite)
+        rows = _narrowed(rows, finite)
     x = room_of(rows)
     layers, height, row = x.shape
     problems, height, length = layers * groups, height // groups, dim + bias
@@ -176,22 +177,19 @@ def orthogonalize(rows: Rows, finite: Tensor, groups: int) -> Rows:
         "SIDE": side,
         "PRECISION": gram_precision(torch.bfloat16),
     }
-    of_rows = {
-        "finite_ptr": finite.contiguous().view(torch.int8),
-        "R": height,
-        "ROW": row,
-        "TALL": tall,
-        **how,
-    }
-    symmetric, stepping = (
-        symmetric_config(side),
-        step_config(height, row, is_hopper(x.device)),
-    )
+    of_rows = {"R": height, "ROW": row, "TALL": tall, **how}
+    symmetric = symmetric_config(side)
+    stepping = step_config(height, row, is_hopper(x.device))
     for iteration in range(ITERATIONS):
-        of_rows["FIRST"] = how["FIRST"] = iteration == 0
         NEWTON_GRAM.launch(symmetric, problems, x_ptr=x, g_ptr=g, **of_rows)
         NEWTON_POLYNOMIAL.launch(
-            symmetric, problems, g_ptr=g, p_ptr=p, size_ptr=size, **how
+            symmetric,
+            problems,
+            g_ptr=g,
+            p_ptr=p,
+            size_ptr=size,
+            FIRST=iteration == 0,
+            **how,
         )
         NEWTON_STEP.launch(
             stepping,
@@ -201,20 +199,21 @@ def orthogonalize(rows: Rows, finite: Tensor, groups: int) -> Rows:
             next_ptr=spare,
             size_ptr=size,
             length=length,
-            LAST=iteration + 1 == ITERATIONS,
+            last=int(iteration + 1 == ITERATIONS),
             **of_rows,
         )
         x, spare = spare, x
     return Rows(x[..., :dim], x[..., dim] if bias else None)
 
 
-def _narrowed(rows: Rows, finite: Tensor) -> tuple[Rows, Tensor]:
-    """Rows that torch has written, as `empty_directions` would; which of them move."""
+def _narrowed(rows: Rows, finite: Tensor) -> Rows:
+    """Rows that torch has written, as kernels write them."""
     settle()
     weight, bias = rows
     whole = weight if bias is None else torch.cat([weight, bias[..., None]], -1)
     beyond = padded(whole.shape[-1]) - whole.shape[-1]
     room = torch.nn.functional.pad(whole.to(torch.bfloat16), (0, beyond))
+    kept = finite & torch.isfinite(room).all(-1)
+    room.masked_fill_(~kept[..., None], 0)
     dim = weight.shape[-1]
-    finite = finite & torch.isfinite(room).all(-1)
-    return Rows(room[..., :dim], None if bias is None else room[..., dim]), finite
+    return Rows(room[..., :dim], None if bias is None else room[..., dim])

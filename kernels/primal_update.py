@@ -83,7 +83,8 @@ def _primal_update_kernel(
 ):
     """The last ``z += alpha p``, normalized, and equation (5); not STEP: z itself.
 
-    With NARROW a bias is the last column, and zeros follow up to the end of a row.
+    With NARROW a bias is the last column, zeros follow up to the end of a row, and rows
+    that are not to move are zeros.
     """
     program = programs(within)
     p_rows = RowPointers(*p_rows)
@@ -157,7 +158,8 @@ def _primal_update_kernel(
         theta = tl.load(theta_ptr + local, mask=mask, other=0.0).to(tl.float32)
         z = decay * theta - lr * z
     if NARROW:
-        z = tl.where(is_finite(z), z, 0.0)
+        moves = tl.load(finite_ptr + at, mask=row_ok, other=0) != 0
+        z = tl.where(moves[:, None] & is_finite(z), z, 0.0)
     tl.debug_barrier()
     tl.store(theta_ptr + local, z.to(THETA_DTYPE), mask=mask)
     first = row_ok & (block_d == 0)
@@ -179,7 +181,7 @@ def _primal_update_kernel(
         last = D + tl.arange(0, ALIGNMENT)
         tail = tl.zeros((BLOCK_R, ALIGNMENT), tl.float32)
         if HAS_BIAS:
-            z = tl.where(is_finite(z), z, 0.0)
+            z = tl.where(moves & is_finite(z), z, 0.0)
             tail = tl.where((last == D)[None, :], z[:, None], tail)
         at_last = layer_rows[:, None] * theta_row + last[None, :]
         mask = first[:, None] & (last < theta_row)[None, :]
@@ -216,10 +218,11 @@ PRIMAL_UPDATE = Kernel(
 )
 
 
-def cg_rows(state: PrimalState, numbers: Numbers, narrow: bool) -> Rows:
-    """See `torch_ops.cg_rows`; one launch. Narrow is bfloat16."""
-    z, layers = empty_directions(state.ms) if narrow else empty_rows(state.ms)
-    _finish(layers, state, state.status, [], numbers, step=False)
+def cg_rows(state: PrimalState, numbers: Numbers, moving: Tensor | None) -> Rows:
+    """See `torch_ops.cg_rows`; one launch. With `moving` they are bfloat16."""
+    z, layers = empty_rows(state.ms) if moving is None else empty_directions(state.ms)
+    finite = state.status if moving is None else moving
+    _finish(layers, state, finite, [], numbers, step=False)
     return z
 
 
@@ -284,7 +287,7 @@ def _finish(
         active_ptr=state.active[2 * k],
         zm_ptr=state.zm,
         status_ptr=state.status,
-        finite_ptr=finite.view(torch.int8) if step else finite,
+        finite_ptr=finite.view(torch.int8) if finite.dtype == torch.bool else finite,
         R=s.problem_rows,
         D=dim,
         GROUPS=s.groups,

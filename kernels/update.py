@@ -123,10 +123,10 @@ def _update_kernel(
     """A block of rows, one piece of their columns; the first sees to the biases too.
 
     X and m are scaled. Without STEP the direction itself is written: ``theta = s m +
-    X^T u``; with NARROW a bias as the last column, and zeros up to the end of a row, as
-    products take them. With ALONG m is the direction. SAMPLES is 0 where there are
-    none, 1 where one block holds all, whose u is then read once, and else 2. Rows whose
-    u is zero must not see samples that are not finite.
+    X^T u``; with NARROW as products take it: a bias as the last column, zeros up to the
+    end of a row, and in rows that are not to move. With ALONG m is the direction.
+    SAMPLES is 0 where there are none, 1 where one block holds all, whose u is then read
+    once, and else 2. Rows whose u is zero must not see samples that are not finite.
     """
     program = programs(within)
     theta_place = RowPlace(*theta_place)
@@ -191,6 +191,8 @@ def _update_kernel(
         lr = load_scalar(scalars_ptr, LR)
         decay = 1.0 - lr * load_scalar(scalars_ptr, WEIGHT_DECAY)
 
+    if NARROW:
+        moves = tl.load(finite_ptr + problem * R + rows, mask=row_ok, other=0) != 0
     end = tl.minimum((piece + 1) * piece_length, D)
     for begin in range(piece * piece_length, end, BLOCK_D):
         d = begin + tl.arange(0, BLOCK_D)
@@ -229,7 +231,7 @@ def _update_kernel(
         if STEP:
             z = decay * theta - lr * z
         if NARROW:
-            z = tl.where(is_finite(z), z, 0.0)
+            z = tl.where(moves[:, None] & is_finite(z), z, 0.0)
         tl.store(theta_ptr + at, z.to(THETA_DTYPE), mask=mask)
 
     first = row_ok & (piece == 0)
@@ -250,7 +252,7 @@ def _update_kernel(
         last = D + tl.arange(0, ALIGNMENT)
         z = tl.zeros((BLOCK_R, ALIGNMENT), tl.float32)
         if HAS_BIAS:
-            z_bias = tl.where(is_finite(z_bias), z_bias, 0.0)
+            z_bias = tl.where(moves & is_finite(z_bias), z_bias, 0.0)
             z = tl.where((last == D)[None, :], z_bias[:, None], z)
         at = block_rows[:, None] * theta_row + last[None, :]
         mask = first[:, None] & (last < theta_row)[None, :]
@@ -343,12 +345,12 @@ def gram_rows(
     scales: Tensor,
     s: Tensor,
     u: Tensor,
-    narrow: bool,
+    moving: Tensor | None,
 ) -> Rows:
-    """See `torch_ops.gram_rows`; one launch. Narrow is bfloat16."""
-    z, layers = empty_directions(ms) if narrow else empty_rows(ms)
-    x = _Explicit.of(xs)
-    _gram_step(layers, x, ms, scales, s, u, s, s, [], None)
+    """See `torch_ops.gram_rows`; one launch. With `moving` they are bfloat16."""
+    z, layers = empty_rows(ms) if moving is None else empty_directions(ms)
+    x, finite = _Explicit.of(xs), s if moving is None else moving
+    _gram_step(layers, x, ms, scales, s, u, s, finite, [], None)
     return z
 
 
@@ -463,7 +465,7 @@ def _gram_step(
         s_ptr=s,
         u_ptr=stored(u),
         status_ptr=status,
-        finite_ptr=finite if numbers is None else finite.view(torch.int8),
+        finite_ptr=finite.view(torch.int8) if finite.dtype == torch.bool else finite,
         N=n,
         R=rows // groups,
         D=dim,

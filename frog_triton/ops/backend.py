@@ -126,7 +126,9 @@ class Backend(Protocol):
     ) -> None:
         """``z += alpha p`` and ``r -= alpha A p``."""
 
-    def cg_rows(self, state: Any, numbers: Numbers, narrow: bool = False) -> Rows:
+    def cg_rows(
+        self, state: Any, numbers: Numbers, moving: Tensor | None = None
+    ) -> Rows:
         """Directions written out."""
 
     def cg_update_(
@@ -163,7 +165,7 @@ class Backend(Protocol):
         scales: Tensor,
         s: Tensor,
         u: Tensor,
-        narrow: bool = False,
+        moving: Tensor | None = None,
     ) -> Rows:
         """Directions written out."""
 

@@ -305,14 +305,14 @@ def cg_adjoint_(xs: Sequence[SampleMap], state: CGState, numbers: Numbers) -> No
     state.rho = rho
 
 
-def cg_rows(state: CGState, numbers: Numbers, narrow: bool = False) -> Rows:
+def cg_rows(state: CGState, numbers: Numbers, moving: Tensor | None = None) -> Rows:
     """Directions ``z / sqrt(<z, m>)``, equation (2): rows ``(L, R, D)``.
 
     Args:
         state: after the last iteration.
         numbers: of the group.
-        narrow: `orthogonalize` alone will read them, so they may be no more precise
-            than it is.
+        moving: if given, `orthogonalize` alone will read them. They may be no more
+            precise than it is then, and zeros where these ``(L, R)`` are False.
     """
     z = state.m.select(state.status != FISHER, state.z)
     return z.scale_(normalizer(z.dot(state.m)))
@@ -387,7 +387,7 @@ def gram_rows(
     scales: Tensor,
     s: Tensor,
     u: Tensor,
-    narrow: bool = False,
+    moving: Tensor | None = None,
 ) -> Rows:
     """Directions ``s m + X^T u`` written out: rows ``(L, R, D)``.
 
@@ -397,7 +397,7 @@ def gram_rows(
         scales: of their rows ``(L, R)``, from `momentum_project_`.
         s: ``(L, R)``.
         u: ``(L, groups, N, R / groups)``.
-        narrow: see `cg_rows`.
+        moving: see `cg_rows`.
     """
     layers = []
     for i, (x, m) in enumerate(zip(xs, ms, strict=True)):

@@ -141,9 +141,9 @@ def gather_patches(
     return gather(x, index, output_shape, window)
 
 
-def cg_rows(state: Any, numbers: Numbers, narrow: bool = False) -> Rows:
-    """See `torch_ops.cg_rows`; narrow is bfloat16, on a GPU."""
-    return rows_of_cg(state, numbers, narrow and not on_host(state.status))
+def cg_rows(state: Any, numbers: Numbers, moving: Tensor | None = None) -> Rows:
+    """See `torch_ops.cg_rows`; on a GPU bfloat16 if they are to be orthogonalized."""
+    return rows_of_cg(state, numbers, None if on_host(state.status) else moving)
 
 
 def gram_rows(
@@ -152,10 +152,10 @@ def gram_rows(
     scales: Tensor,
     s: Tensor,
     u: Tensor,
-    narrow: bool = False,
+    moving: Tensor | None = None,
 ) -> Rows:
     """See `torch_ops.gram_rows`; likewise."""
-    return rows_of_gram(xs, ms, scales, s, u, narrow and not on_host(s))
+    return rows_of_gram(xs, ms, scales, s, u, None if on_host(s) else moving)
 
 
 def orthogonalize(rows: Rows, finite: Tensor, groups: int) -> Rows:

@@ -50,7 +50,8 @@ class GramSolution:
     def rows(self, narrow: bool = False) -> Rows:
         """The directions, ``(L, R, D)``; narrow ones are to be orthogonalized."""
         coordinates = (self.scales, self.s, self.u)
-        return self.ops.gram_rows(self.xs, self.ms, *coordinates, narrow)
+        moving = self.finite if narrow else None
+        return self.ops.gram_rows(self.xs, self.ms, *coordinates, moving)
 
     def update_(self, params: Sequence[Rows], counts: Sequence[Tensor]) -> None:
         """Equation (5), in place, on the rows that are finite; the others are counted.

@@ -42,7 +42,8 @@ class PrimalSolution:
 
     def rows(self, narrow: bool = False) -> Rows:
         """The directions, ``(L, R, D)``; narrow ones are to be orthogonalized."""
-        return self.ops.cg_rows(self.state, self.numbers, narrow)
+        moving = self.finite if narrow else None
+        return self.ops.cg_rows(self.state, self.numbers, moving)
 
     def update_(self, params: Sequence[Rows], counts: Sequence[Tensor]) -> None:
         """Equation (5), in place, on the rows that are finite; the others are counted.
