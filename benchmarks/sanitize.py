@@ -13,7 +13,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from .smoke import CASES, DETAIL, run_cases
+from .smoke import DETAIL, run_cases
+from .smoke_cases import CASES
 
 TOOLS = ("memcheck", "racecheck")
 FOUND = 99

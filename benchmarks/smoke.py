@@ -1,4 +1,4 @@
-"""Every kernel once, in the smallest steps that launch it, beside the torch backend.
+"""Every kernel once, on small inputs of `smoke_cases`, beside the torch backend.
 
     python -m frog_triton.benchmarks.smoke
     python -m frog_triton.benchmarks.smoke --kernel _gram_kernel
@@ -16,95 +16,21 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Queue
 from threading import Event
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from .. import FROG, PAPER
 from ..kernels.launch import recording
 from ..kernels.registry import KERNELS
-
-# Both backends see the same samples, so errors are those of the kernels. Measured in
-# the interpreter: 4e-7 in float32, 1e-3 where images in bfloat16 round p and T.
-LIMITS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+from .smoke_cases import CASES, Case
 
 DETAIL = 12
 """Lines that are printed of what a failed process has said; the JSON has more."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A step of two small models, one for each backend.
-
-    Attributes:
-        network: builds the model; every layer is preconditioned.
-        inputs: shape of the batch.
-        options: of FROG.
-        dtype: of the samples.
-    """
-
-    network: Callable[[], nn.Module]
-    inputs: tuple[int, ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def limit(self) -> float:
-        """Of the error; Newton-Schulz is computed in bfloat16 on a GPU."""
-        rounded = bool(self.options.get("orthogonalize"))
-        return LIMITS[torch.bfloat16 if rounded else self.dtype]
-
-
-def _linear(dim: int = 40, rows: int = 40) -> nn.Module:
-    if dim != rows:
-        return nn.Linear(dim, rows)
-    return nn.Sequential(nn.Linear(dim, rows), nn.Tanh(), nn.Linear(rows, dim))
-
-
-def _conv(groups: int = 1) -> nn.Module:
-    layers = [nn.Conv2d(8, 8, 3, padding=1, groups=groups) for _ in range(2)]
-    return nn.Sequential(layers[0], nn.Tanh(), layers[1])
-
-
-def _sizes() -> nn.Module:
-    """Layers of four sizes, which share launches."""
-    sizes = (40, 24, 64, 33, 48)
-    layers = [(nn.Linear(dim, rows), nn.Tanh()) for dim, rows in pairwise(sizes)]
-    return nn.Sequential(*(part for pair in layers for part in pair))
-
-
-_GRAM, _PRIMAL = {"formulation": "gram"}, {"formulation": "primal"}
-_WHOLE = {"sampling": "examples", "sample_size": 2}
-_BF16 = torch.bfloat16
-
-CASES: dict[str, Case] = {
-    "gram": Case(_linear, (24, 40), _GRAM),
-    "gram-bfloat16": Case(_linear, (24, 40), _GRAM, _BF16),
-    "gram-more-samples": Case(_linear, (140, 40), _GRAM | {"sample_size": 140}),
-    "gram-many-samples": Case(_linear, (270, 40), _GRAM | {"sample_size": 270}),
-    "gram-long-rows": Case(lambda: _linear(1100, 5), (9, 1100), _GRAM),
-    "gram-images": Case(lambda: nn.Conv2d(8, 8, 3), (2, 8, 5, 5), _GRAM | _WHOLE),
-    "gram-nesterov": Case(_linear, (24, 40), _GRAM | {"nesterov": True}),
-    "primal": Case(_linear, (70, 40), _PRIMAL),
-    "primal-bfloat16": Case(_linear, (70, 40), _PRIMAL, _BF16),
-    "primal-images": Case(_conv, (3, 8, 7, 6), _PRIMAL | _WHOLE),
-    "primal-images-bfloat16": Case(_conv, (3, 8, 7, 6), _PRIMAL | _WHOLE, _BF16),
-    "depthwise": Case(lambda: _conv(8), (3, 8, 7, 6), _PRIMAL | _WHOLE),
-    "gram-sizes": Case(_sizes, (20, 40), _GRAM),
-    "primal-sizes": Case(_sizes, (70, 40), _PRIMAL),
-    "positions": Case(_conv, (3, 8, 7, 6), {"sample_size": 20}),
-    "capturable": Case(_linear, (24, 40), {"capturable": True}),
-    "orthogonal": Case(_linear, (24, 40), {"orthogonalize": True}),
-}
 
 
 @dataclass
@@ -136,7 +62,7 @@ def all_kernels() -> list[str]:
 def launched(case: Case) -> list[str]:
     """Names of the kernels that a case launches, found out without running them."""
     with recording(run=False) as launches:
-        _step(case, _network(case), "triton")
+        case.result("triton")
     return sorted({launch.name for launch in launches})
 
 
@@ -152,9 +78,7 @@ def judge(name: str) -> Iterator[Outcome]:
     yield outcome
     with recording() as launches:
         try:
-            network = _network(case)
-            ours = _step(case, deepcopy(network), "triton")
-            theirs = _step(case, network, "torch")
+            ours, theirs = case.result("triton"), case.result("torch")
             error = float((ours - theirs).norm() / theirs.norm())
         except Exception as problem:  # whatever a compiler or a driver raises
             said = f"{type(problem).__name__}: {problem}"
@@ -166,42 +90,6 @@ def judge(name: str) -> Iterator[Outcome]:
             if not error <= case.limit:
                 outcome.verdict = f"off by {error:.1e}"
     yield outcome
-
-
-def _network(case: Case) -> nn.Module:
-    torch.manual_seed(0)
-    return case.network().to(_device())
-
-
-# Two iterations and a large damping, so that rounding is not amplified.
-_WELL_POSED = {"sampling": "positions", "damping": 1e-2, "cg_iters": 2}
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _step(case: Case, network: nn.Module, backend: str) -> Tensor:
-    """What a step changes, as one vector; the same numbers each time."""
-    device = _device()
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(case.inputs, generator=generator).to(device)
-    before = [p.detach().clone() for p in network.parameters()]
-    optimizer = FROG(
-        network,
-        lr=1.0,
-        exclude_output_layer=False,
-        backend=backend,
-        autotune="off",
-        **{**PAPER, **_WELL_POSED, **case.options},
-    )
-    with torch.autocast(device, case.dtype, enabled=case.dtype != torch.float32):
-        output = network(x)
-    slope = torch.randn(output.shape, generator=generator).to(output)
-    output.backward(slope)
-    optimizer.step()
-    pairs = zip(network.parameters(), before, strict=True)
-    return torch.cat([(p.detach() - b).flatten() for p, b in pairs]).double().cpu()
 
 
 def run_cases(

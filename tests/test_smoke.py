@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from frog_triton.benchmarks import sanitize, smoke
+from frog_triton.benchmarks import sanitize, smoke, smoke_cases
 from frog_triton.kernels import launch
 
 KERNELS = Path(smoke.__file__).parents[1] / "kernels"
@@ -48,7 +48,7 @@ def test_one_kernel_by_name(capsys):
 
 
 def test_a_wrong_result_is_no_right_kernel(monkeypatch):
-    monkeypatch.setattr(smoke, "LIMITS", {torch.float32: 0.0})
+    monkeypatch.setattr(smoke_cases, "LIMITS", {torch.float32: 0.0})
     *_, outcome = smoke.judge("gram")
     assert outcome.verdict.startswith("off by")
     found = smoke.verdicts([outcome])
