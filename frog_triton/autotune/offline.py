@@ -22,11 +22,9 @@ from triton.runtime import driver
 
 from ..kernels.launch import Made
 
-# Instructions of the tensor cores, by generation.
-_TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA|QGMMA|OMMA)\b")
-_WGMMA = re.compile(r"\bHGMMA\b")
-_MULTIPLIES = re.compile(r"\b(?:w?mma|wgmma|tcgen05)\b")
-"""Instructions of PTX that become those; without one there is none."""
+# Instructions of the tensor cores, by generation; each becomes one of the machine's.
+_WGMMA = re.compile(r"\bwgmma\.mma_async\b")
+_TENSOR_CORE = re.compile(rf"\bmma\.sync\b|{_WGMMA.pattern}|\btcgen05\.mma\b")
 
 _INEXACT = re.compile(
     r"\b(?:(?:sqrt|rsqrt|rcp|div|ex2|lg2|sin|cos|tanh)\.approx|div\.full)[.\w]*"
@@ -115,13 +113,11 @@ def resources(kernel: Any) -> Resources:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])
         usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
-        # The disassembler takes most of the time, and few kernels multiply matrices.
-        multiplies = _MULTIPLIES.search(kernel.asm["ptx"])
-        code = _tool("nvdisasm", "-c", "-ndf", str(path)) if multiplies else ""
     found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage[:200]}")
     registers, stack, local = map(int, found.groups())
+    code = kernel.asm["ptx"]  # the disassembler takes as long as a compilation
     return Resources(
         registers,
         stack + local,
