@@ -21,9 +21,9 @@ torch.set_num_threads(1)
 sys.path.append(str(Path(__file__).parent))
 
 if not torch.cuda.is_available():
-    from interpreter import patch_once_a_launch
+    from interpreter import hasten
 
-    patch_once_a_launch()
+    hasten()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 
@@ -37,11 +38,31 @@ class PatchOnce:
         return scope
 
 
-def patch_once_a_launch():
+def once_a_type(numpy_type):
+    """The interpreter's own function, which makes a dictionary of all types a call."""
+
+    found = {}
+
+    def of(dtype):
+        name = dtype.scalar.name
+        if name not in found:
+            found[name] = numpy_type(dtype)
+        return found[name]
+
+    return of
+
+
+def hasten():
     """Have it so in this process, where Triton is installed."""
     if find_spec("triton") is None:
         return
     from triton.runtime import interpreter
 
-    if not isinstance(interpreter._patch_lang, PatchOnce):
-        interpreter._patch_lang = PatchOnce(interpreter._patch_lang)
+    if isinstance(interpreter._patch_lang, PatchOnce):
+        return
+    interpreter._patch_lang = PatchOnce(interpreter._patch_lang)
+    interpreter._get_np_dtype = once_a_type(interpreter._get_np_dtype)
+    # Whether sums of integers overflow is computed, and dropped unless it debugs.
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = replace(builder.options, sanitize_overflow=False)
