@@ -253,6 +253,31 @@ def test_instructions_that_approximate_are_told_from_others():
     assert found == [*[[name] for name in bad], *[[] for _ in good]]
 
 
+MULTIPLYING = """
+import re, sys
+from frog_triton.autotune.offline import compiled, disassembly, resources
+from frog_triton.benchmarks.compile_defaults import launches
+
+for chip, mnemonic in ((80, "HMMA"), (90, "HGMMA"), (100, r"UTC\\w*MMA")):
+    for launch in launches(chip, 128, "bfloat16", "gram", "linear"):
+        if launch.name in sys.argv[1:]:
+            kernel = compiled(launch, chip)
+            found = resources(kernel)
+            counted = len(re.findall(rf"\\b{mnemonic}\\b", disassembly(kernel)))
+            print(launch.name, chip, counted, found.tensor_core, found.wgmma)
+"""
+
+
+def test_tensor_core_instructions_are_those_of_the_machine_code():
+    names = ("_gram_kernel", "_newton_gram_kernel", "_gram_terms_kernel")
+    lines = [line.split() for line in run("-c", MULTIPLYING, *names).splitlines()]
+    assert len(lines) == 3 * len(names)
+    for name, chip, counted, tensor_core, wgmma in lines:
+        assert tensor_core == counted, (name, chip)
+        assert wgmma == (counted if chip == "90" else "0")
+        assert (int(counted) > 0) == (name != "_gram_terms_kernel")
+
+
 KEYS = """
 import json, sys, torch
 from triton import knobs
