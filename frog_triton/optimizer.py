@@ -123,7 +123,7 @@ class FROG(Inspection):
             ``sqrt(max(1, R / D))``, torch.optim.Muon's own factor. Without
             `orthogonalize` it is the step's length in the Fisher norm; a row then moves
             ``lr / sqrt(damping)`` at most.
-        momentum: beta, applied before preconditioning.
+        momentum: beta, in [0, 1), applied before preconditioning.
         nesterov: precondition ``G + beta M`` instead of ``M``.
         orthogonalize: bring the singular values of a layer's direction near one, by
             Muon's Newton-Schulz iterations, and step along that. Costs
@@ -218,7 +218,7 @@ class FROG(Inspection):
         autotune_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         check_model(model)
-        check(damping=damping, cg_iters=cg_iters)
+        check(damping=damping, cg_iters=cg_iters, seed=seed)
         options = Options(
             sampling,
             sample_size,

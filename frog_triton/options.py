@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -78,31 +79,33 @@ _RATE = Check(
     lambda number: bool(0 <= number < math.inf),
     "must not be negative or infinite, got {}",
 )
+_FRACTION = Check(
+    is_number,
+    "must be one number in [0, 1), got {!r}",
+    lambda number: bool(0 <= number < 1),
+)
 _COUNT = Check(_is_count, "must be a positive integer, got {!r}")
+_FLAG = Check(lambda value: isinstance(value, bool), "must be True or False, got {!r}")
 
 ENTRIES = {
     "lr": _RATE,
-    "momentum": _RATE,
+    "momentum": _FRACTION,
     "weight_decay": _RATE,
-    "betas": Check(
-        _is_pair,
-        "must be two numbers in [0, 1), got {!r}",
-        lambda number: bool(0 <= number < 1),
+    "betas": _FRACTION._replace(
+        is_kind=_is_pair, kind_error="must be two numbers in [0, 1), got {!r}"
     ),
-    "eps": Check(
-        is_number, "must not be negative, got {!r}", lambda number: bool(number >= 0)
-    ),
+    "eps": _RATE,
     "damping": Check(
         is_number,
         "must be positive and finite, got {!r}",
         lambda number: bool(0 < number < math.inf),
     ),
     "cg_iters": _COUNT,
+    "nesterov": _FLAG,
+    "orthogonalize": _FLAG,
+    "capturable": _FLAG,
 }
 """Of parameter groups."""
-
-FLAGS = ("nesterov", "orthogonalize")
-"""Entries that are true or false."""
 
 MAY_BE_MISSING = ("betas", "eps")
 """Of groups: those that are not AdamW's have none."""
@@ -110,6 +113,10 @@ MAY_BE_MISSING = ("betas", "eps")
 CHECKS = ENTRIES | {
     "sampling": _one_of(tuple(SAMPLINGS)),
     "sample_size": _COUNT,
+    "seed": Check(
+        lambda value: isinstance(value, Integral), "must be an integer, got {!r}"
+    ),
+    "exclude_output_layer": _FLAG,
     "fallback": _one_of(tuple(FALLBACKS)),
     "momentum_dtype": Check(
         lambda dtype: dtype is None or dtype in MOMENTUM_DTYPES,
@@ -135,6 +142,9 @@ def check_group(group: Mapping[str, Any], places: bool = True) -> None:
             if so, all tensors are read. Else those that the host would have to wait
             for are taken as they are.
     """
+    for name in ENTRIES:
+        if name not in group and name not in MAY_BE_MISSING:
+            raise ValueError(f"{name} is missing: put it back into the group")
     if group["capturable"] and places:
         _check_places(group)
 
@@ -142,9 +152,6 @@ def check_group(group: Mapping[str, Any], places: bool = True) -> None:
         waits = isinstance(value, Tensor) and (group["capturable"] or not value.is_cpu)
         return places or not waits
 
-    for name in (*FLAGS, *ENTRIES):
-        if name not in group and name not in MAY_BE_MISSING:
-            raise ValueError(f"{name} is missing: put it back into the group")
     for name, entry in ENTRIES.items():
         if name in group:
             entry.run(name, group[name], may_read)
@@ -201,6 +208,7 @@ class Options:
         self.size = default if self.sample_size is None else self.sample_size
         check(sample_size=self.size)
         names = ("fallback", "momentum_dtype", "formulation", "backend")
+        check(exclude_output_layer=self.exclude_output_layer)
         check(**{name: getattr(self, name) for name in names})
         if self.output_layers is not None and not self.exclude_output_layer:
             raise ValueError(
@@ -230,7 +238,8 @@ class Options:
 
 
 def _listed(exclusions: Any) -> tuple[Exclusion, ...]:
-    alone = isinstance(exclusions, str | type)
+    # What is no list at all is refused as an entry of one, where entries are read.
+    alone = isinstance(exclusions, str | type) or not isinstance(exclusions, Iterable)
     return (exclusions,) if alone else tuple(exclusions)
 
 

@@ -17,7 +17,12 @@ def net():
     ("options", "message"),
     [
         ({"lr": -1.0}, "lr must not be negative"),
-        ({"momentum": -0.1}, "momentum must not be negative"),
+        ({"momentum": -0.1}, r"momentum must be one number in \[0, 1\), got -0.1"),
+        ({"momentum": 1.5}, r"momentum must be one number in \[0, 1\), got 1.5"),
+        ({"momentum": 1}, r"momentum must be one number in \[0, 1\), got 1"),
+        ({"momentum": torch.tensor(1.0)}, "momentum must be one number in"),
+        ({"momentum": (0.9, 0.99)}, "momentum must be one number in"),
+        ({"momentum": float("inf")}, "momentum must be one number in"),
         ({"weight_decay": -1}, "weight_decay must not be negative"),
         ({"damping": 0.0}, "damping must be positive"),
         ({"damping": float("nan")}, "damping must be positive"),
@@ -30,12 +35,31 @@ def net():
         ({"fallback_lr": -1.0}, "fallback_lr: lr must not be negative"),
         ({"fallback_lr": float("nan")}, "fallback_lr: lr must not be negative"),
         ({"fallback_lr": torch.ones(2)}, "fallback_lr: lr must be one number"),
-        ({"momentum": float("nan")}, "momentum must not be negative"),
+        ({"lr": float("nan")}, "lr must not be negative or infinite, got nan"),
+        ({"lr": True}, "lr must be one number, got True"),
+        ({"lr": 1j}, "lr must be one number, got 1j"),
+        ({"lr": torch.tensor(1j)}, "lr must be one number"),
+        ({"lr": torch.tensor(True)}, "lr must be one number"),
+        ({"fallback_lr": float("inf")}, "fallback_lr: lr must not be negative"),
+        ({"fallback_lr": "auto"}, "fallback_lr: lr must be one number, got 'auto'"),
+        ({"momentum": float("nan")}, "momentum must be one number in"),
+        ({"weight_decay": float("inf")}, "weight_decay must not be negative or inf"),
+        ({"weight_decay": None}, "weight_decay must be one number, got None"),
         ({"weight_decay": float("nan")}, "weight_decay must not be negative"),
         ({"params": []}, "params is empty"),
         ({"cg_iters": 0}, "cg_iters must be a positive integer"),
+        ({"cg_iters": True}, "cg_iters must be a positive integer, got True"),
+        ({"cg_iters": 4.0}, "cg_iters must be a positive integer, got 4.0"),
+        ({"sample_size": True}, "sample_size must be a positive integer, got True"),
+        ({"sample_size": "all"}, "sample_size must be a positive integer, got 'all'"),
         ({"sample_size": 0}, "sample_size must be a positive integer"),
         ({"sample_size": 1.5}, "sample_size must be a positive integer"),
+        ({"nesterov": "no"}, "nesterov must be True or False, got 'no'"),
+        ({"orthogonalize": None}, "orthogonalize must be True or False, got None"),
+        ({"capturable": 1}, "capturable must be True or False, got 1"),
+        ({"exclude_output_layer": "2"}, "exclude_output_layer must be True or False"),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+        ({"seed": None}, "seed must be an integer, got None"),
         ({"sampling": "rows"}, "sampling must be one of"),
         ({"fallback": "adam"}, "fallback must be one of"),
         ({"formulation": "dual"}, "formulation must be one of"),
@@ -50,10 +74,21 @@ def test_options(options, message):
     assert not any(m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("option", ["exclude", "output_layers"])
+@pytest.mark.parametrize("value", [3, [3]])
+def test_layers_that_are_named_by_nothing(option, value):
+    model = net()
+    with pytest.raises(TypeError, match=f"{option} takes names, patterns or .* got 3"):
+        FROG(model, **{option: value})
+    assert not any(m._forward_hooks for m in model.modules())
+
+
 def test_group_options():
     model = net()
     with pytest.raises(ValueError, match="lr must not be negative"):
         FROG(model, params=[{"params": model.parameters(), "lr": -1}])
+    with pytest.raises(ValueError, match="momentum must be one number in"):
+        FROG(model, params=[{"params": model.parameters(), "momentum": 1.5}])
     with pytest.raises(ValueError, match=r"0\.weight appears in more than one group"):
         FROG(model, params=[{"params": list(model.parameters())}] * 2)
 
@@ -94,8 +129,9 @@ def test_group_options_of_the_fallback():
     for entry in ({"betas": (0.9, 1.0)}, {"betas": (0.9,)}, {"betas": 0.9}):
         with pytest.raises(ValueError, match="betas must be two numbers in"):
             FROG(model, params=[{"params": model.parameters(), **entry}])
-    with pytest.raises(ValueError, match="eps must not be negative"):
-        FROG(model, params=[{"params": model.parameters(), "eps": -1.0}])
+    for eps in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="eps must not be negative or infinite"):
+            FROG(model, params=[{"params": model.parameters(), "eps": eps}])
 
 
 def test_names_for_some_groups_only():

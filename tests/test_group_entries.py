@@ -32,14 +32,24 @@ ENTRIES = [
     ("lr", None),
     ("momentum", math.nan),
     ("momentum", -0.1),
+    ("momentum", 1.0),
+    ("momentum", 1.5),
+    ("momentum", torch.tensor(1.5)),
+    ("nesterov", "no"),
+    ("orthogonalize", 1),
+    ("capturable", None),
     ("weight_decay", math.nan),
     ("weight_decay", -1.0),
+    ("weight_decay", math.inf),
+    ("weight_decay", True),
     ("cg_iters", 0),
     ("cg_iters", 2.5),
+    ("cg_iters", True),
     ("betas", (0.9, 1.0)),
     ("betas", 0.9),
     ("eps", math.nan),
     ("eps", -1e-8),
+    ("eps", math.inf),
     ("updated_by", "adagrad"),
 ]
 
@@ -72,10 +82,11 @@ def test_an_entry_set_between_steps_is_checked_before_anything_moves(
 
 
 REQUIRED = ["lr", "momentum", "weight_decay", "damping", "cg_iters"]
+FLAGS = ["nesterov", "orthogonalize", "capturable"]
 
 
 @pytest.mark.parametrize("group", [0, 1])
-@pytest.mark.parametrize("name", [*REQUIRED, "nesterov", "orthogonalize"])
+@pytest.mark.parametrize("name", [*REQUIRED, *FLAGS])
 def test_an_entry_that_was_taken_out_is_asked_for_before_anything_moves(name, group):
     net, opt = attention()
     net(batch(1), True).square().sum().backward()

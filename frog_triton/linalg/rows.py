@@ -229,7 +229,8 @@ class MatrixSamples(SampleMap, Protocol):
 def is_number(value: object) -> bool:
     """Whether an option is a real number, or a tensor of one."""
     if isinstance(value, Tensor):
-        return value.numel() == 1
+        real = not value.is_complex() and value.dtype is not torch.bool
+        return real and value.numel() == 1
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
