@@ -326,11 +326,8 @@ def totals(lines: Sequence[Line]) -> tuple[float, float]:
     return sum(line.time_us for line in lines), sum(line.floor_us for line in lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns 1 if a model could not be estimated."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to a parser."""
     size = SAMPLINGS["positions"]
     models = ["gpt2-small", "llama-1b", "resnet50"]
     parser.add_argument("--model", nargs="+", choices=MODELS, default=models)
@@ -347,7 +344,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--orthogonalize", action="store_true", help="as by default; else a plain step"
     )
     parser.add_argument("--json", type=Path, help="write the results there, too")
-    args = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Estimate; returns 1 if a model could not be."""
     results = Results(args.json)
     with ProcessPoolExecutor() as pool:
         if args.images:
@@ -355,6 +355,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             estimate_steps(args, results, pool)
     return results.exit_code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
 
 
 def estimate_steps(
