@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .kernels.board import Pages, paging
+from .wrapping import replaced
 
 
 def problem_with_grads(
-    groups: Iterable[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
     names: Mapping[nn.Parameter, str],
+    model: nn.Module,
     stepped: bool,
 ) -> str | None:
     """Why no step can be made with the gradients that are there, if none can.
@@ -22,6 +24,7 @@ def problem_with_grads(
     Args:
         groups: parameter groups.
         names: of the parameters.
+        model: whose they were when FROG was built.
         stepped: whether there has been a step; without one there must be a gradient.
     """
     found = [p for group in groups for p in group["params"] if p.grad is not None]
@@ -32,6 +35,8 @@ def problem_with_grads(
                 f"{names[param]} has a sparse gradient, which FROG does not support; "
                 "build its layer with sparse=False"
             )
+    if (not found or not stepped) and (problem := replaced(groups, names, model)):
+        return problem
     if not found and not stepped:
         return (
             "step() before any backward: no parameter has a gradient; call "

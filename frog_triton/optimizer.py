@@ -31,13 +31,14 @@ from .kernels.board import Pages
 from .loading import Loading, adding
 from .model.plan import Plan
 from .model.routing import Exclusion
-from .options import Options, check, check_model, scalar
+from .options import Options, check, scalar
 from .partition import Partition
 from .routines import KnownStep, Routines
 from .scaling import unscaled
 from .state import STATE_VERSION
 from .unhooked import Known
 from .update import step_rows, tuned
+from .wrapping import check_model, check_params
 
 if TYPE_CHECKING:
     from .distributed.division import Group
@@ -180,7 +181,8 @@ class FROG(Inspection):
     Raises:
         ValueError: an option out of range, an exclusion that matches nothing, a float64
             model with the Triton backend, a parameter that is not the model's, a
-            sharding that leaves no rows whole.
+            sharding that leaves no rows whole, a wrapper that flattens weights, tensor
+            parallelism.
         TypeError: `model` is not a module.
 
     Example:
@@ -323,9 +325,9 @@ class FROG(Inspection):
             The closure's value, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, there has been no backward pass yet, or
-                `close` has been called, or a CUDA graph is being captured without
-                `capturable`.
+            RuntimeError: a gradient is sparse, there has been no backward pass yet,
+                parameters have been replaced since FROG was built, `close` has been
+                called, or a CUDA graph is being captured without `capturable`.
             ValueError: an entry of a group is out of range.
 
         Nothing has been changed where an error is raised.
@@ -340,6 +342,7 @@ class FROG(Inspection):
                 loss = closure()
         check_updated_by(self.param_groups)
         check_groups(self.param_groups)
+        check_params(self.param_groups, self._plan.names)
         known, now = None, self._circumstances()
         if now is not None:
             known = self._routines.find(now, self.state)
@@ -358,9 +361,12 @@ class FROG(Inspection):
 
     def _verify(self) -> None:
         """Raise RuntimeError where no step can be made, on all ranks alike."""
-        problem = problem_with_grads(self.param_groups, self._plan.names, self._stepped)
-        settings = partial(self._partition.settings, self.param_groups)
-        self._world.verify(settings, self.param_groups, problem)
+        groups, partition = self.param_groups, self._partition
+        problem = problem_with_grads(
+            groups, partition.plan.names, partition.model, self._stepped
+        )
+        settings = partial(partition.settings, groups)
+        self._world.verify(settings, groups, problem)
         if problem is not None:
             raise RuntimeError(problem)
 

@@ -9,7 +9,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .capture.sampling import SAMPLINGS
 from .fallback import FALLBACKS
@@ -241,12 +241,3 @@ def _listed(exclusions: Any) -> tuple[Exclusion, ...]:
     # What is no list at all is refused as an entry of one, where entries are read.
     alone = isinstance(exclusions, str | type) or not isinstance(exclusions, Iterable)
     return (exclusions,) if alone else tuple(exclusions)
-
-
-def check_model(model: Any) -> None:
-    """Raise TypeError for what is no module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            "FROG takes the model itself, not its parameters: FROG(model); got "
-            f"{type(model).__name__}"
-        )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import ops
-from .distributed import check_placements
+from .distributed import check_parallelism, check_placements
 from .fallback import FALLBACKS
 from .groups import entries, fallback_lr, part_of
 from .model.plan import Layer, Plan
@@ -27,6 +27,7 @@ class Partition:
         fallback_lr: of parameters that are not preconditioned, unless a group has one.
 
     Attributes:
+        model: as above.
         plan: of all groups so far; replaced by another when groups are added.
         layer_of: the layer of each parameter that belongs to one.
     """
@@ -34,7 +35,7 @@ class Partition:
     def __init__(
         self, model: nn.Module, options: Options, fallback_lr: float | Tensor
     ) -> None:
-        self._model = model
+        self.model = model
         self._options = options
         self._fallback_lr = fallback_lr
         self.plan = Plan()
@@ -55,9 +56,9 @@ class Partition:
         Raises:
             ValueError: an entry that no step can use, a parameter that is not the
                 model's or in two groups, a layer that the backend cannot take, a
-                sharding that leaves no rows whole.
+                sharding that leaves no rows whole, tensor parallelism.
         """
-        names = {p: name for name, p in self._model.named_parameters()}
+        names = {p: name for name, p in self.model.named_parameters()}
         group_of: dict[nn.Parameter, int] = {}
         halves: list[Halves] = []
         for i, group in enumerate(groups):
@@ -66,7 +67,7 @@ class Partition:
             group_of |= dict.fromkeys(group["params"], i)
         options = self._options
         plan = route(
-            self._model,
+            self.model,
             group_of,
             options.exclude,
             options.exclude_output_layer,
@@ -140,6 +141,7 @@ class Partition:
 
         def check() -> None:
             layers = [*self.plan.layers.values(), *plan.layers.values()]
+            check_parallelism(self.model, layers, names)
             check_placements(layers, names, self._options.process_group)
 
         try:

@@ -29,7 +29,17 @@ from .world import World
 if TYPE_CHECKING:
     from .division import Group
 
-__all__ = ["World", "check_placements", "find_world"]
+__all__ = ["World", "check_parallelism", "check_placements", "find_world"]
+
+
+def check_parallelism(
+    model: nn.Module, layers: Iterable[Layer], names: Mapping[nn.Parameter, str]
+) -> None:
+    """See `division.check_parallelism`; nothing to check without a process group."""
+    if _is_initialized():
+        from . import division
+
+        division.check_parallelism(model, layers, names)
 
 
 def check_placements(

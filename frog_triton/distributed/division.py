@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -10,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ..linalg.rows import local
@@ -193,6 +196,63 @@ def check_placements(
     if placed is not None and not _rows_are_whole(placed[1]):
         return None  # nothing is preconditioned
     return placed
+
+
+def check_parallelism(
+    model: nn.Module, layers: Iterable[Layer], names: Mapping[nn.Parameter, str]
+) -> None:
+    """Raise ValueError for tensor parallelism of layers that are preconditioned.
+
+    Its placements may be those of ``fully_shard``, but its ranks have the same batch
+    and see only parts of what goes through a layer.
+
+    Args:
+        model: which modules `fully_shard` has sharded.
+        layers: all that are preconditioned.
+        names: of the model's parameters.
+    """
+    sharded = {
+        param
+        for module in model.modules()
+        if isinstance(module, FSDPModule)
+        for param in module.parameters()
+    }
+    params = list(itertools.chain.from_iterable(layer.params for layer in layers))
+    split = [
+        param
+        for param in params
+        if isinstance(param, DTensor)
+        and (param not in sharded or sum(map(_splits, param.placements)) > 1)
+    ]
+    if not split:
+        return
+    taken = [names[param] for param in split]
+    patterns = _patterns(taken, {names[param] for param in params} - {*taken})
+    raise ValueError(
+        f"{taken[0]} is {_words(_placed(split[0]))}, as tensor parallelism does it, "
+        "not fully_shard alone: its ranks see parts of a layer, and FROG cannot train "
+        "that. Shard by fully_shard in place of parallelize_module, or leave these to "
+        f"the fallback with exclude={patterns}"
+    )
+
+
+def _splits(placement: Placement) -> bool:
+    return not isinstance(placement, Replicate)
+
+
+def is_split(tensor: Tensor) -> bool:
+    """Whether ranks hold different parts of a tensor."""
+    return isinstance(tensor, DTensor) and any(map(_splits, tensor.placements))
+
+
+def _patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Shell patterns of names, with a star for numbers where no other name matches."""
+    found: dict[str, None] = {}
+    for name in names:
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+        wide = any(fnmatch.fnmatchcase(other, pattern) for other in others)
+        found[name if wide else pattern] = None
+    return list(found)
 
 
 def _placed(param: Tensor, rows: int = 0) -> Placed | None:

@@ -19,7 +19,7 @@ from ..step import LayerStep, Samples, no_samples
 from ..unhooked import Known
 from ..update import Solved, advance_momentum
 from . import collectives, directions
-from .division import Division
+from .division import Division, is_split
 from .samples import SampleExchange
 
 
@@ -84,8 +84,8 @@ class Ranks:
         total = 0  # of the bits of gradients that should be the same on all ranks
         if self.division.shards == 1 and problem is None:
             params = [p for group in groups for p in group["params"]]
-            grads = [local(p.grad) for p in params if p.grad is not None]
-            total = sum(int(_checksum(grad)) for grad in grads)
+            grads = [p.grad for p in params if p.grad is not None and not is_split(p)]
+            total = sum(int(_checksum(local(grad))) for grad in grads)
         dist.all_gather_object(theirs, (names, total), group=self.division.group)
         first, first_total = theirs[0]
         for rank, (other, _) in enumerate(theirs):
