@@ -149,11 +149,18 @@ def cost(
         momentum_dtype: of the momentum.
         exclude: as for `FROG`.
         exclude_output_layer: as for `FROG`.
-        gpu: a name of `frog_triton.kernels.gpu.GPUS`.
+        gpu: whose datasheet the floors are for: a name of
+            `frog_triton.kernels.gpu.GPUS`, such as ``"h200"`` and ``"a100"``.
+
+    Returns:
+        What each layer costs, and all together. Printed, it is a table.
 
     Raises:
         ValueError: an unknown GPU or sampling, or a model whose positions are not
             known.
+
+    Example:
+        >>> print(frog_triton.cost(model, sample_size=64))
     """
     if gpu not in GPUS:
         raise ValueError(f"gpu must be one of {tuple(GPUS)}, got {gpu!r}")

@@ -112,34 +112,56 @@ class FROG(Inspection):
       in all of them. Any scheduler that scales all groups alike does. Coming from Muon,
       keep its rate. Coming from AdamW at rate a, try ``0.2 a sqrt(max(R, D))``, which
       is 6 a for layers of a thousand.
-    - `fallback_lr` is AdamW's rate for all the rest. 3e-3 suits a ResNet and a BERT.
+    - `fallback_lr` is AdamW's rate for all the rest.
     - ``orthogonalize=False`` is the step without Muon's products: cheaper on a GPU,
       behind in most of our trials, and it wants the same rates.
     - ``**PAPER`` is the method as it was published: see `frog_triton.PAPER`.
 
-    Args:
+    Args: Essentials
         model: whose layers are preconditioned. Hooks are put on them.
         lr: eta, about the distance that a row moves in a step (see above). For a
             matrix of R rows of length D it is the spectral norm of a step, times
             ``sqrt(max(1, R / D))``, torch.optim.Muon's own factor. Without
             `orthogonalize` it is the step's length in the Fisher norm; a row then moves
-            ``lr / sqrt(damping)`` at most.
-        momentum: beta, in [0, 1), applied before preconditioning.
-        nesterov: precondition ``G + beta M`` instead of ``M``.
-        orthogonalize: bring the singular values of a layer's direction near one, by
-            Muon's Newton-Schulz iterations, and step along that. Costs
-            ``20 n^2 m + 10 n^3`` operations for an n x m layer (n <= m), as Muon does;
-            on several ranks each receives all directions and orthogonalizes them.
+            ``lr / sqrt(damping)`` at most. The default is safe at a constant rate
+            (``frog-triton bench stability``).
+        fallback_lr: learning rate of the fallback. None: 3e-3 for AdamW, which even
+            three times the usual `lr` did not upset in our trials, and `lr` for SGD.
         weight_decay: rho, decoupled, times the group's own lr. Applies to whole
             preconditioned rows; of the rest, not to biases and norms. The default is
             torch.optim.AdamW's.
+        fallback: of all that is not preconditioned: ``"adamw"``, or ``"sgd"`` (with
+            `momentum` and `nesterov`).
+        exclude: module or parameter names, shell patterns of them, or module types
+            that go to the fallback.
+        exclude_output_layer: send output layers to the fallback, as the paper advises.
+            A model's only layer is preconditioned.
+        output_layers: which those are, as for `exclude`. None: what the model's
+            ``get_output_embeddings()`` and names such as ``lm_head`` tell, else those
+            after which the first step meets no other layer on the way to the loss.
+        params: what to optimize: tensors, or torch-style groups whose entries override
+            the defaults; a group's own lr scales its `fallback_lr` as much, unless it
+            names one. None: all parameters.
+        seed: of the sampling, which never touches the global random state.
+
+    Args: Method
+        momentum: beta, in [0, 1), applied before preconditioning. 0.9 did better than
+            Muon's 0.95 over the short budgets of our trials.
+        nesterov: precondition ``G + beta M`` instead of ``M``. Gained half a point on
+            images.
+        orthogonalize: bring the singular values of a layer's direction near one, by
+            Muon's Newton-Schulz iterations, and step along that. Costs
+            ``20 n^2 m + 10 n^3`` operations for an n x m layer (n <= m), as Muon does;
+            on several ranks each receives all directions and orthogonalizes them. The
+            default because it beat Muon, and the step without it, on every seed.
         damping: tau, added to the normalized Fisher, whose mean diagonal is 1. 1 weighs
             the samples and the identity alike: about what a few hundred samples
             support, and with `orthogonalize` as good in our trials as rules that find
             it from the samples (``benchmarks/results/cpu/studies``). The paper advises
             1e-6 to 1e-2, which lets rows move a hundred times `lr` where there are no
             samples. A group entry, to be changed at any time.
-        cg_iters: k; the paper advises 3 to 5.
+        cg_iters: k; the paper advises 3 to 5, and fewer than 4 lost accuracy in our
+            trials.
         sample_size: positions or examples to sample for a layer and step. None: 128
             positions, beyond which nothing was gained in our trials
             (``benchmarks/results/cpu/studies/sample-size``), or 32 examples (the paper:
@@ -148,30 +170,21 @@ class FROG(Inspection):
             ``"examples"``, the paper's: examples of the batch with all their positions.
             In nets for CIFAR-10 the defaults of both train alike over five seeds, and
             positions cost a fifth to a quarter (``benchmarks/results/cpu/studies``).
-        params: what to optimize: tensors, or torch-style groups whose entries override
-            the defaults; a group's own lr scales its `fallback_lr` as much, unless it
-            names one. None: all parameters.
-        exclude: module or parameter names, shell patterns of them, or module types
-            that go to the fallback.
-        exclude_output_layer: send output layers to the fallback, as the paper advises.
-            A model's only layer is preconditioned.
-        output_layers: which those are, as for `exclude`. None: what the model's
-            ``get_output_embeddings()`` and names such as ``lm_head`` tell, else those
-            after which the first step meets no other layer on the way to the loss.
-        fallback: ``"adamw"``, or ``"sgd"`` (with `momentum` and `nesterov`).
-        fallback_lr: its learning rate. None: 3e-3 for AdamW, `lr` for SGD.
+
+    Args: Distributed
+        process_group: the ranks that train the model together. None: the mesh of
+            sharded parameters, else the default group, if there is one. False: this
+            rank trains alone.
+
+    Args: Kernels
+        backend: ``"torch"``, ``"triton"`` or ``"auto"``: Triton for CUDA tensors.
+        formulation: ``"primal"``, ``"gram"``, or ``"auto"``, whichever counts cheaper.
         momentum_dtype: of the momentum of preconditioned rows. None: float32, or the
             parameters' own if that is wider.
-        seed: of the sampling, which never touches the global random state.
         capturable: never wait for the device, neither in `step` nor in the hooks, so
             that a whole training step can be captured in a CUDA graph; a GradScaler
             then skips steps without waiting, too. Learning rates that change between
             replays must be tensors on the device.
-        formulation: ``"primal"``, ``"gram"``, or ``"auto"``, whichever counts cheaper.
-        backend: ``"torch"``, ``"triton"`` or ``"auto"``.
-        process_group: the ranks that train the model together. None: the mesh of
-            sharded parameters, else the default group, if there is one. False: this
-            rank trains alone.
         autotune: block sizes of the kernels: ``"cached"`` takes those that
             ``frog-triton autotune`` has found on this GPU, else those shipped for it,
             else defaults; ``"now"`` finds what is missing at the first step, in up to

@@ -80,6 +80,12 @@ def precondition(
     Raises:
         TypeError: no adapter serves the module.
         ValueError: an option, or a shape, that does not fit.
+
+    Example:
+        >>> direction, direction_bias = frog_triton.precondition(
+        ...     layer, inputs, output_grads, momentum, momentum_bias
+        ... )
+        >>> layer.weight.data.sub_(direction, alpha=lr)
     """
     check(damping=damping, cg_iters=cg_iters)
     check(formulation=formulation, backend=backend)

@@ -150,7 +150,7 @@ def test_sections_with_measurements_name_a_file(page):
     for section in re.split(r"^#+ ", without_fences(page), flags=re.MULTILINE):
         told = SPAN.sub("", LINK.sub("", section))
         if MEASURED.search(told):
-            assert "Source: [" in section, section
+            assert "Source: [" in section or "[source](" in section, section
 
 
 # Commands.
