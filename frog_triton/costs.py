@@ -159,7 +159,7 @@ def cost(
         ValueError: an unknown GPU or sampling, or a model whose positions are not
             known.
 
-    Example:
+    Examples:
         >>> print(frog_triton.cost(model, sample_size=64))
     """
     if gpu not in GPUS:

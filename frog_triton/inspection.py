@@ -90,7 +90,7 @@ class Inspection(Optimizer):
     def diagnose(self) -> Iterator[Diagnostics]:
         """Steps in this context are looked at; all others cost nothing more.
 
-        Example:
+        Examples:
             >>> with opt.diagnose() as diagnostics:
             ...     opt.step()
             >>> diagnostics.read()["fc"]["cg_residual"]  # waits for the device

@@ -60,46 +60,6 @@ class FROG(Inspection):
     if logging is configured, else on standard error; below half of all parameters a
     warning says so.
 
-    There are two parameter groups: ``param_groups[0]`` holds what is preconditioned,
-    ``param_groups[1]`` the rest, each with its own lr and weight decay, so that any
-    learning-rate scheduler works. `params` may bring groups of its own; each is then
-    split in two, in that order. Where neither the model nor `output_layers` tells
-    which layers are its outputs, the last one is in the second half at first; once the
-    first step has shown them, each layer stays in its group, and is updated with the
-    options of the half that it belongs to.
-
-    Samples are taken in forward passes in training mode with gradients enabled, of
-    layers whose weight or bias takes a gradient. They share the fate of that gradient:
-    those of several passes that add to it are pooled, those of a pass that does not
-    write it (`torch.autograd.grad` for a penalty, ``backward(inputs=...)``) do not
-    count, and where it is dropped, set to None or to zero by whatever hand, they are
-    dropped. (Zeros written through ``grad.data`` are not seen on a GPU, or with
-    `capturable`.)
-
-    Nothing is decided for good. State is made at the first gradient, and made again
-    where it was lost. A layer that has had gradients in three steps in a row without
-    being called (its weight is used otherwise, or it is fed nested or sparse tensors)
-    is updated by `fallback`, with a warning, until it is called again.
-
-    On several ranks (DistributedDataParallel, or ``fully_shard``) all ranks solve the
-    same systems: each draws its share of `sample_size` from its own part of the batch,
-    a row is solved by one of the ranks that hold it, from the samples of all, and
-    weights are equal, bit for bit, on all ranks that hold them (with `orthogonalize`:
-    on ranks with equal hardware and threads). All ranks must build
-    FROG alike and call `step` together; both are checked at the first step. The loss
-    must have the same scale on all ranks: a common factor cancels, but a rank whose
-    loss is scaled up weighs more in the Fisher. So it is with the mean over a smaller
-    batch, whose examples weigh more in the averaged gradient, too.
-
-    On a single GPU a step is recorded as a CUDA graph when its like comes a second
-    time, and played from then on: from step to step only gradients and samples lie
-    elsewhere and rates change. Whatever else changes, the step is taken launch by
-    launch. `describe` says how steps are taken.
-
-    A step in which any gradient is not finite changes nothing, on all ranks alike; see
-    `anomalies`. Gradients that grow a thousandfold within a few steps earn a warning,
-    once (not with `capturable`, which reads nothing from the device).
-
     The defaults train convolutional nets and transformers, with norm layers and
     without, past interpolation and at a constant rate; a rate three times too large
     costs accuracy, not the run (``frog-triton bench stability``). What is left to
@@ -198,10 +158,56 @@ class FROG(Inspection):
             parallelism.
         TypeError: `model` is not a module.
 
-    Example:
+    Examples:
         >>> opt = FROG(model, lr=2e-2)
         >>> loss_fn(model(x), y).backward()
         >>> opt.step()
+
+    Parameter groups:
+        There are two parameter groups: ``param_groups[0]`` holds what is
+        preconditioned, ``param_groups[1]`` the rest, each with its own lr and weight
+        decay, so that any learning-rate scheduler works. `params` may bring groups of
+        its own; each is then split in two, in that order. Where neither the model nor
+        `output_layers` tells which layers are its outputs, the last one is in the
+        second half at first; once the first step has shown them, each layer stays in
+        its group, and is updated with the options of the half that it belongs to.
+
+    Samples:
+        Samples are taken in forward passes in training mode with gradients enabled, of
+        layers whose weight or bias takes a gradient. They share the fate of that
+        gradient: those of several passes that add to it are pooled, those of a pass
+        that does not write it (`torch.autograd.grad` for a penalty,
+        ``backward(inputs=...)``) do not count, and where it is dropped, set to None or
+        to zero by whatever hand, they are dropped. (Zeros written through ``grad.data``
+        are not seen on a GPU, or with `capturable`.)
+
+        Nothing is decided for good. State is made at the first gradient, and made again
+        where it was lost. A layer that has had gradients in three steps in a row
+        without being called (its weight is used otherwise, or it is fed nested or
+        sparse tensors) is updated by `fallback`, with a warning, until it is called
+        again.
+
+    Several ranks:
+        On several ranks (DistributedDataParallel, or ``fully_shard``) all ranks solve
+        the same systems: each draws its share of `sample_size` from its own part of the
+        batch, a row is solved by one of the ranks that hold it, from the samples of
+        all, and weights are equal, bit for bit, on all ranks that hold them (with
+        `orthogonalize`: on ranks with equal hardware and threads). All ranks must build
+        FROG alike and call `step` together; both are checked at the first step. The
+        loss must have the same scale on all ranks: a common factor cancels, but a rank
+        whose loss is scaled up weighs more in the Fisher. So it is with the mean over a
+        smaller batch, whose examples weigh more in the averaged gradient, too.
+
+    Recorded steps:
+        On a single GPU a step is recorded as a CUDA graph when its like comes a second
+        time, and played from then on: from step to step only gradients and samples lie
+        elsewhere and rates change. Whatever else changes, the step is taken launch by
+        launch. `describe` says how steps are taken.
+
+    Numbers that are not finite:
+        A step in which any gradient is not finite changes nothing, on all ranks alike;
+        see `anomalies`. Gradients that grow a thousandfold within a few steps earn a
+        warning, once (not with `capturable`, which reads nothing from the device).
     """
 
     def __init__(
@@ -511,7 +517,7 @@ class FROG(Inspection):
         that of a regularizer. Samples whose gradient is gone are dropped without it,
         and derivatives inside a loss (``torch.autograd.grad``) never count.
 
-        Example:
+        Examples:
             >>> consistency(model).backward()
             >>> opt.drop_samples()
             >>> loss_fn(model(x), y).backward()

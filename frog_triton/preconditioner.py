@@ -81,7 +81,7 @@ def precondition(
         TypeError: no adapter serves the module.
         ValueError: an option, or a shape, that does not fit.
 
-    Example:
+    Examples:
         >>> direction, direction_bias = frog_triton.precondition(
         ...     layer, inputs, output_grads, momentum, momentum_bias
         ... )

@@ -26,7 +26,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         ``input weight^T + bias``, ``(..., R)``.
 
-    Example:
+    Examples:
         >>> def forward(self, x):
         ...     return frog_triton.linear(x, self.projection)
     """
