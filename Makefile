@@ -1,14 +1,15 @@
-# `make demo` and `make test` set everything up by themselves; see README.md.
+# `make demo` and `make test` set everything up by themselves; see CONTRIBUTING.md.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LINT_SITE := .lint/site
+FRESH := .fresh
 OLDEST := $(VENV)/triton-3.6
 VISION := $(VENV)/vision
 
-.PHONY: install demo test test-fast coverage lint clean
+.PHONY: install demo test test-fast coverage lint docs build test-build clean
 
 install: $(READY)
 
@@ -18,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint constraints.txt --editable '.[demo,dev,examples,peers]' \
+	  --constraint constraints.txt --editable '.[demo,dev,docs,examples,peers]' \
 	  diffusers peft
 	touch $(READY)
 
@@ -58,10 +59,31 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
-	rm -rf $(LINT_SITE) build
+	rm -rf $(LINT_SITE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  --target $(LINT_SITE) .
 	MYPYPATH=$(LINT_SITE) $(BIN)/mypy --package frog_triton
 
+# The documentation, in site/; a link that leads nowhere is an error.
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+
+# The source distribution, and the wheel that is built from it, in dist/.
+build: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
+# As whoever downloads a release: a new environment with the source distribution in it,
+# whose own tests run. TESTS chooses other ones.
+TESTS ?= -m fast
+test-build: build
+	rm -rf $(FRESH)
+	$(PYTHON) -m venv $(FRESH)/venv
+	$(FRESH)/venv/bin/pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt "$$(echo dist/*.tar.gz)[demo,dev]"
+	tar --extract --directory $(FRESH) --file dist/*.tar.gz
+	cd $(FRESH)/frog_triton-* && ../venv/bin/pytest -n 2 $(TESTS)
+
 clean:
-	rm -rf $(VENV) .lint build runs *.egg-info
+	rm -rf $(VENV) $(FRESH) .lint dist runs site

@@ -5,7 +5,6 @@ command line does, does not import torch.
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ __all__ = [
     "precondition",
 ]
 
-__version__ = version("frog-triton")
+__version__ = "0.2.0"
 
 _HOMES = {
     "FROG": ".optimizer",

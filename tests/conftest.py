@@ -17,6 +17,12 @@ if not torch.cuda.is_available():
 # Tensors here are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
 
+# What is installed is tested, here and in processes that tests start. The working
+# directory may hold another frog_triton: the sources, without kernels and benchmarks.
+ROOT = Path(__file__).parents[1]
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
+os.environ["PYTHONSAFEPATH"] = "1"
+
 # `oracles` and `cases` are plain modules beside the tests.
 sys.path.append(str(Path(__file__).parent))
 

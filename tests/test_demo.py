@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from frog_triton.benchmarks.train import loop, report
 from frog_triton.benchmarks.train.loop import Run
 from frog_triton.cli import main
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("matplotlib")
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from frog_triton.benchmarks.train import data, sources
+
+Image = pytest.importorskip("PIL.Image")
 
 CLASSES = ("cat", "dog")
 
