@@ -17,13 +17,14 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import FROG
+from .. import FROG, cli
+from ..cli.arguments import positive
+from ..cli.output import add_outputs
 from .passes import (
     MODELS,
     Workload,
@@ -165,15 +166,12 @@ def show(entry: Mapping[str, Any]) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to a parser."""
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--repeats", type=int, default=50, help="(default: 50)")
-    parser.add_argument("--json", type=Path, help="write the results there, too")
+    parser.add_argument("--repeats", type=positive, default=50, help="(default: 50)")
+    add_outputs(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print and write; returns the exit code."""
-    if args.repeats < 1:
-        print("error: --repeats must be positive", file=sys.stderr)
-        return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         print("No GPU here: narrow models, kernels counted and not run.")
@@ -189,21 +187,14 @@ def run(args: argparse.Namespace) -> int:
             entry = results.add({"model": name}, work)
             if "error" not in entry:
                 show(entry)
-    except OSError as error:
-        print(f"error: {args.json} cannot be written: {error}", file=sys.stderr)
-        return 1
     finally:
         torch.set_num_threads(threads)
     return results.exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
+    """Command line: ``frog-triton bench host``."""
+    return cli.main([*["bench", "host"], *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

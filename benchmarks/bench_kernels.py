@@ -16,14 +16,15 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import cost
+from .. import cli, cost
 from ..autotune.tuning import Tuning
+from ..cli.arguments import above_zero
+from ..cli.output import add_outputs
 from ..costs import Cost, LayerCost
 from ..kernels.gpu import GPUS, name_here
 from ..kernels.launch import Launch, recording
@@ -39,7 +40,7 @@ from ..solve.launches import Bucket, LayerShape
 from .bench_step import add_tuning
 from .eager import eager_solve
 from .models import resnet
-from .plot import try_to_draw
+from .plot import MEASURED, Point, Roofline, draw_rooflines, try_to
 from .records import Results
 from .timing import matrix_rate, microseconds
 from .warm import warm
@@ -292,10 +293,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--formulation", choices=("auto", "primal", "gram"), default="auto"
     )
-    parser.add_argument("--json", type=Path, help="write the results there, too")
     parser.add_argument(
         "--budget",
-        type=float,
+        type=above_zero,
         default=math.inf,
         metavar="SECONDS",
         help="after which torch.compile, which takes long, is left out",
@@ -306,45 +306,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="check the solve without a GPU, too; needs TRITON_INTERPRET=1",
     )
     add_tuning(parser)
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there")
+    add_outputs(parser, plot=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Count, time where there is a GPU, print and write; returns the exit code."""
     if not torch.cuda.is_available():
         print("No GPU here: counts and floors from datasheet rates; no time measured.")
-    try:
-        results = Results(args.json)
-    except OSError as error:
-        print(f"error: {args.json} cannot be written: {error}", file=sys.stderr)
-        return 1
+    results = Results(args.json)
     deadline = time.monotonic() + args.budget
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with Tuning(args.autotune, args.cache_dir).applied(device, list):
         for name in args.model:
             bench(name, args, results, deadline)
     if args.plot:
-        points = [
-            (r["layer"], r["operations"], r["bytes"], r.get("solve_us"))
-            for r in results.good
-        ]
-        speedups = [
-            (r["layer"], r["eager_us"] / r["solve_us"])
-            for r in results.good
-            if "eager_us" in r
-        ]
-        title = "the solve beside cuDNN's composition"
-        try_to_draw(args.plot, title, points, GPUS[args.gpu], speedups)
+        drawn = [_roofline(name, results.good) for name in dict.fromkeys(args.model)]
+        title = f"the solve beside cuDNN's composition, samples in {args.dtype}"
+        try_to(draw_rooflines, args.plot, title, drawn, GPUS[args.gpu], MEASURED)
     return results.exit_code
 
 
+def _roofline(name: str, results: Sequence[Mapping[str, Any]]) -> Roofline:
+    mine = [r for r in results if r["model"] == name]
+    points = [
+        Point(r["layer"], r["operations"], r["bytes"], r.get("solve_us")) for r in mine
+    ]
+    speedups = [
+        (r["layer"], r["eager_us"] / r["solve_us"]) for r in mine if "eager_us" in r
+    ]
+    return Roofline(name, points, speedups)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
+    """Command line: ``frog-triton bench kernels``."""
+    return cli.main([*["bench", "kernels"], *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

@@ -22,14 +22,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import FROG, cost
+from .. import FROG, cli, cost
 from ..autotune.tuning import Tuning
 from ..capture.capture import SAMPLINGS
+from ..cli.arguments import output_folder, positive
+from ..cli.output import add_outputs
 from ..kernels.gpu import GPUS, name_here
 from ..solve.launches import LayerShape
 from .passes import MODELS as MODELLED
 from .passes import hook_times
-from .plot import try_to_draw
+from .plot import MEASURED, Point, Roofline, draw_rooflines, try_to
 from .records import Results
 from .shapes import MODELS, REAL, grouped
 from .timing import milliseconds
@@ -284,7 +286,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = SAMPLINGS["positions"]
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(REAL))
     parser.add_argument(
-        "--samples", type=int, default=size, help=f"N (default: FROG's, {size})"
+        "--samples", type=positive, default=size, help=f"N (default: FROG's, {size})"
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="bfloat16",
@@ -293,15 +295,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", choices=GPUS, default=name_here(), help="for the floors"
     )
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--repeats", type=positive, default=50, help="(default: 50)")
     parser.add_argument(
         "--check",
         action="store_true",
         help="check the step without a GPU, too; needs TRITON_INTERPRET=1",
     )
-    parser.add_argument("--json", type=Path, help="write the results there, too")
     add_tuning(parser)
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there")
+    add_outputs(parser, plot=True)
 
 
 def add_tuning(parser: argparse.ArgumentParser) -> None:
@@ -313,22 +314,15 @@ def add_tuning(parser: argparse.ArgumentParser) -> None:
         help="default configurations, or tuned ones where there are (default)",
     )
     parser.add_argument(
-        "--cache-dir", type=Path, metavar="DIR", help="of tuned configurations"
+        "--cache-dir", type=output_folder, metavar="DIR", help="of tuned configurations"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Count, time where there is a GPU, print and write; returns the exit code."""
-    if args.samples < 1 or args.repeats < 1:
-        print("error: --samples and --repeats must be positive", file=sys.stderr)
-        return 2
     if not torch.cuda.is_available():
         print("No GPU here: counts and floors from datasheet rates; no time measured.")
-    try:
-        results = Results(args.json)
-    except OSError as error:
-        print(f"error: {args.json} cannot be written: {error}", file=sys.stderr)
-        return 1
+    results = Results(args.json)
     for name in args.model:
         names = {"model": name, "samples": args.samples, "autotune": args.autotune}
         names["sample_dtype"] = f"torch.{args.dtype}"
@@ -349,21 +343,19 @@ def _draw(args: argparse.Namespace, results: Sequence[Mapping[str, Any]]) -> Non
     for r in results:
         ours = r["FROG"]
         counted = (ours["operations"], ours["bytes"], ours.get("median_us"))
-        points.append((r["model"], *counted))
+        points.append(Point(r["model"], *counted))
         for peer in PASSES:
             if "median_us" in r.get(peer, {}):
                 ratio = r[peer]["median_us"] / ours["median_us"]
                 speedups.append((f"{r['model']}: {peer}", ratio))
-    try_to_draw(args.plot, "FROG's step", points, GPUS[args.gpu], speedups)
+    drawn = [Roofline("all models", points, speedups)]
+    title = f"FROG's step, N = {args.samples}, samples in {args.dtype}"
+    try_to(draw_rooflines, args.plot, title, drawn, GPUS[args.gpu], MEASURED)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
+    """Command line: ``frog-triton bench step``."""
+    return cli.main([*["bench", "step"], *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

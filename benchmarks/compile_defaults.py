@@ -8,7 +8,6 @@ tensor-core instructions, and instructions that approximate.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import json
@@ -22,6 +21,7 @@ import torch
 import triton
 
 from ..autotune.offline import compiled, inexact, resources
+from ..cli.arguments import Parser, positive
 from ..kernels.gpu import assuming, nearest
 from ..kernels.launch import Launch, Made, recording
 from ..layers.conv import ConvSpec
@@ -261,9 +261,11 @@ def main(argv: Sequence[str] | None = None, compiler: Compiler | None = None) ->
         argv: of the command.
         compiler: of an earlier call, what it knows is not looked at again.
     """
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100])
-    parser.add_argument("--samples", type=int, nargs="+", default=[16, 64, 128, 256])
+    parser = Parser(description=__doc__)
+    parser.add_argument("--capability", type=positive, nargs="+", default=[80, 90, 100])
+    parser.add_argument(
+        "--samples", type=positive, nargs="+", default=[16, 64, 128, 256]
+    )
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"]
     )

@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -33,9 +32,9 @@ from torch import Tensor, nn
 
 from .. import FROG
 from ..cli import output
+from ..cli.arguments import output_file, positive
 from ..cli.errors import CommandError
 from .records import Results, write_text
-from .train.arguments import positive
 from .train.report import markdown
 from .zoo import MODELS, Model
 
@@ -342,7 +341,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, default=20, help="(default: 20)")
     output.add_outputs(parser)
     parser.add_argument(
-        "--write", type=Path, metavar="FILE.md", help="write the tables there"
+        "--write", type=output_file, metavar="FILE.md", help="write the tables there"
     )
 
 

@@ -1,7 +1,7 @@
 """What a step's kernels would take on an H200, estimated from their machine code.
 
-    python -m frog_triton.benchmarks.estimate --model gpt2-small --samples 128
-    python -m frog_triton.benchmarks.estimate --images resnet18 resnet50
+    frog-triton bench estimate --model gpt2-small --samples 128 --plot roofline.png
+    frog-triton bench estimate --images resnet18 resnet50
 
 The second solves on whole images, one geometry at a time.
 
@@ -21,19 +21,22 @@ import argparse
 import functools
 import itertools
 import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import cli
 from ..autotune.machine import Loop, Trips, code_of, slots
 from ..autotune.model import count_trips, occupancy
 from ..autotune.offline import Resources, compiled, resources
 from ..capture.capture import SAMPLINGS
+from ..cli.arguments import positive
+from ..cli.output import add_outputs
 from ..kernels.gpu import GPUS, assuming
 from ..kernels.kernel import blocks
 from ..kernels.launch import Launch
@@ -42,6 +45,7 @@ from ..solve import FORMULATIONS
 from ..solve.formulation import choose
 from ..solve.launches import Bucket, step_launches
 from . import bench_kernels
+from .plot import ESTIMATED, Point, Roofline, draw_rooflines, try_to
 from .records import Results
 from .shapes import MODELS, grouped
 
@@ -158,6 +162,7 @@ class Line:
         spilled: most bytes of a thread.
         shared: most bytes of a program.
         held: programs that a processor holds, the fewest.
+        operations: of matrix products.
         bytes: through memory.
         cache_bytes: through the L2 cache.
         executed: instructions of all warps, by kind.
@@ -175,6 +180,7 @@ class Line:
     spilled: int
     shared: int
     held: int
+    operations: int
     bytes: int
     cache_bytes: float
     executed: Mapping[str, int]
@@ -263,6 +269,7 @@ def _line(name: str, made: Sequence[tuple[Launch, Look]]) -> Line:
         max(look[0].spilled for _, look in made),
         max(look[0].shared for _, look in made),
         min(held),
+        sum(w.operations for w in done),
         moved,
         moved + again,
         dict(executed),
@@ -287,7 +294,7 @@ def show(model: str, samples: int, lines: Sequence[Line], parameters: int) -> No
     )
     for line in lines:
         print(
-            f"{line.kernel[1:].removesuffix('_kernel'):24} {line.registers:4} "
+            f"{short(line.kernel):24} {line.registers:4} "
             f"{line.spilled:5} {line.shared / 1024:5.0f} {line.held:4} "
             f"{line.bytes / 1e6:6.0f} {line.memory_us:6.0f} {line.cache_us:5.0f} "
             f"{line.tensor_us:6.0f} {line.issue_us:5.0f} {line.time_us:6.0f} "
@@ -335,7 +342,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", nargs="+", choices=bench_kernels.MODELS, default=[], help="instead"
     )
     parser.add_argument(
-        "--samples", type=int, nargs="+", default=[size, 2 * size], help="N of each"
+        "--samples",
+        type=positive,
+        nargs="+",
+        default=[size, 2 * size],
+        help="N of each",
     )
     parser.add_argument(
         "--formulation", choices=(*FORMULATIONS, "auto"), default="gram"
@@ -343,27 +354,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--orthogonalize", action="store_true", help="as by default; else a plain step"
     )
-    parser.add_argument("--json", type=Path, help="write the results there, too")
+    add_outputs(parser, plot=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Estimate; returns 1 if a model could not be."""
+    """Estimate, print and write; returns 1 if a model could not be estimated."""
     results = Results(args.json)
     with ProcessPoolExecutor() as pool:
         if args.images:
             estimate_images(args.images, results, pool)
         else:
             estimate_steps(args, results, pool)
+    if args.plot:
+        step = "FROG's step" if args.orthogonalize else "FROG's step, plain"
+        what = "its solve on whole images" if args.images else step
+        title = f"{what}: kernels on an H200, estimated and never measured"
+        drawn = rooflines(results.good)
+        try_to(draw_rooflines, args.plot, title, drawn, H200, ESTIMATED)
     return results.exit_code
 
 
+def rooflines(results: Iterable[Mapping[str, Any]]) -> list[Roofline]:
+    """A picture's panels: one for each step, all geometries of images in one."""
+    panels: dict[str, list[Point]] = {}
+    for r in results:
+        title = r["model"]
+        if "samples" in r:
+            title += f", N = {r['samples']}: {r['estimate_us']:.0f} µs, estimated"
+        points = panels.setdefault(title, [])
+        for kernel in r["kernels"]:
+            name = f"{short(kernel['kernel'])} {r.get('geometry', '')}".strip()
+            done = (kernel["operations"], kernel["bytes"], kernel["time_us"])
+            if "geometry" not in r or kernel["kernel"] in PRODUCTS:
+                points.append(Point(name, *done))
+    return [Roofline(title, points) for title, points in panels.items()]
+
+
+def short(kernel: str) -> str:
+    """The name without what all have."""
+    return kernel.removeprefix("_").removesuffix("_kernel")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
+    """Command line: ``frog-triton bench estimate``."""
+    return cli.main(["bench", "estimate", *(sys.argv[1:] if argv is None else argv)])
 
 
 def estimate_steps(

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from ..cli.arguments import Parser, above_zero, output_file
 from .environment import environment
 from .limits import GRACE, run_within
 from .records import write_json, write_text
@@ -205,14 +206,12 @@ def pack(out: Path, archive: Path) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Parser(description=__doc__)
     add = made.add_argument
     add("--rehearse", action="store_true", help="run without a GPU")
     add(
         "--seconds",
-        type=float,
+        type=above_zero,
         default=SECONDS,
         help=f"for all stages together (default: {SECONDS:.0f}); what did not fit is "
         "run by the next call",
@@ -221,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
     add("--results", type=Path, default=results, metavar="DIR")
     add(
         "--archive",
-        type=Path,
+        type=output_file,
         metavar="FILE",
         help="a .tar.gz of all results, renewed after each stage",
     )
@@ -244,13 +243,6 @@ def parser() -> argparse.ArgumentParser:
 
 def problem(args: argparse.Namespace) -> str:
     """What is wrong with the arguments; empty if nothing is."""
-    if not args.seconds > 0:
-        return f"--seconds must be positive, got {args.seconds:g}"
-    archive = args.archive
-    if archive is not None and not archive.absolute().parent.is_dir():
-        return f"--archive: there is no folder {archive.absolute().parent}"
-    if archive is not None and archive.is_dir():
-        return f"--archive: {archive} is a folder"
     for name in ("reference", "data"):
         path = getattr(args, name)
         if path is not None and not path.exists():

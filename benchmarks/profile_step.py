@@ -13,11 +13,10 @@ import argparse
 import gzip
 import json
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..autotune.tuning import Tuning
 from ..capture.capture import SAMPLINGS
+from ..cli.arguments import Parser, output_folder, positive
+from ..cli.errors import answered
+from ..cli.output import add_outputs
 from .bench_step import Step, add_tuning
 from .records import Results
 from .shapes import MODELS, REAL, grouped
@@ -140,23 +142,24 @@ def show(entry: Mapping[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns 1 if a model could not be profiled."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     size = SAMPLINGS["positions"]
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(REAL))
-    parser.add_argument("--samples", type=int, default=size, help=f"(default: {size})")
+    parser.add_argument(
+        "--samples", type=positive, default=size, help=f"(default: {size})"
+    )
     add_tuning(parser)
-    parser.add_argument("--json", type=Path, help="write the results there, too")
-    parser.add_argument("--traces", type=Path, default=Path("."), metavar="DIR")
+    add_outputs(parser)
+    parser.add_argument("--traces", type=output_folder, default=".", metavar="DIR")
     args = parser.parse_args(argv)
+    return answered(partial(run, args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Profile, print and write."""
     if not torch.cuda.is_available():
         print("No GPU here: operators of the CPU, no time of a GPU.")
-    try:
-        results = Results(args.json)
-    except OSError as error:
-        print(f"error: {args.json} cannot be written: {error}", file=sys.stderr)
-        return 1
+    results = Results(args.json)
     for name in args.model:
         names = {"model": name, "samples": args.samples, "autotune": args.autotune}
 

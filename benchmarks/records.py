@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..cli.errors import CommandError
 from .environment import environment
 
 
@@ -36,7 +37,7 @@ class Results:
         entries: so far.
 
     Raises:
-        OSError: the file cannot be written.
+        CommandError: the file cannot be written.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -79,4 +80,8 @@ class Results:
     def _write(self) -> None:
         if self.path is not None:
             content = {"environment": self.environment, "results": self.entries}
-            write_json(self.path, content)
+            try:
+                write_json(self.path, content)
+            except OSError as error:
+                said = f"{self.path} cannot be written: {error}"
+                raise CommandError(said, 1) from error

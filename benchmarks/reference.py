@@ -9,9 +9,7 @@ alone is timed, where there is a GPU.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,8 +19,11 @@ import torch
 from torch import nn
 
 from .. import FROG, PAPER
+from ..cli.arguments import Parser, positive
+from ..cli.output import add_outputs
 from .environment import environment
 from .models import resnet
+from .records import write_json
 from .timing import milliseconds
 
 SAMPLES, ITERS = 64, 4
@@ -125,12 +126,10 @@ def _passes(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("path", type=Path, help="the reference's frog.py")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--json", type=Path, help="write the results there, too")
+    parser.add_argument("--batch", type=positive, default=128)
+    add_outputs(parser)
     args = parser.parse_args(argv)
     torch.backends.cuda.matmul.allow_tf32 = True
     results = compare(args.path, args.batch)
@@ -138,9 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         timed = f"{entry['median_us']:.0f} us" if entry else "ran; not timed, no GPU"
         print(f"{name:22} {timed}")
     if args.json:
-        content = {"environment": environment(), "results": results}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(args.json, {"environment": environment(), "results": results})
 
 
 if __name__ == "__main__":

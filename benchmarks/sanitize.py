@@ -8,11 +8,11 @@ in no order. Where the sanitizer is not installed it says so, and nothing is run
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..cli.arguments import Parser
 from .smoke import DETAIL, run_cases
 from .smoke_cases import CASES
 
@@ -32,9 +32,7 @@ def find() -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns 0 if nothing was found, or nothing could be run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--tool", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--kernel", metavar="NAME", help="cases that launch it alone")
     args = parser.parse_args(argv)

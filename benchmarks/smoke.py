@@ -19,14 +19,16 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from queue import Queue
 from threading import Event
 
 import torch
 
+from ..cli.arguments import Parser
+from ..cli.output import add_outputs
 from ..kernels.launch import recording
 from ..kernels.registry import KERNELS
+from .records import write_json
 from .smoke_cases import CASES, Case
 
 DETAIL = 12
@@ -207,12 +209,10 @@ def show(found: Mapping[str, tuple[float | None, str]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns 0 if all kernels are right."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--kernel", metavar="NAME", help="that one alone")
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--json", type=Path, help="write the outcomes there, too")
+    add_outputs(parser)
     parser.add_argument("--here", nargs="+", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     names = all_kernels()
@@ -242,8 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         print(f"not launched: {', '.join(missing)}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
+        write_json(args.json, [asdict(o) for o in outcomes])
     right = [name for name, (_, verdict) in found.items() if verdict == "ok"]
     wrong = [outcome for outcome in outcomes if outcome.verdict != "ok"]
     print(

@@ -7,6 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..cli.needs import missing_packages
 from . import sanitize
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,7 +106,9 @@ def _benches(out: Path, suffix: str) -> list[Stage]:
     found = []
     for bench in ("step", "kernels"):
         name = f"bench-{bench}{suffix}"
-        files = ("--json", out / f"{name}.json", "--plot", out / f"{name}.png")
+        files: list[str | Path] = ["--json", out / f"{name}.json"]
+        if not missing_packages(("matplotlib",)):
+            files += ["--plot", out / f"{name}.png"]
         tables: tuple[str, ...] = ("--autotune", "off")
         if suffix:
             tables = ("--autotune", "cached", "--cache-dir", str(out / "tables"))

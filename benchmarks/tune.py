@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -22,7 +21,9 @@ from ..autotune.shortlist import keys
 from ..autotune.tuner import CudaTimer, Timer, Tuner
 from ..autotune.tuning import machine_of
 from ..capture.capture import SAMPLINGS
+from ..cli.arguments import Parser, above_zero, output_folder, positive
 from ..cli.candidates import show, to_json
+from ..cli.output import add_outputs
 from ..kernels.gpu import GPU, GPUS, detect
 from ..kernels.launch import Made
 from ..kernels.table import Table
@@ -100,24 +101,20 @@ def tune(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns 0 if all is tuned, 1 if the budget was too small for it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--bench", nargs="+", choices=BENCHES, default=list(BENCHES), metavar="BENCH"
     )
-    parser.add_argument("--budget", type=float, default=150.0, metavar="SECONDS")
-    parser.add_argument("--top", type=int, default=4, metavar="N")
-    parser.add_argument("--cache-dir", type=Path, metavar="DIR")
-    parser.add_argument("--json", type=Path, help="write the candidates there, too")
+    parser.add_argument("--budget", type=above_zero, default=150.0, metavar="SECONDS")
+    parser.add_argument("--top", type=positive, default=4, metavar="N")
+    parser.add_argument("--cache-dir", type=output_folder, metavar="DIR")
+    add_outputs(parser)
     parser.add_argument(
         "--rehearse",
         action="store_true",
         help="tiny layers in Triton's interpreter, and nothing timed",
     )
     args = parser.parse_args(argv)
-    if not args.budget > 0 or args.top < 1:
-        parser.error("--budget and --top must be positive")
     if not torch.cuda.is_available() and not args.rehearse:
         print("error: there is no GPU here; --rehearse runs without", file=sys.stderr)
         return 3

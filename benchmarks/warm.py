@@ -14,7 +14,7 @@ from ..solve.formulation import choose
 from ..solve.launches import Bucket, in_portions, steps_launches
 
 SECONDS = 60.0
-"""After which no further kernel is begun: a bench compiles what is missing."""
+"""After which no kernel is compiled ahead: a bench compiles what is missing."""
 
 
 def warm(buckets: Sequence[Bucket], formulation: str = "auto") -> None:

@@ -5,11 +5,14 @@ More than 400 lines: all stages of one search, on shared fakes of its timer.
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import weakref
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -84,7 +87,9 @@ def test_all_launches_of_a_key_are_compiled(monkeypatch):
 def test_a_crash_of_the_compiler_is_no_lack_of_time(monkeypatch):
     asked = next(a for a in keys([geometry(LINEAR)]) if a.key.startswith("gram n"))
     job = Job(asked.buckets, "gram", asked.key, GramConfig(), 90)
-    dies = "import os, sys; sys.stdin.readline(); os.abort()"
+    dies = (
+        "import os, sys; print('ready', flush=True); sys.stdin.readline(); os.abort()"
+    )
 
     def start():
         command = [sys.executable, "-c", dies]
@@ -101,6 +106,28 @@ def test_a_process_that_does_not_start_is_no_crash(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.warns(UserWarning, match="did not start"):
         assert compile_jobs([job, job], workers=2) == [None, None]
+
+
+def test_what_is_under_way_when_time_is_over_is_ended(monkeypatch):
+    asked = next(a for a in keys([geometry(LINEAR)]) if a.key.startswith("gram n"))
+    job = Job(asked.buckets, "gram", asked.key, GramConfig(), 90)
+    started = []
+
+    def start(sleeps):
+        pipe = subprocess.PIPE
+        command = [sys.executable, "-c", sleeps]
+        options = {"text": True, "start_new_session": True}
+        started.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, **options))
+        return started[-1]
+
+    sleep = "import time; time.sleep(60)"
+    for sleeps in (sleep, f"print('ready', flush=True); {sleep}"):
+        monkeypatch.setattr("frog_triton.autotune.jobs._start", partial(start, sleeps))
+        begun = time.monotonic()
+        assert compile_jobs([job] * 3, workers=2, timeout=0.5) == [None] * 3
+        assert time.monotonic() - begun < 10  # measured: 0.5
+    assert len(started) == 4
+    assert all(process.returncode == -signal.SIGKILL for process in started)
 
 
 @pytest.fixture

@@ -294,7 +294,8 @@ def test_study_at_one_learning_rate(study, archive, tmp_path, capsys):
 )
 def test_wrong_arguments(arguments, message, archive, tmp_path, capsys):
     assert _command(archive, tmp_path, *arguments) == 2
-    assert message in capsys.readouterr().out.replace("\n", " ")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
 
 
 def test_missing_package_is_named(archive, tmp_path, capsys, monkeypatch):

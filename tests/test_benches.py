@@ -46,7 +46,7 @@ def test_an_error_is_a_result_and_the_next_model_follows(monkeypatch, tmp_path, 
             raise ValueError("no such layer")
         return 0.0
 
-    path = tmp_path / "deep" / "out.json"
+    path = tmp_path / "out.json"
     monkeypatch.setitem(shapes.MODELS, "bad", lambda n: shapes.tiny(n)[:1])
     monkeypatch.setattr(bench_step.Step, "check", check)
     words = ["--model", "tiny", "bad", "tiny", "--check", "--json", str(path)]
@@ -98,8 +98,11 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_is_run(
 ):
     (tmp_path / "file").write_text("")
     words = ["--model", "tiny", "--json", str(tmp_path / "file" / "out.json")]
-    assert bench.main(words) == 1
-    assert "cannot be written" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(words)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and not captured.out
+    assert f"there is no folder {tmp_path / 'file'}" in captured.err
 
 
 @no_gpu
@@ -222,7 +225,6 @@ def test_the_host_bench_counts_and_times_every_part(tmp_path, capsys):
         for part in counts.values():
             assert 0 <= part["launches"] <= part["operations"]
         assert f"{entry['layers']} layers" in printed
-    assert bench_host.main(["--repeats", "0"]) == 2
 
 
 @pytest.mark.parametrize("name", ["gpt2-small", "resnet18"])

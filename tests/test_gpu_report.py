@@ -200,8 +200,8 @@ def running(pid):
     ("words", "message"),
     [
         (["--only", "three"], "no stage 'three'; there are: smoke, tests, bench-host"),
-        (["--seconds", "0"], "--seconds must be positive"),
-        (["--seconds", "nan"], "--seconds must be positive"),
+        (["--seconds", "0"], "--seconds: must be above 0"),
+        (["--seconds", "nan"], "--seconds: must be above 0"),
         (["--archive", "FOLDER/none/a.tar.gz"], "there is no folder"),
         (["--archive", "FOLDER"], "is a folder"),
         (["--data", "FOLDER/none"], "--data: there is no"),
@@ -212,7 +212,10 @@ def running(pid):
 def test_bad_input_is_answered_and_nothing_is_written(tmp_path, capsys, words, message):
     words = [word.replace("FOLDER", str(tmp_path)) for word in words]
     results = tmp_path / "results"
-    code = gpu_report.main(["--rehearse", "--results", str(results), *words])
+    try:
+        code = gpu_report.main(["--rehearse", "--results", str(results), *words])
+    except SystemExit as stopped:
+        code = stopped.code
     assert code == 2 and message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

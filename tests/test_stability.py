@@ -108,17 +108,19 @@ def test_table():
 def test_command(tmp_path, capsys):
     code = main(
         ["bench", "stability", "--case", "overfit-mlp", "--peers", "AdamW", "SGD"]
-        + ["--rates", "1", "10", "--out", str(tmp_path)]
+        + ["--rates", "1", "10", "--out", str(tmp_path / "made")]
+        + ["--plot", str(tmp_path / "fates.png")]
     )
     assert code == 0
+    assert (tmp_path / "fates.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "overfit-mlp" in printed and "survived" in printed
-    found = json.loads((tmp_path / "stability.json").read_text())
+    found = json.loads((tmp_path / "made" / "stability.json").read_text())
     assert found["environment"]["torch"]
     runs = {(run["peer"], run["rate"]): run for run in found["results"]}
     assert len(runs) == 4 and runs["AdamW", 10.0]["lr"] == pytest.approx(1e-2)
     assert runs["AdamW", 1.0]["survived"] and not runs["SGD", 10.0]["survived"]
-    lines = (tmp_path / "stability.md").read_text().splitlines()
+    lines = (tmp_path / "made" / "stability.md").read_text().splitlines()
     assert lines[0] == "| case | schedule | rate | AdamW | SGD |" and len(lines) == 6
 
 
@@ -134,7 +136,7 @@ def test_files_of_the_callers_choice(tmp_path):
 
 def test_unknown_peer(capsys):
     assert main(["bench", "stability", "--peers", "LBFGS"]) == 2
-    assert "no peer is called 'LBFGS'" in capsys.readouterr().out
+    assert "no peer is called 'LBFGS'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -159,8 +161,13 @@ def test_missing_package_is_named(capsys, monkeypatch):
     assert "SGD is left out: it needs no_such_package" in capsys.readouterr().out
 
 
-def test_results_that_cannot_be_written(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    path = str(tmp_path / "file" / "a.json")
+def test_results_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+    """As where a disk is full."""
+
+    def full(path, text):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("frog_triton.benchmarks.records.write_text", full)
+    path = str(tmp_path / "a.json")
     assert main(["bench", "stability", "--json", path, "--peers", "SGD"]) == 1
-    assert "cannot write" in capsys.readouterr().out
+    assert "a.json cannot be written: no space left" in capsys.readouterr().err

@@ -17,11 +17,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
+from ... import cli
+from ...cli import output
+from ...cli.arguments import above_zero, output_folder, positive
+from ...cli.errors import CommandError
 from ..environment import environment
 from . import report
-from .arguments import above_zero, positive
 from .loop import SCHEDULES, Job, Run, best_setting
 from .peers import PEERS, Peer, reference
 from .runner import train_all
@@ -78,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=positive, default=3, help="(default: 3)")
     parser.add_argument(
         "--weight-decays",
-        type=int,
+        type=positive,
         choices=(1, 2),
         default=1,
         help="how many each grid tries beside four learning rates (default: 1)",
@@ -94,13 +96,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="(default: cuda where there is one)")
     parser.add_argument(
         "--cache",
-        type=Path,
-        default=Path("runs/cache"),
+        type=output_folder,
+        default="runs/cache",
         help="for decoded images (default: %(default)s)",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=output_folder,
+        metavar="DIR",
         help="a folder for this workload alone (default: runs/bench/WORKLOAD)",
     )
     parser.add_argument(
@@ -112,9 +115,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the comparison; returns the exit code: 0 done, 2 wrong arguments."""
-    console = Console()
+    console = output.console()
     workload = _overridden(WORKLOADS[args.workload], args)
     out = args.out or Path("runs/bench") / workload.name
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"--out: {out} cannot be made: {error}") from error
     lines = out / "runs.jsonl"
     try:
         known = report.read(lines)
@@ -126,8 +133,7 @@ def run(args: argparse.Namespace) -> int:
             task = _task(workload, args)
             known = _Bench(workload, task, peers, args, lines, known, console).run()
     except (FileNotFoundError, ValueError) as error:
-        console.print(f"[red]error:[/] {error}", highlight=False)
-        return 2
+        raise CommandError(str(error)) from error
     write(out, workload, known, console)
     return 0
 
@@ -169,7 +175,7 @@ def _peers(
         if missing:
             console.print(
                 f"{name} is left out: it needs {', '.join(missing)} "
-                "(pip install 'frog-triton\\[peers]')"
+                "(pip install 'frog-triton[peers]')"
             )
         else:
             chosen.append(
@@ -249,12 +255,11 @@ class _Bench:
             f"{self.task.title}: {self.workload.about}. Grids of learning rate/weight "
             f"decay, {self.workload.grid_epochs} epochs with seed 0 each; then the "
             f"best of each for {self.workload.epochs} epochs with {self.args.seeds} "
-            "seeds:",
-            highlight=False,
+            "seeds:"
         )
         for name, grid in grids.items():
             cells = "   ".join(f"{job.lr:g}/{job.weight_decay:g}" for job in grid)
-            self.console.print(f"  {name:18} {cells}", highlight=False)
+            self.console.print(f"  {name:18} {cells}")
 
     def _grid(self, peer: Peer) -> list[Job]:
         decays = peer.weight_decays[: self.args.weight_decays]
@@ -303,39 +308,24 @@ class _Bench:
             cells.append(f"{run.lr:g}/{run.weight_decay:g}{mark}: {value}")
         edge = chosen[0] in (peer.lrs[0], peer.lrs[-1])
         note = "  (the best learning rate lies at the edge of the grid)" if edge else ""
-        self.console.print(
-            f"{peer.name:18} {'   '.join(cells)}{note}",
-            highlight=False,
-        )
+        self.console.print(f"{peer.name:18} {'   '.join(cells)}{note}")
 
 
 def write(out: Path, workload: Workload, runs: Sequence[Run], console: Console) -> None:
     """Write and print the table, and draw the curves, of the longest runs."""
     best = report.at_best(runs, workload.deciding_target)
-    _print_table(report.rows(best, workload.targets), workload.name, console)
-    out.mkdir(parents=True, exist_ok=True)
+    header, *rows = report.rows(best, workload.targets)
+    columns = [f"{column} " for column in header]
+    output.print_table(workload.name, columns, rows)
     table = report.markdown(report.detailed_rows(best, workload.targets))
     (out / "table.md").write_text(table + "\n")
     report.plot(out / "curves.png", workload.about, best)
     console.print(f"wrote table.md and curves.png to {out}, beside runs.jsonl")
 
 
-def _print_table(rows: Sequence[Sequence[str]], title: str, console: Console) -> None:
-    table = Table(*rows[0], title=title)
-    for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m frog_triton.benchmarks.train.bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
+    """Command line: ``frog-triton bench train``."""
+    return cli.main(["bench", "train", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..environment import environment
+from ..pictures import looks, picture
 from .loop import Run, best_setting
 
 Cell = tuple[int, float] | None
@@ -206,52 +207,74 @@ def plot(path: Path, title: str, runs: Sequence[Run]) -> None:
     """Median of the metric against steps and against seconds, seeds as a band.
 
     Where batches differ in size or are windows of text, examples or characters take
-    the place of steps.
+    the place of steps. An optimizer looks the same in both panels.
+
+    Args:
+        path: of the picture.
+        title: of what was trained.
+        runs: at one setting of each optimizer.
     """
-    import matplotlib
+    from matplotlib.ticker import EngFormatter
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
+    good = {
+        peer: mine
+        for peer, all_mine in by_peer(runs).items()
+        if (mine := [run for run in all_mine if not run.diverged])
+    }
+    first = runs[0]
     sizes = {run.units_per_step for run in runs}
-    by_unit = len(sizes) > 1 or runs[0].unit != "examples"
-    starts = []
-    for number, (peer, all_mine) in enumerate(by_peer(runs).items()):
-        mine = [run for run in all_mine if not run.diverged]
-        if not mine:
-            continue
-        first = mine[0]
-        curves = list(zip(*(run.values for run in mine), strict=True))
-        middle = [statistics.median(values) for values in curves]
-        starts.append(middle[len(middle) // 8])
-        progress = [s * (first.units_per_step if by_unit else 1) for s in first.steps]
-        seconds = [
-            statistics.median(values)
-            for values in zip(*(run.seconds for run in mine), strict=True)
-        ]
-        for panel, xs in zip(panels, (progress, seconds), strict=True):
-            panel.plot(
-                xs,
-                middle,
-                label=f"{peer}, lr {first.lr:g}",
-                # matplotlib has ten colours.
-                linestyle="-" if number < 10 else "--",
-            )
-            panel.fill_between(
-                xs, [min(v) for v in curves], [max(v) for v in curves], alpha=0.15
-            )
-    labels = (runs[0].unit if by_unit else "steps", "seconds of training")
-    for panel, label in zip(panels, labels, strict=True):
-        panel.set_xlabel(label)
-        panel.grid(alpha=0.3)
-        if starts and runs[0].higher_is_better:
-            panel.set_ylim(bottom=max(0.0, min(starts) - 0.05))
-        elif starts:
-            panel.set_ylim(top=max(starts) * 1.05)
-    panels[0].set_ylabel(f"test {runs[0].metric}")
-    panels[0].legend(fontsize=8)
-    figure.suptitle(f"{title}: median of {len({r.seed for r in runs})} seeds")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    by_unit = len(sizes) > 1 or first.unit != "examples"
+    count = len({run.seed for run in runs})
+    told = "one seed" if count == 1 else f"median and range of {count} seeds"
+    with picture(path, f"{title}: {told}", (11.5, 5.2)) as figure:
+        panels = figure.subplots(1, 2, sharey=True)
+        for look, (peer, mine) in zip(looks(len(good)), good.items(), strict=True):
+            for panel, xs in zip(panels, _progress(mine, by_unit), strict=True):
+                _curve(panel, xs, mine, f"{peer}, lr {mine[0].lr:g}", look)
+        units = (first.unit if by_unit else "steps", "seconds of training")
+        if by_unit:
+            panels[0].xaxis.set_major_formatter(EngFormatter())
+        for panel, unit in zip(panels, units, strict=True):
+            panel.set_xlabel(unit)
+            panel.set_xlim(left=0)
+        low, high = _range(list(good.values()))
+        panels[0].set_ylim(low, high)
+        panels[0].set_ylabel(f"test {first.metric}")
+        if first.metric == "accuracy":
+            panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        key = panels[0].get_legend_handles_labels()
+        figure.legend(*key, loc="outside lower center", ncols=min(4, max(1, len(good))))
+
+
+def _progress(runs: Sequence[Run], by_unit: bool) -> tuple[list[float], list[float]]:
+    """Where evaluations were made: steps or units, and median seconds."""
+    first = runs[0]
+    steps: list[float] = [
+        s * (first.units_per_step if by_unit else 1) for s in first.steps
+    ]
+    each = zip(*(run.seconds for run in runs), strict=True)
+    return steps, [statistics.median(values) for values in each]
+
+
+def _curve(
+    panel: Any,
+    xs: Sequence[float],
+    runs: Sequence[Run],
+    label: str,
+    look: dict[str, str],
+) -> None:
+    values = list(zip(*(run.values for run in runs), strict=True))
+    middle = [statistics.median(v) for v in values]
+    panel.plot(xs, middle, label=label, linewidth=1.8, **look)
+    low, high = [min(v) for v in values], [max(v) for v in values]
+    panel.fill_between(xs, low, high, color=look["color"], alpha=0.18, linewidth=0)
+
+
+def _range(groups: Sequence[Sequence[Run]]) -> tuple[float | None, float | None]:
+    """What to show of the metric: all there is from a fifth of the way on."""
+    if not groups:
+        return None, None
+    late = [v for runs in groups for r in runs for v in r.values[len(r.values) // 5 :]]
+    low, high = min(late), max(late)
+    room = 0.03 * (high - low)
+    return low - room, high + room

@@ -20,7 +20,7 @@ from .loop import Job, Run, train
 def progress_bar(console: Console, width: int) -> Progress:
     """A bar that counts steps, with a description of so many characters before it."""
     return Progress(
-        TextColumn(f"{{task.description:{width}}}"),
+        TextColumn(f"{{task.description:{width}}}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

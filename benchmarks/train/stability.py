@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +26,10 @@ from torch import nn
 
 from ... import FROG, PAPER
 from ...cli import output
+from ...cli.arguments import above_zero, output_file, output_folder, positive
+from ...cli.errors import CommandError
 from ..records import Results, write_text
-from . import report
-from .arguments import above_zero, positive
+from . import report, survival_picture
 from .loop import SCHEDULES
 from .peers import PEERS, Peer
 from .runner import progress_bar
@@ -267,17 +267,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + " (default: 1 3 10)",
     )
     parser.add_argument("--seeds", type=positive, default=1, help="(default: 1)")
+    output.add_outputs(parser, plot=True)
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write all runs there"
-    )
-    parser.add_argument(
-        "--markdown", type=Path, metavar="FILE", help="write the table there"
+        "--markdown", type=output_file, metavar="FILE", help="write the table there"
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=output_folder,
         metavar="DIR",
-        help="write both there, as stability.json and stability.md",
+        help="write results and table there, as stability.json and stability.md",
     )
 
 
@@ -288,11 +286,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         json_path = json_path or args.out / "stability.json"
         markdown_path = markdown_path or args.out / "stability.md"
-    try:
-        peers = _peers(args.peers, console)
-    except ValueError as error:
-        console.print(f"[red]error:[/] {error}", highlight=False)
-        return 2
+    peers = _peers(args.peers, console)
     trials = [
         Trial(CASES[name], schedule, rate, peer, seed)
         for name in dict.fromkeys(args.case)
@@ -301,17 +295,18 @@ def run(args: argparse.Namespace) -> int:
         for peer in peers
         for seed in range(args.seeds)
     ]
+    results = Results(json_path)
+    _run_all(trials, results, console)
+    table = rows(results.entries)
+    left = [f"{column} " for column in table[0]]
+    output.print_table("verdict, worst spike, result", left, table[1:])
     try:
-        results = Results(json_path)
-        _run_all(trials, results, console)
-        table = rows(results.entries)
-        left = [f"{column} " for column in table[0]]
-        output.print_table("verdict, worst spike, result", left, table[1:])
         if markdown_path is not None:
             write_text(markdown_path, report.markdown(table) + "\n")
+        if args.plot is not None:
+            survival_picture.draw(args.plot, results.entries)
     except OSError as error:
-        console.print(f"[red]error:[/] cannot write: {error}", highlight=False)
-        return 1
+        raise CommandError(f"cannot write: {error}", 1) from error
     return results.exit_code
 
 
@@ -319,7 +314,7 @@ def _peers(names: Sequence[str], console: Console) -> list[Peer]:
     """Those asked for and installed."""
     unknown = [name for name in names if name not in OFFERED]
     if unknown:
-        raise ValueError(
+        raise CommandError(
             f"no peer is called {unknown[0]!r}; there are: {', '.join(OFFERED)}"
         )
     peers = []
@@ -328,12 +323,12 @@ def _peers(names: Sequence[str], console: Console) -> list[Peer]:
         if missing:
             console.print(
                 f"{name} is left out: it needs {', '.join(missing)} "
-                "(pip install 'frog-triton\\[peers]')"
+                "(pip install 'frog-triton[peers]')"
             )
         else:
             peers.append(OFFERED[name])
     if not peers:
-        raise ValueError("no optimizer is left to be run")
+        raise CommandError("no optimizer is left to be run")
     return peers
 
 

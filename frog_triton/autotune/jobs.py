@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from queue import Empty, Queue
 from typing import TypeVar
@@ -103,50 +104,57 @@ def compile_jobs(
         jobs: what to compile.
         workers: processes; None takes one a core.
         done: called after each.
-        timeout: seconds after which no further job is begun.
+        timeout: seconds after which what is under way is ended, and no other begun.
 
     Returns:
         Resources in the order of jobs, or why there are none; None for what was not
-        begun.
+        done in time.
     """
     results: list[Resources | Failure | None] = [None] * len(jobs)
+    if timeout <= 0:
+        return results
     queue: Queue[int] = Queue()
     for i in range(len(jobs)):
         queue.put(i)
-    deadline = time.monotonic() + timeout
+    crew = _Crew()
     unstarted: list[int] = []
 
     def serve() -> None:
         process = None
-        try:
-            while time.monotonic() < deadline:
-                try:
-                    i = queue.get_nowait()
-                except Empty:
+        while not crew.dismissed.is_set():
+            try:
+                i = queue.get_nowait()
+            except Empty:
+                break
+            process = process or crew.hire()
+            if process is None:
+                unstarted.append(i)
+                break
+            found = _ask(process, jobs[i])
+            if found == CRASHED:
+                crew.let_go(process)
+                process = None  # the next job gets a new one
+                if crew.dismissed.is_set():
                     break
-                if process is None:
-                    process = _start()
-                if process is None:
-                    unstarted.append(i)
-                    break
-                results[i] = found = _ask(process, jobs[i])
-                if found == CRASHED:  # the next job gets a new process
-                    process.kill()
-                    process.wait()
-                    process = None
-                done()
-        finally:
-            if process is not None:
-                assert process.stdin is not None
-                process.stdin.close()
-                process.wait()
+            results[i] = found
+            done()
+        if process is not None:
+            crew.let_go(process)
 
     count = min(workers or os.cpu_count() or 1, len(jobs))
     threads = [threading.Thread(target=serve) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    timer = threading.Timer(min(timeout, threading.TIMEOUT_MAX), crew.dismiss)
+    timer.start()
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        timer.cancel()
+        if any(thread.is_alive() for thread in threads):  # the user has had enough
+            crew.dismiss()
+    unstarted = [] if crew.dismissed.is_set() else unstarted
     if unstarted:
         warn(
             "a process to compile candidates in did not start (what it said is on "
@@ -159,21 +167,62 @@ READY = "ready"
 """First line of a process, so that one that cannot start is no compiler's crash."""
 
 
-def _start() -> subprocess.Popen[str] | None:
+class _Crew:
+    """Processes that compile, and may all be ended at once.
+
+    Attributes:
+        dismissed: set once they were.
+    """
+
+    def __init__(self) -> None:
+        self.dismissed = threading.Event()
+        self._processes: set[subprocess.Popen[str]] = set()
+        self._changing = threading.Lock()
+
+    def hire(self) -> subprocess.Popen[str] | None:
+        """One more, or None if it does not start."""
+        with self._changing:
+            if self.dismissed.is_set():
+                return None
+            process = _start()
+            self._processes.add(process)
+        assert process.stdout is not None
+        if process.stdout.readline().strip() == READY:
+            return process
+        self.let_go(process)
+        return None
+
+    def let_go(self, process: subprocess.Popen[str]) -> None:
+        """End one that has nothing to do."""
+        with self._changing:
+            self._processes.discard(process)
+        _kill(process)
+        process.communicate()
+
+    def dismiss(self) -> None:
+        """End all, whatever they do."""
+        with self._changing:
+            self.dismissed.set()
+            for process in self._processes:
+                _kill(process)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """With the assembler that it may have started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _start() -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", __name__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=environment,
+        start_new_session=True,
     )
-    assert process.stdout is not None
-    if process.stdout.readline().strip() == READY:
-        return process
-    process.kill()
-    process.wait()
-    return None
 
 
 def _ask(process: subprocess.Popen[str], job: Job) -> Resources | Failure:
@@ -191,7 +240,7 @@ def _ask(process: subprocess.Popen[str], job: Job) -> Resources | Failure:
         line = process.stdout.readline()
     except OSError:
         return CRASHED
-    if not line:
+    if not line.endswith("\n"):
         return CRASHED
     found = json.loads(line)
     return Failure(found["error"]) if "error" in found else Resources(**found)

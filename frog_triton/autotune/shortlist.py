@@ -188,7 +188,7 @@ def inspect(
             if it cannot be launched.
         gpu: what to compile for.
         done: called after each candidate.
-        timeout: seconds after which no other is begun.
+        timeout: seconds after which what is left stays uncompiled.
     """
     places = [
         (request, report, i)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from .. import __version__
-from .errors import CommandError
+from .arguments import Parser
+from .errors import CommandError, answered
+from .needs import missing_packages, remedy
 
 
 @dataclass(frozen=True)
@@ -54,23 +56,19 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="frog-triton",
         description="Fisher row-wise preconditioning for PyTorch.",
         epilog=__doc__.split("\n\n")[1],
     )
     parser.add_argument("--version", action="version", version=__version__)
-    try:
-        run = add_commands(parser, COMMANDS, words)
-        args = parser.parse_args(words)
-        assert run is not None
-        told = logging.getLogger("frog_triton")
-        if not told.hasHandlers():  # commands tell by themselves what they are to tell
-            told.addHandler(logging.NullHandler())
-        return run(args)
-    except CommandError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
+    run = add_commands(parser, COMMANDS, words)
+    args = parser.parse_args(words)
+    assert run is not None
+    told = logging.getLogger("frog_triton")
+    if not told.hasHandlers():  # commands tell by themselves what they are to tell
+        told.addHandler(logging.NullHandler())
+    return answered(partial(run, args))
 
 
 def add_commands(
@@ -81,16 +79,14 @@ def add_commands(
 ) -> Callable[[argparse.Namespace], int] | None:
     """Give a parser its commands; returns what runs the one asked for.
 
-    Only that one is imported: the others may take long, or need more packages.
+    Only that one is imported: the others may take long. What it needs is looked for
+    when it runs, so that its help can be read without.
 
     Args:
         parser: of what stands before the commands.
         commands: by name.
         words: of the command line, from there on.
         before: names of the commands that these are words of.
-
-    Raises:
-        CommandError: packages are missing.
     """
     found = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     asked = next((i for i, word in enumerate(words) if not word.startswith("-")), None)
@@ -99,28 +95,25 @@ def add_commands(
         if asked is None or name != words[asked]:
             found.add_parser(name, help=command.help)
             continue
-        missing = missing_packages(command.needs)
-        if missing:
-            raise CommandError(
-                f"{before}{name} needs {', '.join(missing)}; "
-                f"install them with: pip install 'frog-triton[{command.extra}]'"
-            )
         module = importlib.import_module(command.module, __name__)
-        own = found.add_parser(
-            name,
-            help=command.help,
-            description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        own = found.add_parser(name, help=command.help, description=module.__doc__)
         if hasattr(module, "COMMANDS"):
             rest = words[asked + 1 :]
             run = add_commands(own, module.COMMANDS, rest, f"{before}{name} ")
         else:
             module.add_arguments(own)
-            run = module.run
+            run = partial(_run, module.run, command, f"{before}{name}")
     return run
 
 
-def missing_packages(modules: Sequence[str]) -> list[str]:
-    """Those that cannot be imported."""
-    return [m for m in modules if importlib.util.find_spec(m) is None]
+def _run(
+    run: Callable[[argparse.Namespace], int],
+    command: Command,
+    name: str,
+    args: argparse.Namespace,
+) -> int:
+    """Run a command if what it needs is there."""
+    missing = missing_packages(command.needs)
+    if missing:
+        raise CommandError(remedy(name, missing, command.extra))
+    return run(args)

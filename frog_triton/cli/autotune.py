@@ -12,9 +12,10 @@ are listed with what they really compile to, and a predicted time.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import time
 
 from ..kernels.gpu import GPUS
+from .arguments import above_zero, output_folder, positive
 from .describe import add_model
 from .errors import CommandError
 from .output import add_outputs
@@ -25,34 +26,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument(
         "--batch",
-        type=int,
+        type=positive,
         metavar="N",
         help="examples in a batch, where that is fewer than the sample size",
     )
     parser.add_argument(
-        "--budget", type=float, default=300.0, metavar="SECONDS", help="(default: 300)"
+        "--budget",
+        type=above_zero,
+        default=300.0,
+        metavar="SECONDS",
+        help="for all of it (default: 300); what is not done by then is left",
     )
     parser.add_argument(
-        "--top", type=int, default=4, metavar="N", help="candidates a key (default: 4)"
+        "--top",
+        type=positive,
+        default=4,
+        metavar="N",
+        help="candidates a key (default: 4)",
     )
     parser.add_argument("--dry-run", action="store_true", help="list, time nothing")
     parser.add_argument(
         "--gpu", choices=GPUS, help="of --dry-run (default: the one here, or h200)"
     )
     parser.add_argument(
-        "--cache-dir", type=Path, metavar="DIR", help="(default: the user's cache)"
+        "--cache-dir",
+        type=output_folder,
+        metavar="DIR",
+        help="(default: the user's cache)",
     )
     add_outputs(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Tune, or list."""
-    if args.top < 1 or not args.budget > 0:
-        raise CommandError("--top and --budget must be positive")
-    if args.batch is not None and args.batch < 1:
-        raise CommandError(f"--batch must be positive, got {args.batch}")
     if args.gpu and not args.dry_run:
         raise CommandError("--gpu goes with --dry-run: only the GPU here can be timed")
-    from . import candidates  # which imports torch and Triton
+    deadline = time.monotonic() + args.budget
+    from . import candidates  # which imports torch and Triton: that counts, too
 
-    return candidates.list_(args) if args.dry_run else candidates.tune(args)
+    run_ = candidates.list_ if args.dry_run else candidates.tune
+    return run_(args, deadline)

@@ -10,21 +10,27 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..autotune.cache import Cache, UnusableError, parse
+from .arguments import output_file
 from .errors import CommandError
-from .output import console, print_table
+from .output import add_outputs, console, print_table, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("action", choices=("show", "clear", "path", "export"))
     parser.add_argument(
-        "file", nargs="?", type=Path, help="of export: copy this machine's only table"
+        "file",
+        nargs="?",
+        type=output_file,
+        help="of export: copy this machine's only table",
     )
     parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="(default: the user's cache)"
     )
+    add_outputs(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,17 +38,19 @@ def run(args: argparse.Namespace) -> int:
     cache = Cache(args.cache_dir)
     if args.action != "export" and args.file is not None:
         raise CommandError(f"cache {args.action} takes no file")
+    if args.action != "show" and args.json is not None:
+        raise CommandError("--json goes with cache show")
     return {"show": _show, "clear": _clear, "path": _path, "export": _export}[
         args.action
-    ](cache, args.file)
+    ](cache, args)
 
 
-def _path(cache: Cache, file: Path | None) -> int:
+def _path(cache: Cache, args: argparse.Namespace) -> int:
     print(cache.folder)
     return 0
 
 
-def _clear(cache: Cache, file: Path | None) -> int:
+def _clear(cache: Cache, args: argparse.Namespace) -> int:
     deleted = cache.clear()
     for path in deleted:
         print(f"deleted {path}")
@@ -51,28 +59,37 @@ def _clear(cache: Cache, file: Path | None) -> int:
     return 0
 
 
-def _show(cache: Cache, file: Path | None) -> int:
+def _show(cache: Cache, args: argparse.Namespace) -> int:
     if not cache.paths():
         print(f"no table in {cache.folder}; run: frog-triton autotune resnet18")
-    broken = False
+    found: list[dict[str, Any]] = []
     for path in cache.paths():
         try:
             table = parse(path.read_text())
         except (OSError, UnusableError, UnicodeDecodeError) as error:
             console().print(f"{path.name}: cannot be used: {error}")
-            broken = True
+            found.append({"file": path.name, "error": str(error)})
             continue
+        configs = {key: config.values() for key, config in table.configs.items()}
+        found.append(
+            {
+                "file": path.name,
+                "configs": configs,
+                "formulations": dict(table.formulations),
+            }
+        )
         rows = [
-            (key, ", ".join(f"{n}={v}" for n, v in config.values().items()))
-            for key, config in table.configs.items()
+            (key, ", ".join(f"{name}={value}" for name, value in values.items()))
+            for key, values in configs.items()
         ]
         rows += list(table.formulations.items())
         print_table(path.name, ("key ", "choice "), rows)
-    return 1 if broken else 0
+    write_json(args.json, {"folder": str(cache.folder), "tables": found})
+    return int(any("error" in table for table in found))
 
 
-def _export(cache: Cache, file: Path | None) -> int:
-    paths = cache.paths()
+def _export(cache: Cache, args: argparse.Namespace) -> int:
+    paths, file = cache.paths(), args.file
     if file is None:
         raise CommandError("cache export needs a file to write to")
     if len(paths) != 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -37,8 +38,13 @@ def model_buckets(args: argparse.Namespace) -> list[Bucket]:
     return buckets([line.layer for line in counted.layers], dtypes, args.cg_iters)
 
 
-def list_(args: argparse.Namespace) -> int:
-    """List candidates for a GPU, here or not."""
+def list_(args: argparse.Namespace, deadline: float) -> int:
+    """List candidates for a GPU, here or not.
+
+    Args:
+        args: the command line.
+        deadline: of `time.monotonic`, after which nothing more is compiled.
+    """
     found = model_buckets(args)
     here = detect(torch.device("cuda")) if torch.cuda.is_available() else None
     gpu = GPUS[args.gpu] if args.gpu else here or GPUS["h200"]
@@ -48,16 +54,32 @@ def list_(args: argparse.Namespace) -> int:
     total = sum(len(report.candidates) for _, report in shortlists)
     with Progress(transient=True) as bar:
         task = bar.add_task(f"compiling {total} candidates", total=total)
-        inspect(shortlists, gpu, lambda: bar.advance(task), args.budget)
+        left = max(0.0, deadline - time.monotonic())
+        inspect(shortlists, gpu, lambda: bar.advance(task), left)
     reports = [report for _, report in shortlists]
     show(reports, gpu)
+    missed = sum(_missed(c) for report in reports for c in report.candidates)
+    if missed:
+        console().print(
+            f"{missed} of {total} candidates were not compiled for lack of time "
+            f"(--budget {args.budget:g}): a dash stands for what they would take."
+        )
     console().print("Nothing was timed: predictions follow from datasheet rates.")
     write_json(args.json, to_json(reports, gpu))
     return 0
 
 
-def tune(args: argparse.Namespace) -> int:
-    """Time candidates on the GPU here, and keep the fastest."""
+def _missed(candidate: Candidate) -> bool:
+    return candidate.resources is None and not candidate.verdict
+
+
+def tune(args: argparse.Namespace, deadline: float) -> int:
+    """Time candidates on the GPU here, and keep the fastest.
+
+    Args:
+        args: the command line.
+        deadline: of `time.monotonic`, after which no other key is begun.
+    """
     if not torch.cuda.is_available():
         raise CommandError(
             "there is no GPU here to time kernels on; --dry-run --gpu NAME lists "
@@ -74,7 +96,7 @@ def tune(args: argparse.Namespace) -> int:
         device,
         found,
         known,
-        args.budget,
+        deadline - time.monotonic(),
         args.top,
         keep=lambda table: cache.store(machine, table),
     )

@@ -29,12 +29,10 @@ PACKAGES = (
     ("filelock", "keeping tuned tables", "pip install filelock"),
     ("platformdirs", "their usual folder", "pip install platformdirs"),
     ("matplotlib", "pictures", "pip install 'frog-triton[demo]'"),
-    ("scikit-learn", "the demo", "pip install 'frog-triton[demo]'"),
-    (
-        "pytorch_optimizer",
-        "bench train: SOAP, Shampoo",
-        "pip install pytorch_optimizer",
-    ),
+    ("scikit-learn", "demo, bench stability", "pip install 'frog-triton[demo]'"),
+    ("pillow", "images in files", "pip install 'frog-triton[demo]'"),
+    ("pytorch_optimizer", "SOAP, Shampoo", "pip install 'frog-triton[peers]'"),
+    ("singd", "SINGD", "pip install 'frog-triton[peers]'"),
 )
 
 

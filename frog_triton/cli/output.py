@@ -11,15 +11,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .arguments import output_file, picture
 from .errors import CommandError
 
 
 def add_outputs(parser: argparse.ArgumentParser, plot: bool = False) -> None:
     """Options that commands with results share."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write results there")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write results there"
+    )
     if plot:
         parser.add_argument(
-            "--plot", type=Path, metavar="FILE.png", help="draw results there"
+            "--plot", type=picture, metavar="FILE.png", help="draw results there"
         )
 
 
@@ -39,9 +42,15 @@ def print_table(
 
 
 def console() -> Console:
-    """Standard output; wide enough for tables where it is no terminal."""
-    found = Console(highlight=False, soft_wrap=False)
-    return found if found.is_terminal else Console(highlight=False, width=160)
+    """Standard output; wide enough for tables where it is no terminal.
+
+    Text is printed as it is: what stands in brackets is no markup, but an extra of a
+    package, an index or a shape.
+    """
+    found = Console(highlight=False, markup=False, emoji=False)
+    if not found.is_terminal:
+        found.width = 160
+    return found
 
 
 def write_json(path: Path | None, content: Any) -> None:
@@ -49,7 +58,6 @@ def write_json(path: Path | None, content: Any) -> None:
     if path is None:
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise CommandError(f"{path} cannot be written: {error}", 1) from error

@@ -115,15 +115,20 @@ class RoutingTable(list[Route]):
         lines = [(r.name, _shape([r]), r.updated_by, r.reason) for r in self]
         return "\n".join(filter(None, [_aligned(header, [lines]), self.note]))
 
-    def lines(self) -> list[Line]:
+    def lines(self, full: bool = False) -> list[Line]:
         """The routes, like ones together, in the order of the first of each.
 
         What FROG preconditions is alike if the names differ in numbers only; all
         else if the reason is the same.
+
+        Args:
+            full: a line for each.
         """
+        if full:
+            return [_line([route]) for route in self]
         alike: dict[tuple[str, str, str, bool], list[Route]] = {}
         for route in self:
-            name = _starred(route.name) if route.updated_by == "frog" else ""
+            name = starred(route.name) if route.updated_by == "frog" else ""
             key = (name, route.updated_by, route.kind, route.frozen)
             alike.setdefault(key, []).append(route)
         lines: list[Line] = []
@@ -176,10 +181,10 @@ def _names(routes: Sequence[Route]) -> str:
     names = [(several and module) or module + dot + leaf for module, dot, leaf in parts]
     patterns: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
-        patterns.setdefault(_starred(name), []).append(name)
+        patterns.setdefault(starred(name), []).append(name)
     shown: list[str] = []
     width = 0
-    for text in map(_pattern, patterns.values()):
+    for text in map(pattern, patterns.values()):
         width += len(text) + 2
         if shown and width > _WIDEST:
             shown.append("...")
@@ -188,12 +193,12 @@ def _names(routes: Sequence[Route]) -> str:
     return ", ".join(shown) + (f" ({len(modules)} modules)" if several else "")
 
 
-def _starred(name: str) -> str:
+def starred(name: str) -> str:
     """The same for names that differ in numbers only."""
     return re.sub(r"\d+", "*", name)
 
 
-def _pattern(names: Sequence[str]) -> str:
+def pattern(names: Sequence[str]) -> str:
     """Names that differ in numbers only, as one, with ``*`` for what differs."""
     pieces = zip(*(re.split(r"(\d+)", name) for name in names), strict=True)
     return "".join(piece[0] if len(set(piece)) == 1 else "*" for piece in pieces)
