@@ -362,7 +362,7 @@ def run(args: argparse.Namespace) -> int:
         results = Results(args.json)
         for model in chosen:
             if model.installed:
-                console.print(f"{model.name} ...", markup=False)
+                console.print(f"{model.name} ...")
                 names = {"model": model.name, "package": model.package}
                 results.add(names, partial(_examined, model, args.steps))
         entries = results.entries
@@ -370,7 +370,7 @@ def run(args: argparse.Namespace) -> int:
         header, *lines = left_out(entries)
         output.print_table("Left out", (f"{header[0]} ", *header[1:]), lines)
         for line in skipped:
-            console.print(line, markup=False)
+            console.print(line)
         if args.write is not None:
             words = [f"--steps {args.steps}"] if args.steps != 20 else []
             if args.models != ["*"]:

@@ -80,22 +80,24 @@ def label_points(
     dots = [panel.transData.transform(place) for place in places]
     taken = [_box(x, y, x, y, 4 * scale) for x, y in dots]
     inside = panel.get_window_extent()
+    line = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.5}
     # From the right, so that names there do not have to cross others.
     for i in sorted(range(len(names)), key=lambda i: -dots[i][0]):
+        text = panel.annotate(
+            names[i],
+            places[i],
+            (0, 0),
+            textcoords="offset points",
+            verticalalignment="center",
+            fontsize=7.5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
+            in_layout=False,
+        )
+        size = text.get_window_extent()
         for dx, dy, side in _offsets():
-            text = panel.annotate(
-                names[i],
-                places[i],
-                (dx, dy),
-                textcoords="offset points",
-                horizontalalignment=side,
-                verticalalignment="center",
-                fontsize=7.5,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
-                in_layout=False,
-            )
-            found = text.get_window_extent()
-            found = _box(found.x0, found.y0, found.x1, found.y1, scale)
+            left = dots[i][0] + dx * scale - (size.width if side == "right" else 0)
+            low = dots[i][1] + dy * scale - size.height / 2
+            found = _box(left, low, left + size.width, low + size.height, 2 * scale)
             within = (
                 inside.x0 <= found[0]
                 and inside.y0 <= found[1]
@@ -104,17 +106,19 @@ def label_points(
             )
             if within and not any(_overlap(found, other) for other in taken):
                 break
-            text.remove()
         else:
-            continue  # there is no room for it
+            text.remove()  # there is no room for it
+            continue
         taken.append(found)
+        text.set_position((dx, dy))
+        text.set_horizontalalignment(side)
         if abs(dx) > 8 or abs(dy) > 8:  # else it is plain whose it is
             panel.annotate(
                 "",
                 places[i],
                 (dx, dy),
                 textcoords="offset points",
-                arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.5},
+                arrowprops=line,
                 in_layout=False,
             )
 

@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from frog_triton import cli
+from frog_triton import cli, cost
 from frog_triton.autotune.cache import Cache, Machine
-from frog_triton.cli import models
+from frog_triton.benchmarks import pictures
+from frog_triton.cli import doctor, layer_lines, models, output
 from frog_triton.kernels.gram import GramConfig
 from frog_triton.kernels.table import Table
 
@@ -115,6 +117,65 @@ def test_describe_groups_what_is_left_and_ends_with_totals(capsys, tmp_path):
     assert content["parameters"] == kernels and not content["low"]
 
 
+def test_describe_groups_alike_layers_or_shows_each(capsys, tmp_path):
+    json_, png = tmp_path / "out.json", tmp_path / "out.png"
+    command = ("describe", "gpt2-small", "--json", json_)
+    code, out, _ = run(capsys, *command, "--plot", png)
+    content = json.loads(json_.read_text())
+    grouped = layer_rows(out)
+    assert code == 0 and png.read_bytes().startswith(b"\x89PNG")
+    sizes = {
+        "blocks.*.qkv": (2304, 768),
+        "blocks.*.attention_out": (768, 768),
+        "blocks.*.expand": (3072, 768),
+        "blocks.*.mlp_out": (768, 3072),
+    }
+    for name, (rows, dim) in sizes.items():
+        elements = f"{12 * rows * (dim + 1):,}"  # with biases
+        expected = ["12", str(rows), str(dim), "128", "gram", elements]
+        assert grouped[name][:6] == expected
+    assert len(grouped) == len(sizes) + 1
+    code, out, _ = run(capsys, *command, "--full")
+    each = layer_rows(out)
+    assert code == 0 and content == json.loads(json_.read_text())
+    assert len(each) == 48 + 1 and each["blocks.7.qkv"][0] == "1"
+    for norm in ("norm1", "norm2"):
+        assert f"blocks.11.{norm}.weight" in out
+    for rows in (grouped, each):
+        *_, elements, _, megabytes, floor = rows["total of the layers"]
+        assert elements == f"{content['coverage']['parameters']:,}"
+        layers = content["layers"]
+        assert megabytes == f"{sum(a['bytes'] for a in layers) / 1e6:.2f}"
+        assert floor == f"{sum(a['floor_us'] for a in layers):.1f}"
+
+
+def layer_rows(out):
+    """Cells of the first table, by name."""
+    text = out.partition("Left to the fallback")[0]
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+    return {name: [cell for cell in cells if cell] for name, *cells in rows}
+
+
+def test_layers_of_other_sizes_are_not_alike(capsys):
+    rows = layer_rows(run(capsys, "describe", "resnet18")[1])
+    assert rows["5.shortcut.0"][:4] == ["1", "128", "64", "128"]
+    assert rows["total of the layers"][0] == "20"
+
+
+def test_a_picture_of_many_layers_puts_the_cheapest_together(capsys):
+    loaded = models.load("resnet50")
+    counted = cost(loaded.model, loaded.inputs)
+    lines = layer_lines.layer_lines(counted)
+    few = layer_lines.largest(lines, 5)
+    assert len(few) == 5 and few[-1].label == f"{len(few[-1].layers)} other layers"
+    assert few[0].label == "3 x *.body.3  512x4608"
+    for what in ("parameters", "operations", "bytes", "floor_us"):
+        kept = sum(getattr(line, what) for line in few)
+        assert kept == pytest.approx(sum(getattr(line, what) for line in lines))
+    assert layer_lines.largest(lines, 50) == lines
+
+
 def test_describe_says_why_nothing_is_preconditioned(capsys, factory, tmp_path):
     out_file = tmp_path / "out.json"
     code, out, _ = run(capsys, "describe", f"{factory}:norm", "--json", out_file)
@@ -183,7 +244,8 @@ def test_a_dry_run_out_of_budget_compiles_nothing(capsys, factory, tmp_path):
     out_file = tmp_path / "out.json"
     words = ("autotune", f"{factory}:build", "--dry-run", "--gpu", "h200")
     words = (*words, "--budget", 1e-9, "--top", 1, "--json", out_file)
-    assert run(capsys, *words)[0] == 0
+    code, out, _ = run(capsys, *words)
+    assert code == 0 and "were not compiled for lack of time (--budget 1e-09)" in out
     keys = json.loads(out_file.read_text())["keys"]
     assert keys and all(key["candidates"] for key in keys)
     assert all(c["resources"] is None for key in keys for c in key["candidates"])
@@ -202,13 +264,26 @@ def test_cache(capsys, tmp_path):
     assert code == 1 and "holds: none" in err
     table = Table({"gram n64": GramConfig()}, {"layer n64": "gram"})
     Cache(folder[1]).store(MACHINE, table)
-    code, printed, _ = run(capsys, "cache", "show", *folder)
+    shown = tmp_path / "shown.json"
+    code, printed, _ = run(capsys, "cache", "show", *folder, "--json", shown)
     assert code == 0 and "gram n64" in printed and "BLOCK_N=64" in printed
+    content = json.loads(shown.read_text())
+    assert content == {
+        "folder": str(folder[1]),
+        "tables": [
+            {
+                "file": MACHINE.file_name,
+                "configs": {"gram n64": GramConfig().values()},
+                "formulations": {"layer n64": "gram"},
+            }
+        ],
+    }
     assert run(capsys, "cache", "export", out, *folder)[0] == 0
     assert json.loads(out.read_text())["gpu"] == MACHINE.gpu
     (folder[1] / "broken.json").write_text("{")
-    code, printed, _ = run(capsys, "cache", "show", *folder)
+    code, printed, _ = run(capsys, "cache", "show", *folder, "--json", shown)
     assert code == 1 and "broken.json: cannot be used" in printed
+    assert "error" in json.loads(shown.read_text())["tables"][0]
     assert run(capsys, "cache", "export", out, *folder)[0] == 1
     code, printed, _ = run(capsys, "cache", "clear", *folder)
     assert code == 0 and printed.count("deleted") == 2
@@ -222,6 +297,33 @@ def test_doctor(capsys, tmp_path):
     assert code == 0 and versions["torch"] == torch.__version__
     expected = "triton_ops" if torch.cuda.is_available() else "torch_ops"
     assert content["facts"]["backend"] == expected and expected in out
+
+
+def test_doctor_names_the_extra_of_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    for extra in ("demo", "peers"):
+        assert f"pip install 'frog-triton[{extra}]'" in out
+
+
+def test_text_is_no_markup(capsys):
+    """What stands in brackets, or between colons, is printed as it is."""
+    text = "layers[0] 'frog-triton[demo]' [red]x[/] [/] :smile:"
+    output.print_table(f"title {text}", (f"column {text} ",), [(f"cell {text}",)])
+    output.console().print(f"line {text}")
+    printed = capsys.readouterr().out
+    for kind in ("title", "column", "cell", "line"):
+        assert f"{kind} {text}" in printed
+
+
+def test_consoles_are_made_in_one_place():
+    """Elsewhere text would be taken for markup again."""
+    root = Path(cli.__file__).parents[1]
+    folders = (root, Path(pictures.__file__).parent)
+    paths = {path for folder in folders for path in folder.rglob("*.py")}
+    made = {path.name for path in paths if " Console(" in path.read_text()}
+    assert made <= {"output.py", "demo.py"}
 
 
 @no_gpu

@@ -67,7 +67,8 @@ def test_a_step_is_estimated_from_its_machine_code(tmp_path, samples):
     environment.pop("TRITON_INTERPRET", None)
     path = tmp_path / "estimate.json"
     words = ["--model", "tiny", "--samples", str(samples), "--json", str(path)]
-    command = [sys.executable, "-m", "frog_triton.benchmarks.estimate", *words]
+    words += ["--plot", str(tmp_path / "roof.png")]
+    command = [sys.executable, "-m", "frog_triton", "bench", "estimate", *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "nothing measured" in done.stdout and "times AdamW's bytes" in done.stdout
@@ -82,7 +83,10 @@ def test_a_step_is_estimated_from_its_machine_code(tmp_path, samples):
         cg,
         "_update_kernel",
     }
+    assert (tmp_path / "roof.png").read_bytes().startswith(b"\x89PNG")
+    without = ("_largest_kernel", "_gram_terms_kernel")  # products
     for kernel in result["kernels"]:
         assert kernel["time_us"] > kernel["floor_us"] > 0
+        assert (kernel["operations"] > 0) == (kernel["kernel"] not in without)
         assert kernel["registers"] > 0 and kernel["executed"]["float"] > 0
     assert result["estimate_us"] > result["floor_us"]

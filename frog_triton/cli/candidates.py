@@ -140,7 +140,7 @@ def show(reports: Sequence[KeyReport], gpu: GPU) -> None:
     for report in reports:
         for candidate in report.failed:
             config = f"{candidate.config.values()}"
-            console().print(f"{report.key} {config}: {candidate.verdict}", markup=False)
+            console().print(f"{report.key} {config}: {candidate.verdict}")
 
 
 def to_json(reports: Sequence[KeyReport], gpu: GPU) -> dict[str, Any]:
