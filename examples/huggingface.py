@@ -1,4 +1,4 @@
-"""FROG in the Hugging Face Trainer: build it on the model, pass it with a schedule.
+"""FROG in the Hugging Face Trainer, with a schedule of its arguments.
 
 python examples/huggingface.py
 """
@@ -11,7 +11,6 @@ from transformers import (
     BertForSequenceClassification,
     Trainer,
     TrainingArguments,
-    get_cosine_schedule_with_warmup,
 )
 
 from frog_triton import FROG
@@ -34,17 +33,17 @@ def main() -> float:
     config = BertConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
 
     def trainer(folder: str) -> Trainer:
-        model = BertForSequenceClassification(config)
-        optimizer = FROG(model, lr=5e-3, fallback="adamw", fallback_lr=5e-3)
-        schedule = get_cosine_schedule_with_warmup(optimizer, 5, STEPS)
         arguments = {"per_device_train_batch_size": 32, "max_grad_norm": 1.0}
+        arguments |= {"lr_scheduler_type": "cosine", "warmup_steps": 5}
         arguments |= {"save_steps": STEPS // 2, "report_to": "none"}
         return Trainer(
-            model,
+            BertForSequenceClassification(config),
             TrainingArguments(folder, max_steps=STEPS, **arguments),
             train_dataset=train,
             eval_dataset=held_out,
-            optimizers=(optimizer, schedule),
+            # What makes the optimizer of the model; the class itself would be given
+            # parameters. Its rates count, not the arguments' learning_rate.
+            optimizer_cls_and_kwargs=(lambda: FROG, {"lr": 5e-3, "fallback_lr": 5e-3}),
         )
 
     with tempfile.TemporaryDirectory() as folder:

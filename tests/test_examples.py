@@ -27,7 +27,7 @@ def test_plain():
 
 def test_hugging_face_trainer():
     pytest.importorskip("transformers")
-    assert _main("huggingface") < 0.4  # chance is 0.69; measured 0.002
+    assert _main("huggingface") < 0.4  # chance is 0.69; measured 0.04
 
 
 def test_lightning():
