@@ -1,20 +1,44 @@
-"""FROG beside tuned SGD and AdamW on real images: ``python -m frog_triton demo``."""
+"""Optimizers learn a photograph, each for the same seconds: a race in a minute.
+
+    frog-triton demo
+    frog-triton demo --seeds 3
+    frog-triton demo --data my_photo.jpg --tune
+
+A multilayer perceptron learns which colour is where; held-out pixels say how well. The
+optimizers train in turns on one thread, each at the best of four learning rates (found
+by --tune), and the learning rate falls to zero over the seconds, however many steps
+they hold.
+"""
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from . import report
-from .arguments import fraction, positive
-from .data import digits, images
-from .loop import Job, Run, best_setting
-from .peers import PEERS, Peer
-from .tasks import ImageTask
+from .arguments import above_zero, output_folder, positive
 
-SHOWN = tuple(PEERS[name] for name in ("FROG", "SGD", "AdamW"))
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .field import FieldTask
+    from .loop import Run
+    from .race import Entry, Racer
+
+LRS = {
+    "FROG": 0.06,
+    "FROG plain": 0.06,
+    "Muon": 0.06,
+    "SOAP": 0.03,
+    "AdamW": 0.01,
+}
+"""Learning rates that ``--tune`` found: benchmarks/results/cpu/demo/README.md."""
+
+_BARS = " ▁▂▃▄▅▆▇█"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,113 +46,236 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        metavar="DIR",
-        help="folder of images: train/<class>/ and test/<class>/; or a torchvision "
-        "root, a tar of images, an .npz (default: scikit-learn's handwritten digits)",
+        metavar="FILE",
+        help="a photograph of your own (default: one that scikit-learn ships)",
     )
     parser.add_argument(
-        "--limit", type=positive, help="use only so many training images"
+        "--seconds",
+        type=above_zero,
+        default=7.0,
+        help="of training for each optimizer (default: %(default)g)",
     )
-    parser.add_argument("--epochs", type=positive, help="passes over the data")
-    parser.add_argument("--batch-size", type=positive, help="examples a step")
-    parser.add_argument("--seeds", type=positive, default=3, help="runs (default: 3)")
+    parser.add_argument("--seeds", type=positive, default=1, help="races (default: 1)")
     parser.add_argument(
-        "--tuning-seeds",
-        type=positive,
-        help="seeds for every learning rate of the grids (default: 1, for the digits "
-        "all of --seeds)",
+        "--tune",
+        action="store_true",
+        help="first race each optimizer's grid of learning rates, which takes four "
+        "times as long, and use its best",
     )
+    parser.add_argument("--device", default="cpu", help="(default: cpu)")
     parser.add_argument(
-        "--targets",
-        type=fraction,
-        nargs="+",
-        metavar="ACC",
-        help="test accuracies to time, the second decides the learning rate",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), help="(default: %(default)s)"
+        "--out",
+        type=output_folder,
+        default=Path("runs/demo"),
+        help="folder for picture, table and JSON (default: %(default)s)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the comparison; returns the exit code."""
+    """Race; returns the exit code: 0 done, 2 wrong arguments."""
+    import torch
     from rich.console import Console
-    from rich.table import Table
 
-    from .runner import train_all
+    from .field import FieldTask, photo, shipped
+    from .race import race
 
-    console = Console()
+    console = Console(highlight=False, markup=False)
     try:
-        data = digits() if args.data is None else images(args.data, args.limit)
-    except (FileNotFoundError, ValueError) as error:
-        console.print(f"[red]error:[/] {error}", highlight=False)
+        device = torch.device(args.device)
+        torch.empty(0, device=device)
+        seen = shipped() if args.data is None else photo(args.data)
+    except (FileNotFoundError, RuntimeError, ValueError, AssertionError) as error:
+        console.print(f"error: {error}")
         return 2
-    small = args.data is None
-    epochs = args.epochs or (12 if small else 5)
-    batch_size = args.batch_size or (64 if small else 128)
-    targets = args.targets or ([0.95, 0.97, 0.98] if small else [0.5, 0.6, 0.65])
-    console.print(
-        f"{data.name}: {len(data.train_y)} training and {len(data.test_y)} test "
-        f"images, {data.classes} classes; {epochs} epochs, batch {batch_size}, "
-        f"{args.seeds} seeds; every optimizer at the best of {len(SHOWN[0].lrs)} "
-        "learning rates, same schedule"
-    )
-    target = targets[min(1, len(targets) - 1)]
-    tuning = min(args.tuning_seeds or (args.seeds if small else 1), args.seeds)
-    task = ImageTask(data, batch_size=batch_size)
-    tried = train_all(
-        [
-            Job(task, peer, lr, seed, epochs)
-            for peer in SHOWN
-            for lr in peer.lrs
-            for seed in range(tuning)
-        ],
-        console,
-    )
-    best: list[Run] = []
-    jobs = []
-    for peer in SHOWN:
-        mine = [r for r in tried if r.peer == peer.name]
-        lr, _ = best_setting(mine, target)
-        console.print(_summary(peer, mine, target, lr), highlight=False)
-        best += [r for r in mine if r.lr == lr]
-        jobs += [
-            Job(task, peer, lr, seed, epochs) for seed in range(tuning, args.seeds)
-        ]
-    best += train_all(jobs, console)
-    best.sort(key=lambda r: ([p.name for p in SHOWN].index(r.peer), r.seed))
-
-    table = report.rows(best, targets)
-    rendered = Table(*table[0], title=f"{data.name}, median of {args.seeds} seeds")
-    for row in table[1:]:
-        rendered.add_row(*row)
-    console.print(rendered)
-    args.out.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "data": data.name,
-        "train": len(data.train_y),
-        "test": len(data.test_y),
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "seeds": args.seeds,
-        "tuning_seeds": tuning,
-        "targets": list(targets),
-    }
-    report.write_json(args.out / "results.json", settings, tried, best)
-    (args.out / "table.md").write_text(report.markdown(table) + "\n")
-    report.plot(args.out / "curves.png", data.name, best)
-    console.print(f"wrote results.json, table.md and curves.png to {args.out}")
+    task = FieldTask.of(seen, device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        entries = _entries(console)
+        console.print(_told(task, entries, args))
+        tried: list[Run] = []
+        if args.tune:
+            entries, tried = _tuned(task, entries, args, console)
+        finished: list[Racer] = []
+        for seed in range(args.seeds):
+            title = f"race {seed + 1} of {args.seeds}" if args.seeds > 1 else "race"
+            with _Live(console, title, args.seconds) as live:
+                finished += race(task, entries, seed, args.seconds, on_lap=live)
+    finally:
+        torch.set_num_threads(threads)
+    _report(task, finished, tried, args, console)
     return 0
 
 
-def _summary(peer: Peer, runs: Sequence[Run], target: float, chosen: float) -> str:
-    """One line: steps to the target and final accuracy at each learning rate."""
-    cells = []
-    for lr in peer.lrs:
-        mine = [r for r in runs if r.lr == lr]
-        hit = report.median_first(mine, target)
-        final = statistics.median(r.final for r in mine)
-        steps = "-" if hit is None else str(hit[0])
-        mark = "*" if lr == chosen else ""
-        cells.append(f"{lr:g}{mark}: {steps} ({final:.1%})")
-    return f"{peer.name:6} lr: steps to {target:.0%} (final)  " + "   ".join(cells)
+def _entries(console: Console) -> list[Entry]:
+    from ...cli.needs import remedy
+    from .peers import PEERS
+    from .race import Entry
+
+    entries = []
+    for name, lr in LRS.items():
+        missing = PEERS[name].missing()
+        if missing:
+            console.print(f"left out: {remedy(name, missing, 'peers')}")
+        else:
+            entries.append(Entry(PEERS[name], lr))
+    return entries
+
+
+def _told(task: FieldTask, entries: Sequence[Entry], args: argparse.Namespace) -> str:
+    height, width, _ = task.photo.colours.shape
+    model = task.model()
+    count = sum(p.numel() for p in model.parameters())
+    credit = f" ({task.photo.credit})" if task.photo.credit else ""
+    return (
+        f"{task.photo.name}{credit}, {width} x {height}: a network of {count:,} "
+        f"weights learns {len(task.order):,} pixels, an eighth of them held out. "
+        f"{len(entries)} optimizers, {args.seconds:g} seconds of training each, in "
+        "turns."
+    )
+
+
+def _tuned(
+    task: FieldTask,
+    entries: Sequence[Entry],
+    args: argparse.Namespace,
+    console: Console,
+) -> tuple[list[Entry], list[Run]]:
+    """Each optimizer at the best of its grid, by where a race with seed 0 ends."""
+    from .race import Entry, race
+
+    chosen, tried = [], []
+    for entry in entries:
+        grid = [Entry(entry.peer, lr) for lr in entry.peer.lrs]
+        with _Live(console, f"grid of {entry.peer.name}", args.seconds) as live:
+            runs = [r.finish() for r in race(task, grid, 0, args.seconds, on_lap=live)]
+        best = max(runs, key=lambda run: run.final)
+        chosen.append(Entry(entry.peer, best.lr))
+        tried += runs
+    return chosen, tried
+
+
+class _Live:
+    """A table that fills while optimizers train; called after each turn.
+
+    Args:
+        console: to print on.
+        title: of the table.
+        seconds: that each may train.
+    """
+
+    def __init__(self, console: Console, title: str, seconds: float) -> None:
+        from rich.live import Live
+
+        self._title = f"{title}, {seconds:g} seconds each"
+        self._live = Live(console=console, refresh_per_second=8)
+
+    def __enter__(self) -> Callable[[Sequence[Racer]], None]:
+        self._live.start()
+        return lambda racers: self._live.update(self._table(racers))
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def _table(self, racers: Sequence[Racer]) -> Table:
+        from rich.table import Table
+
+        table = Table(title=self._title, title_justify="left")
+        table.add_column("optimizer")
+        for name in ("lr", "seconds", "steps", "dB"):
+            table.add_column(name, justify="right")
+        table.add_column("so far", no_wrap=True)
+        lows = [r.run.values[0] for r in racers if r.run.values]
+        highs = [max(r.run.values) for r in racers if r.run.values]
+        for racer in racers:
+            run = racer.run
+            value = f"{run.values[-1]:.2f}" if run.values else ""
+            table.add_row(
+                run.peer,
+                f"{run.lr:g}",
+                f"{racer.elapsed:.1f}",
+                str(racer.steps),
+                "diverged" if run.diverged else value,
+                _sparks(run.values, min(lows), max(highs)),
+            )
+        return table
+
+
+def _sparks(values: Sequence[float], low: float, high: float) -> str:
+    """Values as bars of a character each."""
+    span = max(high - low, 1e-9)
+    most = len(_BARS) - 1
+    levels = [(value - low) / span for value in values if value == value]
+    return "".join(_BARS[max(1, min(most, round(most * part)))] for part in levels)
+
+
+def _report(
+    task: FieldTask,
+    finished: Sequence[Racer],
+    tried: Sequence[Run],
+    args: argparse.Namespace,
+    console: Console,
+) -> None:
+    """Print the verdict; write picture, table and JSON."""
+    from . import report, verdict
+    from .demo_picture import draw
+
+    runs = [racer.finish() for racer in finished]
+    found = verdict.leads(runs)
+    rows = _rows(runs, found)
+    printed = _printed(rows)
+    console.print(printed)
+    told = verdict.sentence(found)
+    console.print(told)
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Any] = {
+        "photo": task.photo.name,
+        "shape": list(task.photo.colours.shape),
+        "seconds": args.seconds,
+        "seeds": args.seeds,
+        "threads": 1,
+        "verdict": told,
+        "leads": [asdict(lead) for lead in found],
+    }
+    report.write_json(args.out / "results.json", settings, tried, runs)
+    (args.out / "table.md").write_text(report.markdown(rows) + "\n")
+    draw(args.out / "curves.png", task, finished[: len(rows) - 1], runs)
+    console.print(f"wrote curves.png, table.md and results.json to {args.out}")
+
+
+def _rows(runs: Sequence[Run], found: Sequence[Any]) -> list[list[str]]:
+    """A header, and a row for each optimizer, as text."""
+    from . import report
+
+    leads = {lead.peer: str(lead) for lead in found}
+    table = [
+        [
+            *("optimizer", "lr", "steps", "ms / step"),
+            *("PSNR, dB", "FROG was sooner: seconds, steps"),
+        ]
+    ]
+    for peer, mine in report.by_peer(runs).items():
+        steps = statistics.median(run.steps[-1] for run in mine)
+        pace = statistics.median(run.seconds[-1] / run.steps[-1] for run in mine)
+        finals = [run.final for run in mine]
+        value = f"{statistics.median(finals):.2f}"
+        if len(mine) > 1:
+            value += f" ({min(finals):.2f} - {max(finals):.2f})"
+        table.append(
+            [
+                *(peer, f"{mine[0].lr:g}", f"{steps:.0f}", f"{1000 * pace:.0f}"),
+                *(value, leads.get(peer, "")),
+            ]
+        )
+    return table
+
+
+def _printed(rows: Sequence[Sequence[str]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="after the race", title_justify="left")
+    for i, name in enumerate(rows[0]):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table

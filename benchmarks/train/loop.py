@@ -121,7 +121,7 @@ class Run:
         train_loss: mean training loss since the evaluation before.
         batch_size: examples a step.
         weight_decay: of the optimizer.
-        metric: ``"accuracy"`` or ``"loss"``.
+        metric: what the values are; see `Task.metric`.
         forward_backward_ms: median over the steps.
         optimizer_ms: median over the steps.
         peak_bytes: most memory allocated on the GPU; None on a CPU.
@@ -151,7 +151,7 @@ class Run:
     @property
     def higher_is_better(self) -> bool:
         """Whether more of the metric is better."""
-        return self.metric == "accuracy"
+        return self.metric != "loss"
 
     @property
     def unit(self) -> str:

@@ -214,6 +214,14 @@ def plot(path: Path, title: str, runs: Sequence[Run]) -> None:
         title: of what was trained.
         runs: at one setting of each optimizer.
     """
+    count = len({run.seed for run in runs})
+    told = "one seed" if count == 1 else f"median and range of {count} seeds"
+    with picture(path, f"{title}: {told}", (11.5, 5.2)) as figure:
+        draw_curves(figure, runs)
+
+
+def draw_curves(figure: Any, runs: Sequence[Run]) -> None:
+    """What `plot` shows, on a figure or a part of one."""
     from matplotlib.ticker import EngFormatter
 
     good = {
@@ -224,26 +232,23 @@ def plot(path: Path, title: str, runs: Sequence[Run]) -> None:
     first = runs[0]
     sizes = {run.units_per_step for run in runs}
     by_unit = len(sizes) > 1 or first.unit != "examples"
-    count = len({run.seed for run in runs})
-    told = "one seed" if count == 1 else f"median and range of {count} seeds"
-    with picture(path, f"{title}: {told}", (11.5, 5.2)) as figure:
-        panels = figure.subplots(1, 2, sharey=True)
-        for look, (peer, mine) in zip(looks(len(good)), good.items(), strict=True):
-            for panel, xs in zip(panels, _progress(mine, by_unit), strict=True):
-                _curve(panel, xs, mine, f"{peer}, lr {mine[0].lr:g}", look)
-        units = (first.unit if by_unit else "steps", "seconds of training")
-        if by_unit:
-            panels[0].xaxis.set_major_formatter(EngFormatter())
-        for panel, unit in zip(panels, units, strict=True):
-            panel.set_xlabel(unit)
-            panel.set_xlim(left=0)
-        low, high = _range(list(good.values()))
-        panels[0].set_ylim(low, high)
-        panels[0].set_ylabel(f"test {first.metric}")
-        if first.metric == "accuracy":
-            panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        key = panels[0].get_legend_handles_labels()
-        figure.legend(*key, loc="outside lower center", ncols=min(4, max(1, len(good))))
+    panels = figure.subplots(1, 2, sharey=True)
+    for look, (peer, mine) in zip(looks(len(good)), good.items(), strict=True):
+        for panel, xs in zip(panels, _progress(mine, by_unit), strict=True):
+            _curve(panel, xs, mine, f"{peer}, lr {mine[0].lr:g}", look)
+    units = (first.unit if by_unit else "steps", "seconds of training")
+    if by_unit:
+        panels[0].xaxis.set_major_formatter(EngFormatter())
+    for panel, unit in zip(panels, units, strict=True):
+        panel.set_xlabel(unit)
+        panel.set_xlim(left=0)
+    low, high = _range(list(good.values()))
+    panels[0].set_ylim(low, high)
+    panels[0].set_ylabel(f"test {first.metric}")
+    if first.metric == "accuracy":
+        panels[0].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    key = panels[0].get_legend_handles_labels()
+    figure.legend(*key, loc="outside lower center", ncols=min(5, max(1, len(good))))
 
 
 def _progress(runs: Sequence[Run], by_unit: bool) -> tuple[list[float], list[float]]:

@@ -24,7 +24,8 @@ class Task(ABC):
 
     Attributes:
         batch_size: examples a step.
-        metric: what `evaluate` returns: ``"accuracy"`` or ``"loss"``.
+        metric: what `evaluate` returns: ``"accuracy"``, ``"PSNR"`` or ``"loss"``, of
+            which less is better.
     """
 
     batch_size: int

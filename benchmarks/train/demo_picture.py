@@ -1,0 +1,45 @@
+"""The demo's picture: what each optimizer's network shows, and how it got there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..pictures import picture
+from .field import FieldTask
+from .loop import Run
+from .race import Racer
+from .report import draw_curves
+
+
+def draw(
+    path: Path, task: FieldTask, racers: Sequence[Racer], runs: Sequence[Run]
+) -> None:
+    """Draw the photograph as learned by each, above the curves of all runs.
+
+    Args:
+        path: of the picture.
+        task: what was learned.
+        racers: of the race that is shown.
+        runs: of all races.
+    """
+    seconds = racers[0].seconds
+    seeds = len({run.seed for run in runs})
+    told = "one seed" if seeds == 1 else f"median and range of {seeds} seeds"
+    title = f"{seconds:g} seconds of training each, on one thread ({told})"
+    with picture(path, title, (12, 7.4)) as figure:
+        above, below = figure.subfigures(2, 1, height_ratios=(1, 1.5))
+        panels = above.subplots(2, (len(racers) + 2) // 2).flat
+        shown = [("the photograph", task.photo.colours)]
+        shown += [
+            (f"{r.run.peer}: {r.run.final:.1f} dB", task.picture(r.model))
+            for r in racers
+        ]
+        for panel in panels:
+            panel.axis("off")
+        for panel, (name, colours) in zip(panels, shown, strict=False):
+            panel.imshow(colours.numpy())
+            panel.set_title(name)
+        draw_curves(below, runs)
+        if task.photo.credit:
+            above.supxlabel(task.photo.credit, fontsize=7, color="#777777")
