@@ -27,17 +27,16 @@ def draw(
     seeds = len({run.seed for run in runs})
     told = "one seed" if seeds == 1 else f"median and range of {seeds} seeds"
     title = f"{seconds:g} seconds of training each, on one thread ({told})"
-    with picture(path, title, (12, 7.4)) as figure:
-        above, below = figure.subfigures(2, 1, height_ratios=(1, 1.5))
-        panels = above.subplots(2, (len(racers) + 2) // 2).flat
+    with picture(path, title, (12.5, 6.6)) as figure:
+        above, below = figure.subfigures(2, 1, height_ratios=(1, 2.4))
+        panels = above.subplots(1, len(racers) + 1)
         shown = [("the photograph", task.photo.colours)]
         shown += [
             (f"{r.run.peer}: {r.run.final:.1f} dB", task.picture(r.model))
             for r in racers
         ]
-        for panel in panels:
+        for panel, (name, colours) in zip(panels, shown, strict=True):
             panel.axis("off")
-        for panel, (name, colours) in zip(panels, shown, strict=False):
             panel.imshow(colours.numpy())
             panel.set_title(name)
         draw_curves(below, runs)

@@ -45,7 +45,7 @@ COMMANDS = {
     "cache": Command("show, clear or export tuned configurations", ".cache"),
     "doctor": Command("what is installed, what would run, what is missing", ".doctor"),
     "demo": Command(
-        "train beside SGD and AdamW",
+        "optimizers learn a photograph, in a minute",
         "..benchmarks.train.demo",
         ("matplotlib", "PIL", "sklearn"),
         "demo",
