@@ -323,7 +323,7 @@ def test_consoles_are_made_in_one_place():
     folders = (root, Path(pictures.__file__).parent)
     paths = {path for folder in folders for path in folder.rglob("*.py")}
     made = {path.name for path in paths if " Console(" in path.read_text()}
-    assert made <= {"output.py", "demo.py"}
+    assert made == {"output.py"}
 
 
 @no_gpu

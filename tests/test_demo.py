@@ -103,13 +103,13 @@ def test_what_is_no_photograph(content, message, tmp_path, capsys):
     if content is not None:
         path.write_bytes(content)
     assert main(["demo", "--data", str(path), "--out", str(tmp_path / "out")]) == 2
-    assert message in " ".join(capsys.readouterr().out.split())
+    assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
 
 
 def test_unknown_device(capsys):
     assert main(["demo", "--device", "abacus"]) == 2
-    assert "abacus" in capsys.readouterr().out
+    assert "abacus" in capsys.readouterr().err
 
 
 def test_photographs_become_small_and_keep_their_shape(tmp_path):

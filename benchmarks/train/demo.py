@@ -19,7 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import above_zero, output_folder, positive
+from ...cli.arguments import above_zero, output_folder, positive
+from ...cli.errors import CommandError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,21 +73,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Race; returns the exit code: 0 done, 2 wrong arguments."""
-    import torch
-    from rich.console import Console
+    """Race; returns the exit code.
 
+    Raises:
+        CommandError: there is no such photograph or device.
+    """
+    import torch
+
+    from ...cli.output import console as standard_output
     from .field import FieldTask, photo, shipped
     from .race import race
 
-    console = Console(highlight=False, markup=False)
+    console = standard_output()
     try:
         device = torch.device(args.device)
         torch.empty(0, device=device)
         seen = shipped() if args.data is None else photo(args.data)
     except (FileNotFoundError, RuntimeError, ValueError, AssertionError) as error:
-        console.print(f"error: {error}")
-        return 2
+        raise CommandError(str(error)) from error
     task = FieldTask.of(seen, device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
