@@ -361,7 +361,6 @@ class FROG(Inspection):
                 loss = closure()
         check_updated_by(self.param_groups)
         check_groups(self.param_groups)
-        check_params(self.param_groups, self._plan.names)
         known, now = None, self._circumstances()
         if now is not None:
             known = self._routines.find(now, self.state)
@@ -381,6 +380,7 @@ class FROG(Inspection):
     def _verify(self) -> None:
         """Raise RuntimeError where no step can be made, on all ranks alike."""
         groups, partition = self.param_groups, self._partition
+        check_params(groups, partition.plan.names)  # those of a known step are the same
         problem = problem_with_grads(
             groups, partition.plan.names, partition.model, self._stepped
         )

@@ -141,7 +141,7 @@ def test_tensor_parallel_layers(pools):
         assert "(Replicate(),)" in errors["replicated by hand"]
         for error in errors.values():
             assert "as tensor parallelism does it" in error
-            assert "Shard by fully_shard in place of parallelize_module" in error
+            assert "Shard by fully_shard in place of parallelize_module or" in error
 
 
 def test_tensor_parallel_layers_that_are_sharded_as_well(pools):
@@ -157,3 +157,11 @@ def test_tensor_parallel_layers_that_are_excluded(pools):
         for name, weight in whole.items():
             error = (split[name] - weight).abs().max()
             assert error < 1e-13  # measured 5.3e-16
+
+
+def test_stages_of_a_pipeline(pools):
+    for error, weights, expected in pools[2].run(cases.pipeline):
+        assert "differ in layers" in error
+        assert "give each stage of a pipeline a process_group of its own" in error
+        for weight, other in zip(weights, expected, strict=True):
+            assert (weight - other).abs().max() < 1e-13  # measured 1.5e-15

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import copy
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -10,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -96,7 +100,9 @@ def batch(step):
 def excluded():
     """Weights of the split net and of one that is not, the split layers excluded."""
     split_net, whole_net = split(COLUMNS_THEN_ROWS), Net().double()
-    out = {"exclude": ["blocks.*.up", "blocks.*.down"], "sample_size": 10_000}
+    message = error_of(FROG, split_net)
+    advice = ast.literal_eval(message.partition("exclude=")[2])
+    out = {"exclude": advice, "sample_size": 10_000}
     for net, kind in ((split_net, None), (whole_net, False)):
         opt = FROG(net, process_group=kind, **out)
         for step in range(3):
@@ -138,3 +144,38 @@ def sharded_afterwards():
     x, y = batch(0)
     F.cross_entropy(net(x.float()), y).backward()
     return error_of(opt.step)
+
+
+def pipeline():
+    """The error of a stage a rank, then its weights with process_group=False.
+
+    Beside these, what one process makes of the whole model.
+    """
+    rank, device = dist.get_rank(), torch.device("cpu")
+    layers = [layer for _ in range(3) for layer in (nn.Linear(4, 4), nn.Tanh())]
+    whole = nn.Sequential(*layers, nn.Linear(4, 3)).double()
+    cut = slice(4 * rank, 4 * rank + 4)
+    options = {"exclude_output_layer": rank == 1, "sample_size": 10_000}
+
+    def train(part, group, steps):
+        with FROG(part, process_group=group, **options) as opt:
+            shape = torch.zeros(6, 4, dtype=torch.float64)
+            stage = PipelineStage(part, rank, 2, device, input_args=(shape,))
+            schedule = ScheduleGPipe(stage, 2, loss_fn=F.cross_entropy)
+            for step in range(steps):
+                x, y = batch(step)
+                opt.zero_grad()
+                schedule.step(x) if rank == 0 else schedule.step(target=y)
+                opt.step()
+
+    error = error_of(train, copy.deepcopy(whole)[cut], None, 1)
+    part = copy.deepcopy(whole)[cut]
+    train(part, False, 3)
+    with FROG(whole, process_group=False, sample_size=10_000) as opt:
+        for step in range(3):
+            x, y = batch(step)
+            opt.zero_grad()
+            F.cross_entropy(whole(x), y).backward()
+            opt.step()
+    parameters = (model.parameters() for model in (part, whole[cut]))
+    return error, *([p.detach() for p in params] for params in parameters)

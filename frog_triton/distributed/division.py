@@ -231,8 +231,8 @@ def check_parallelism(
     raise ValueError(
         f"{taken[0]} is {_words(_placed(split[0]))}, as tensor parallelism does it, "
         "not fully_shard alone: its ranks see parts of a layer, and FROG cannot train "
-        "that. Shard by fully_shard in place of parallelize_module, or leave these to "
-        f"the fallback with exclude={patterns}"
+        "that. Shard by fully_shard in place of parallelize_module or tp_plan, or "
+        f"leave these to the fallback with exclude={patterns}"
     )
 
 

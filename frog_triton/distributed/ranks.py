@@ -93,7 +93,9 @@ class Ranks:
                 if first.get(name) != other.get(name):
                     raise RuntimeError(
                         f"ranks 0 and {rank} differ in {name}: {first.get(name)} and "
-                        f"{other.get(name)}; build model and FROG alike on all ranks"
+                        f"{other.get(name)}; build model and FROG alike on all ranks, "
+                        "or give each stage of a pipeline a process_group of its own "
+                        "(False where that is one rank)"
                     )
         if any(total != first_total for _, total in theirs):
             raise RuntimeError(
