@@ -5,7 +5,7 @@
     frog-triton demo --data my_photo.jpg --tune
 
 A multilayer perceptron learns which colour is where; held-out pixels say how well. The
-optimizers train in turns on one thread, each at the best of four learning rates (found
+optimizers train in turns, each at the best of four learning rates (found
 by --tune), and the learning rate falls to zero over the seconds, however many steps
 they hold.
 """
@@ -92,21 +92,16 @@ def run(args: argparse.Namespace) -> int:
     except (FileNotFoundError, RuntimeError, ValueError, AssertionError) as error:
         raise CommandError(str(error)) from error
     task = FieldTask.of(seen, device)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        entries = _entries(console)
-        console.print(_told(task, entries, args))
-        tried: list[Run] = []
-        if args.tune:
-            entries, tried = _tuned(task, entries, args, console)
-        finished: list[Racer] = []
-        for seed in range(args.seeds):
-            title = f"race {seed + 1} of {args.seeds}" if args.seeds > 1 else "race"
-            with _Live(console, title, args.seconds) as live:
-                finished += race(task, entries, seed, args.seconds, on_lap=live)
-    finally:
-        torch.set_num_threads(threads)
+    entries = _entries(console)
+    console.print(_told(task, entries, args))
+    tried: list[Run] = []
+    if args.tune:
+        entries, tried = _tuned(task, entries, args, console)
+    finished: list[Racer] = []
+    for seed in range(args.seeds):
+        title = f"race {seed + 1} of {args.seeds}" if args.seeds > 1 else "race"
+        with _Live(console, title, args.seconds) as live:
+            finished += race(task, entries, seed, args.seconds, on_lap=live)
     _report(task, finished, tried, args, console)
     return 0
 
@@ -221,6 +216,8 @@ def _report(
     console: Console,
 ) -> None:
     """Print the verdict; write picture, table and JSON."""
+    import torch
+
     from . import report, verdict
     from .demo_picture import draw
 
@@ -237,7 +234,7 @@ def _report(
         "shape": list(task.photo.colours.shape),
         "seconds": args.seconds,
         "seeds": args.seeds,
-        "threads": 1,
+        "threads": torch.get_num_threads(),
         "verdict": told,
         "leads": [asdict(lead) for lead in found],
     }
