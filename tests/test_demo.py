@@ -32,12 +32,16 @@ def task():
     return FieldTask.of(Photo("noise", colours)).with_batch_size(64)
 
 
-def test_photograph_of_ones_own(picture, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("length", "told"),
+    [(["--seconds", "0.2"], "0.2 seconds"), (["--steps", "2"], "2 steps")],
+)
+def test_photograph_of_ones_own(length, told, picture, tmp_path, capsys):
     out = tmp_path / "out"
-    words = ["--data", str(picture), "--out", str(out), "--seconds", "0.2"]
+    words = ["--data", str(picture), "--out", str(out), *length]
     assert main(["demo", *words, "--seeds", "2"]) == 0
     printed = capsys.readouterr().out.replace("\n", " ")
-    assert "slope, 48 x 36" in printed and "race 2 of 2" in printed
+    assert "slope, 48 x 36" in printed and f"race 2 of 2, {told} each" in printed
     results = json.loads((out / "results.json").read_text())
     assert results["settings"]["verdict"] in " ".join(printed.split())
     names = list(demo.LRS)
@@ -61,7 +65,7 @@ def test_search_of_rates_chooses_where_a_race_ends_best(task, tmp_path, monkeypa
     results = json.loads((out / "results.json").read_text())
     for name in demo.LRS:
         tried = [run for run in results["tried"] if run["peer"] == name]
-        assert [run["lr"] for run in tried] == list(PEERS[name].lrs)
+        assert [run["lr"] for run in tried] == list(demo.GRIDS[name])
         best = max(tried, key=lambda run: run["values"][-1])
         (chosen,) = [run["lr"] for run in results["best"] if run["peer"] == name]
         assert chosen == best["lr"]
@@ -75,7 +79,7 @@ def test_what_is_not_installed_is_left_out_with_a_remedy(
     words = ["--data", str(picture), "--out", str(tmp_path), "--seconds", "0.05"]
     assert main(["demo", *words]) == 0
     printed = capsys.readouterr().out.replace("\n", " ")
-    assert "frog-triton[peers]" in printed and "4 optimizers" in printed
+    assert "frog-triton[peers]" in printed and "3 optimizers" in printed
 
 
 @pytest.mark.parametrize(
@@ -85,6 +89,7 @@ def test_what_is_not_installed_is_left_out_with_a_remedy(
         (["--seconds", "inf"], "must be above 0 and finite"),
         (["--seeds", "x"], "invalid"),
         (["--seeds", "0"], "must be at least 1"),
+        (["--seconds", "2", "--steps", "5"], "not allowed with"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):
@@ -191,7 +196,7 @@ def test_each_trains_for_the_same_seconds_and_cheap_steps_are_more(task, monkeyp
         task,
         entries,
         seed=0,
-        seconds=12.0,
+        distance=race.Distance(12.0),
         laps=4,
         on_lap=lambda found: turns.append([r.steps for r in found]),
     )
@@ -201,13 +206,27 @@ def test_each_trains_for_the_same_seconds_and_cheap_steps_are_more(task, monkeyp
     assert turns[:3] == [[6, 0], [6, 3], [12, 3]]
     for racer in racers:  # down to zero, whatever the number of steps
         assert racer.optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
-    assert cheap.settings["seconds"] == 12.0
+    assert cheap.settings["distance"] == "12 seconds"
+
+
+def test_each_takes_the_same_steps_in_a_race_over_steps(task, monkeypatch):
+    ticks = Ticks(monkeypatch)
+    entries = [
+        ticks.spend(monkeypatch, PEERS["AdamW"], 0.5),
+        ticks.spend(monkeypatch, PEERS["SGD"], 1.0),
+    ]
+    racers = race.race(task, entries, 0, race.Distance(10, "steps"), laps=5)
+    cheap, dear = (racer.finish() for racer in racers)
+    assert cheap.steps == dear.steps == [2, 4, 6, 8, 10]
+    assert 2 * cheap.seconds[-1] == dear.seconds[-1] == 10.0
+    for racer in racers:
+        assert racer.optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_a_step_longer_than_a_lap_leaves_no_hole(task, monkeypatch):
     ticks = Ticks(monkeypatch)
     entries = [ticks.spend(monkeypatch, PEERS["SGD"], 5.0)]
-    (racer,) = race.race(task, entries, seed=0, seconds=12.0, laps=6)
+    (racer,) = race.race(task, entries, seed=0, distance=race.Distance(12.0), laps=6)
     assert racer.run.steps == [1, 1, 2, 2, 2, 3]
     assert len(racer.run.values) == len(racer.run.train_loss) == 6
 
@@ -218,7 +237,7 @@ def test_a_race_repeats_itself(task, monkeypatch):
     for names in (["FROG", "AdamW"], ["AdamW", "SGD", "FROG"]):
         ticks = Ticks(monkeypatch)
         entries = [ticks.spend(monkeypatch, PEERS[n], 1.0) for n in names]
-        racers = race.race(task, entries, seed=3, seconds=8.0, laps=2)
+        racers = race.race(task, entries, seed=3, distance=race.Distance(8.0), laps=2)
         ends.append({r.run.peer: r.run.values for r in racers})
     assert ends[0]["FROG"] == ends[1]["FROG"]
     assert ends[0]["AdamW"] == ends[1]["AdamW"]
@@ -228,7 +247,7 @@ def test_what_diverges_stops_and_says_so(task, monkeypatch):
     ticks = Ticks(monkeypatch)
     entry = ticks.spend(monkeypatch, PEERS["SGD"], 1.0)
     (racer,) = race.race(
-        task, [race.Entry(entry.peer, 1e9)], seed=0, seconds=40.0, laps=4
+        task, [race.Entry(entry.peer, 1e9)], 0, race.Distance(40.0), laps=4
     )
     run = racer.finish()
     assert run.diverged and run.final == 0.0 and len(run.steps) < 4

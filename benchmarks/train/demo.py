@@ -2,12 +2,12 @@
 
     frog-triton demo
     frog-triton demo --seeds 3
+    frog-triton demo --steps 100
     frog-triton demo --data my_photo.jpg --tune
 
 A multilayer perceptron learns which colour is where; held-out pixels say how well. The
-optimizers train in turns, each at the best of four learning rates (found
-by --tune), and the learning rate falls to zero over the seconds, however many steps
-they hold.
+optimizers train in turns, each at the best of four learning rates (found by --tune),
+which falls to zero over the race, however many steps that holds.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ if TYPE_CHECKING:
 
     from .field import FieldTask
     from .loop import Run
-    from .race import Entry, Racer
+    from .race import Distance, Entry, Racer
 
-LRS = {
-    "FROG": 0.06,
-    "FROG plain": 0.06,
-    "Muon": 0.06,
-    "SOAP": 0.03,
-    "AdamW": 0.01,
+LRS = {"FROG": 0.12, "Muon": 0.06, "SOAP": 0.04, "AdamW": 0.01}
+"""Learning rates that ``--tune`` found: benchmarks/results/cpu/demo."""
+
+GRIDS = {
+    "FROG": (0.03, 0.06, 0.12, 0.24),
+    "Muon": (0.03, 0.06, 0.12, 0.24),
+    "SOAP": (0.01, 0.02, 0.04, 0.08),
+    "AdamW": (0.005, 0.01, 0.02, 0.04),
 }
-"""Learning rates that ``--tune`` found: benchmarks/results/cpu/demo/README.md."""
+"""What it tries."""
 
 _BARS = " ▁▂▃▄▅▆▇█"
 
@@ -50,11 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a photograph of your own (default: one that scikit-learn ships)",
     )
-    parser.add_argument(
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
         "--seconds",
         type=above_zero,
-        default=7.0,
+        default=9.0,
         help="of training for each optimizer (default: %(default)g)",
+    )
+    length.add_argument(
+        "--steps", type=positive, help="for each optimizer, in place of seconds"
     )
     parser.add_argument("--seeds", type=positive, default=1, help="races (default: 1)")
     parser.add_argument(
@@ -82,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ...cli.output import console as standard_output
     from .field import FieldTask, photo, shipped
-    from .race import race
+    from .race import Distance, race
 
     console = standard_output()
     try:
@@ -92,17 +98,18 @@ def run(args: argparse.Namespace) -> int:
     except (FileNotFoundError, RuntimeError, ValueError, AssertionError) as error:
         raise CommandError(str(error)) from error
     task = FieldTask.of(seen, device)
+    distance = Distance(args.steps, "steps") if args.steps else Distance(args.seconds)
     entries = _entries(console)
-    console.print(_told(task, entries, args))
+    console.print(_told(task, entries, distance))
     tried: list[Run] = []
     if args.tune:
-        entries, tried = _tuned(task, entries, args, console)
+        entries, tried = _tuned(task, entries, distance, console)
     finished: list[Racer] = []
     for seed in range(args.seeds):
         title = f"race {seed + 1} of {args.seeds}" if args.seeds > 1 else "race"
-        with _Live(console, title, args.seconds) as live:
-            finished += race(task, entries, seed, args.seconds, on_lap=live)
-    _report(task, finished, tried, args, console)
+        with _Live(console, f"{title}, {distance} each") as live:
+            finished += race(task, entries, seed, distance, on_lap=live)
+    _report(task, finished, tried, args.out, console)
     return 0
 
 
@@ -121,7 +128,7 @@ def _entries(console: Console) -> list[Entry]:
     return entries
 
 
-def _told(task: FieldTask, entries: Sequence[Entry], args: argparse.Namespace) -> str:
+def _told(task: FieldTask, entries: Sequence[Entry], distance: Distance) -> str:
     height, width, _ = task.photo.colours.shape
     model = task.model()
     count = sum(p.numel() for p in model.parameters())
@@ -129,15 +136,14 @@ def _told(task: FieldTask, entries: Sequence[Entry], args: argparse.Namespace) -
     return (
         f"{task.photo.name}{credit}, {width} x {height}: a network of {count:,} "
         f"weights learns {len(task.order):,} pixels, an eighth of them held out. "
-        f"{len(entries)} optimizers, {args.seconds:g} seconds of training each, in "
-        "turns."
+        f"{len(entries)} optimizers, {distance} of training each, in turns."
     )
 
 
 def _tuned(
     task: FieldTask,
     entries: Sequence[Entry],
-    args: argparse.Namespace,
+    distance: Distance,
     console: Console,
 ) -> tuple[list[Entry], list[Run]]:
     """Each optimizer at the best of its grid, by where a race with seed 0 ends."""
@@ -145,9 +151,10 @@ def _tuned(
 
     chosen, tried = [], []
     for entry in entries:
-        grid = [Entry(entry.peer, lr) for lr in entry.peer.lrs]
-        with _Live(console, f"grid of {entry.peer.name}", args.seconds) as live:
-            runs = [r.finish() for r in race(task, grid, 0, args.seconds, on_lap=live)]
+        name = entry.peer.name
+        grid = [Entry(entry.peer, lr) for lr in GRIDS[name]]
+        with _Live(console, f"grid of {name}, {distance} each") as live:
+            runs = [r.finish() for r in race(task, grid, 0, distance, on_lap=live)]
         best = max(runs, key=lambda run: run.final)
         chosen.append(Entry(entry.peer, best.lr))
         tried += runs
@@ -160,13 +167,12 @@ class _Live:
     Args:
         console: to print on.
         title: of the table.
-        seconds: that each may train.
     """
 
-    def __init__(self, console: Console, title: str, seconds: float) -> None:
+    def __init__(self, console: Console, title: str) -> None:
         from rich.live import Live
 
-        self._title = f"{title}, {seconds:g} seconds each"
+        self._title = title
         self._live = Live(console=console, refresh_per_second=8)
 
     def __enter__(self) -> Callable[[Sequence[Racer]], None]:
@@ -212,7 +218,7 @@ def _report(
     task: FieldTask,
     finished: Sequence[Racer],
     tried: Sequence[Run],
-    args: argparse.Namespace,
+    out: Path,
     console: Console,
 ) -> None:
     """Print the verdict; write picture, table and JSON."""
@@ -228,20 +234,20 @@ def _report(
     console.print(printed)
     told = verdict.sentence(found)
     console.print(told)
-    args.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     settings: dict[str, Any] = {
         "photo": task.photo.name,
         "shape": list(task.photo.colours.shape),
-        "seconds": args.seconds,
-        "seeds": args.seeds,
+        "distance": str(finished[0].distance),
+        "seeds": len({run.seed for run in runs}),
         "threads": torch.get_num_threads(),
         "verdict": told,
         "leads": [asdict(lead) for lead in found],
     }
-    report.write_json(args.out / "results.json", settings, tried, runs)
-    (args.out / "table.md").write_text(report.markdown(rows) + "\n")
-    draw(args.out / "curves.png", task, finished[: len(rows) - 1], runs)
-    console.print(f"wrote curves.png, table.md and results.json to {args.out}")
+    report.write_json(out / "results.json", settings, tried, runs)
+    (out / "table.md").write_text(report.markdown(rows) + "\n")
+    draw(out / "curves.png", task, finished[: len(rows) - 1], runs)
+    console.print(f"wrote curves.png, table.md and results.json to {out}")
 
 
 def _rows(runs: Sequence[Run], found: Sequence[Any]) -> list[list[str]]:

@@ -23,10 +23,9 @@ def draw(
         racers: of the race that is shown.
         runs: of all races.
     """
-    seconds = racers[0].seconds
     seeds = len({run.seed for run in runs})
     told = "one seed" if seeds == 1 else f"median and range of {seeds} seeds"
-    title = f"{seconds:g} seconds of training each ({told})"
+    title = f"{racers[0].distance} of training each ({told})"
     with picture(path, title, (12.5, 6.6)) as figure:
         above, below = figure.subfigures(2, 1, height_ratios=(1, 2.4))
         panels = above.subplots(1, len(racers) + 1)

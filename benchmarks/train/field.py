@@ -91,7 +91,7 @@ class Field(nn.Module):
 
     def __init__(
         self,
-        depth: int = 5,
+        depth: int = 4,
         width: int = 128,
         features: int = 64,
         cycles: float = 2.0,

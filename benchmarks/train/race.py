@@ -1,8 +1,8 @@
-"""Optimizers that train in turns, each for the same seconds.
+"""Optimizers that train in turns, each for the same seconds or the same steps.
 
-A clock of its own stands still while others train and while the metric is taken. The
-learning rate follows the clock, so an optimizer with cheap steps uses its time for more
-of them, and whatever slows the machine slows all of them alike.
+A clock of its own stands still while others train and while the metric is taken. In a
+race over seconds the learning rate follows the clock, so an optimizer with cheap steps
+uses its time for more of them. Whatever slows the machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -22,7 +22,23 @@ from .tasks import Task
 from .timing import clock
 
 _FINE = 10_000
-"""Parts of the time that the schedule tells apart."""
+"""Parts of a race that the schedule tells apart."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How long a race is.
+
+    Attributes:
+        amount: of the unit.
+        unit: ``"seconds"`` or ``"steps"``.
+    """
+
+    amount: float
+    unit: str = "seconds"
+
+    def __str__(self) -> str:
+        return f"{self.amount:g} {self.unit}"
 
 
 @dataclass(frozen=True)
@@ -45,15 +61,15 @@ class Racer:
         task: what is trained.
         entry: optimizer and rate.
         seed: of the weights, the batches and the sampling.
-        seconds: of training, in all.
+        distance: of the race.
     """
 
-    def __init__(self, task: Task, entry: Entry, seed: int, seconds: float) -> None:
+    def __init__(self, task: Task, entry: Entry, seed: int, distance: Distance) -> None:
         torch.manual_seed(seed)
         peer = entry.peer
         self.task = task
         self.entry = entry
-        self.seconds = seconds
+        self.distance = distance
         self.elapsed = 0.0
         self.steps = 0
         self.model = peer.prepare(task.model())
@@ -71,15 +87,16 @@ class Racer:
 
     @property
     def done(self) -> float:
-        """Share of the time that is used."""
-        return min(1.0, self.elapsed / self.seconds)
+        """Share of the race that is behind it."""
+        spent = {"seconds": self.elapsed, "steps": self.steps}[self.distance.unit]
+        return min(1.0, spent / self.distance.amount)
 
     def train(self, until: float) -> None:
-        """Take steps until the clock shows so many seconds, then take the metric."""
+        """Take steps up to a share of the race, then take the metric."""
         if self.run.diverged:
             return
         losses: list[Tensor] = []
-        while self.elapsed < until:
+        while self.done < until:
             losses.append(self.step())
         run = self.run
         run.steps.append(self.steps)
@@ -134,9 +151,9 @@ class Racer:
             "lr": self.entry.lr,
             "weight_decay": self.entry.peer.weight_decays[0],
             "seed": seed,
-            "seconds": self.seconds,
+            "distance": str(self.distance),
             "batch_size": self.task.batch_size,
-            "schedule": "one-cycle over the seconds",
+            "schedule": f"one-cycle over {self.distance.unit}",
             "device": self.task.device.type,
         }
 
@@ -145,7 +162,7 @@ def race(
     task: Task,
     entries: Sequence[Entry],
     seed: int,
-    seconds: float,
+    distance: Distance,
     laps: int = 24,
     on_lap: Callable[[Sequence[Racer]], None] = lambda racers: None,
 ) -> list[Racer]:
@@ -155,17 +172,17 @@ def race(
         task: what is trained.
         entries: who takes part.
         seed: of the weights, the batches and the sampling.
-        seconds: of training for each.
+        distance: for each of them.
         laps: turns, after each of which the metric is taken.
         on_lap: called whenever one has had a turn.
     """
     for entry in entries:  # what only a first step does is no one's training
-        warm = Racer(task, entry, seed + 1, seconds=1e9)
+        warm = Racer(task, entry, seed + 1, Distance(math.inf))
         for _ in range(2):
             warm.step()
-    racers = [Racer(task, entry, seed, seconds) for entry in entries]
+    racers = [Racer(task, entry, seed, distance) for entry in entries]
     for lap in range(1, laps + 1):
         for racer in racers:
-            racer.train(seconds * lap / laps)
+            racer.train(lap / laps)
             on_lap(racers)
     return racers
