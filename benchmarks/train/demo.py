@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .loop import Run
     from .race import Distance, Entry, Racer
 
-LRS = {"FROG": 0.12, "Muon": 0.06, "SOAP": 0.04, "AdamW": 0.01}
+LRS = {"FROG": 0.12, "Muon": 0.06, "SOAP": 0.02, "AdamW": 0.01}
 """Learning rates that ``--tune`` found: benchmarks/results/cpu/demo."""
 
 GRIDS = {
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument(
         "--seconds",
         type=above_zero,
-        default=9.0,
+        default=8.0,
         help="of training for each optimizer (default: %(default)g)",
     )
     length.add_argument(
