@@ -291,8 +291,11 @@ def test_verdict_names_who_was_left_behind():
     assert verdict.sentence([ahead]) == (
         "FROG got as far as AdamW 2.0 times sooner (3.5 s, not 7.0)."
     )
-    told = verdict.sentence([ahead, level])
-    assert "not 7.0) and as SOAP 1.0 times" in told
+    also = verdict.Lead("Muon", 1.06, 0.9, 6.6, 7.0)
+    told = verdict.sentence([ahead, level, also])
+    assert told.endswith(
+        "not 7.0) and as Muon 1.1 times sooner (6.6 s, not 7.0); SOAP was level."
+    )
 
 
 def test_lead_is_the_median_of_seeds():

@@ -75,11 +75,13 @@ def _lead(ours: Run, other: Run) -> tuple[float, float, float, float]:
 
 def sentence(leads: Iterable[Lead], ours: str = "FROG") -> str:
     """The verdict, in seconds, on each of the others."""
-    ahead, behind, diverged = [], [], []
+    ahead, level, behind, diverged = [], [], [], []
     for lead in leads:
         if lead.seconds == math.inf:
             diverged.append(f"{lead.peer} diverged")
-        elif lead.seconds >= 1:
+        elif 0.95 < lead.seconds < 1.05:
+            level.append(f"{lead.peer} was level")
+        elif lead.seconds > 1:
             ahead.append(
                 f"as {lead.peer} {lead.seconds:.1f} times sooner "
                 f"({lead.ours:.1f} s, not {lead.others:.1f})"
@@ -88,7 +90,7 @@ def sentence(leads: Iterable[Lead], ours: str = "FROG") -> str:
             times = "" if not lead.seconds else f" {1 / lead.seconds:.1f} times"
             behind.append(f"{lead.peer} got as far as {ours}{times} sooner")
     parts = [f"{ours} got as far {_listed(ahead)}"] if ahead else []
-    return "; ".join([*parts, *behind, *diverged]) + "."
+    return "; ".join([*parts, *level, *behind, *diverged]) + "."
 
 
 def _listed(parts: Sequence[str]) -> str:
