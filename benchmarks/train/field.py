@@ -108,9 +108,9 @@ class Field(nn.Module):
         self.colour = nn.Linear(width, 3)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                gain = "linear" if module is self.colour else "relu"
-                nn.init.kaiming_normal_(module.weight, nonlinearity=gain)
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 nn.init.zeros_(module.bias)
+        nn.init.kaiming_normal_(self.colour.weight, nonlinearity="linear")
 
     def forward(self, places: Tensor) -> Tensor:
         """Colours ``(N, 3)`` at places ``(N, 2)``."""
@@ -156,8 +156,7 @@ class FieldTask(Task):
         shuffle = torch.Generator().manual_seed(0)
         order = torch.randperm(height * width, generator=shuffle)
         colours = photo.colours.reshape(-1, 3)
-        moved = (t.to(device) for t in (places, colours, order))
-        return cls(photo, *moved)
+        return cls(photo, places.to(device), colours.to(device), order.to(device))
 
     @property
     def _held_out(self) -> Tensor:
