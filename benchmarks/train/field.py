@@ -106,11 +106,12 @@ class Field(nn.Module):
             layers += [nn.Linear(size, wide), nn.ReLU(inplace=True)]
         self.hidden = nn.Sequential(*layers)
         self.colour = nn.Linear(width, 3)
-        for module in self.modules():
+        for module in self.hidden:
             if isinstance(module, nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 nn.init.zeros_(module.bias)
         nn.init.kaiming_normal_(self.colour.weight, nonlinearity="linear")
+        nn.init.zeros_(self.colour.bias)
 
     def forward(self, places: Tensor) -> Tensor:
         """Colours ``(N, 3)`` at places ``(N, 2)``."""
