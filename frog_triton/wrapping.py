@@ -76,9 +76,11 @@ def replaced(
         model: as it is now; layers that it no longer has are not missed.
     """
     now = dict(model.named_parameters())
+    held = {param for group in groups for param in group["params"]}
     for group in groups:
         for param in group["params"]:
-            if now.get(names[param], param) is not param:
+            here = now.get(names[param], param)
+            if here is not param and here not in held:  # else it was added since
                 return (
                     f"{names[param]} is another parameter than when FROG was built: "
                     "build FROG after what replaces parameters, such as fully_shard, "

@@ -20,7 +20,7 @@ def test_the_other_rank_ends_with_torchs_error(tmp_path, kind, deed, causes):
     processes = [
         subprocess.Popen(
             [sys.executable, SCRIPT, str(rank), tmp_path / "store", deed, kind],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
