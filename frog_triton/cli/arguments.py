@@ -54,14 +54,6 @@ def positive(text: str) -> int:
     return value
 
 
-def fraction(text: str) -> float:
-    """A number above 0 and at most 1."""
-    value = _number(float, text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must lie in (0, 1], got {text}")
-    return value
-
-
 def above_zero(text: str) -> float:
     """A finite number above 0."""
     value = _number(float, text)
