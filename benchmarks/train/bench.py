@@ -23,9 +23,11 @@ from ...cli import output
 from ...cli.arguments import above_zero, output_folder, positive
 from ...cli.errors import CommandError
 from ..environment import environment
-from . import report
+from . import every, report
+from .choice import choose, offered
 from .loop import SCHEDULES, Job, Run, best_setting
-from .peers import PEERS, Peer, reference
+from .peers import PEERS, Peer
+from .problems import PROBLEMS
 from .runner import train_all
 from .studies import STUDIES
 from .tasks import Task
@@ -36,15 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to a parser."""
     parser.add_argument(
         "workload",
-        choices=sorted(WORKLOADS),
-        help="; ".join(f"{w.name}: {w.about}" for w in WORKLOADS.values()),
+        choices=["all", *sorted(WORKLOADS)],
+        help="all: every small problem with every optimizer, side by side; "
+        + "; ".join(f"{w.name}: {w.about}" for w in WORKLOADS.values()),
     )
     parser.add_argument(
         "--data",
         type=Path,
         metavar="PATH",
         help="images: a folder (train/<class>/, test/<class>/), a torchvision root, a "
-        "tar of images or an .npz; characters: a text file",
+        "tar of images or an .npz; characters: a text file; some workloads need none",
     )
     parser.add_argument(
         "--peers",
@@ -77,7 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grid-epochs", type=positive, help="the same for the search of settings"
     )
-    parser.add_argument("--seeds", type=positive, default=3, help="(default: 3)")
+    parser.add_argument(
+        "--seeds", type=positive, help="(default: 3, of all problems 5)"
+    )
     parser.add_argument(
         "--weight-decays",
         type=positive,
@@ -92,6 +97,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="VALUE",
         help="of the metric, from easy to hard; the second decides among settings",
+    )
+    parser.add_argument(
+        "--problems",
+        nargs="+",
+        choices=list(PROBLEMS),
+        metavar="NAME",
+        help=f"of all, only these: {', '.join(PROBLEMS)}",
+    )
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        help="of all, how many runs side by side (default: one a core)",
     )
     parser.add_argument("--device", help="(default: cuda where there is one)")
     parser.add_argument(
@@ -116,6 +133,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the comparison; returns the exit code: 0 done, 2 wrong arguments."""
     console = output.console()
+    if args.workload == "all":
+        return every.run(args, console)
     workload = _overridden(WORKLOADS[args.workload], args)
     out = args.out or Path("runs/bench") / workload.name
     try:
@@ -129,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
             if not known:
                 raise FileNotFoundError(f"{lines} holds no run")
         else:
-            peers = _peers(workload, args, console)
+            peers = choose(offered(workload, args), args, console)
             task = _task(workload, args)
             known = _Bench(workload, task, peers, args, lines, known, console).run()
     except (FileNotFoundError, ValueError) as error:
@@ -148,44 +167,10 @@ def _overridden(workload: Workload, args: argparse.Namespace) -> Workload:
 
 
 def _task(workload: Workload, args: argparse.Namespace) -> Task:
-    if args.data is None:
-        raise ValueError("--data is needed to train")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    return workload.task(args.data, args.cache, torch.device(args.device or default))
-
-
-def _peers(
-    workload: Workload, args: argparse.Namespace, console: Console
-) -> list[Peer]:
-    """Those asked for and installed."""
-    peers = workload.peers if args.study is None else STUDIES[args.study]
-    offered = {peer.name: workload.adapt(peer) for peer in peers}
-    if args.reference is not None:
-        peer = reference(args.reference)
-        offered[peer.name] = peer
-    names = list(args.peers or offered)
-    unknown = [name for name in names if name not in offered]
-    if unknown:
-        raise ValueError(
-            f"no peer is called {unknown[0]!r}; there are: {', '.join(offered)}"
-        )
-    chosen = []
-    for name in names:
-        missing = offered[name].missing()
-        if missing:
-            console.print(
-                f"{name} is left out: it needs {', '.join(missing)} "
-                "(pip install 'frog-triton[peers]')"
-            )
-        else:
-            chosen.append(
-                offered[name]
-                if args.lrs is None
-                else dataclasses.replace(offered[name], lrs=tuple(args.lrs))
-            )
-    if not chosen:
-        raise ValueError("no optimizer is left to be run")
-    return chosen
+    if workload.reads and args.data is None:
+        raise ValueError(f"--data is needed to train: {workload.reads}")
+    device = torch.device(every.device(args))
+    return workload.task(args.data or Path(), args.cache, device)
 
 
 class _Bench:
@@ -244,7 +229,7 @@ class _Bench:
                     self.workload.epochs,
                     self.workload.evaluations,
                 )
-                for seed in range(self.args.seeds)
+                for seed in range(self.args.seeds or 3)
                 for peer in self.peers
             ]
         )
@@ -254,8 +239,8 @@ class _Bench:
         self.console.print(
             f"{self.task.title}: {self.workload.about}. Grids of learning rate/weight "
             f"decay, {self.workload.grid_epochs} epochs with seed 0 each; then the "
-            f"best of each for {self.workload.epochs} epochs with {self.args.seeds} "
-            "seeds:"
+            f"best of each for {self.workload.epochs} epochs with "
+            f"{self.args.seeds or 3} seeds:"
         )
         for name, grid in grids.items():
             cells = "   ".join(f"{job.lr:g}/{job.weight_decay:g}" for job in grid)

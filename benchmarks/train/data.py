@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import sources
 
@@ -201,3 +201,36 @@ def text(source: Path, limit: int | None = None) -> Text:
     codes = torch.tensor([position[c] for c in content])
     split = len(codes) * 9 // 10
     return Text(source.stem, codes[:split][:limit], codes[split:], characters)
+
+
+def program_text(limit: int, held_out: int) -> Text:
+    """The Python sources of torch's layers, in one alphabet with `prose`.
+
+    Args:
+        limit: characters to learn from.
+        held_out: characters to be judged by.
+    """
+    return _ascii("sources of torch.nn", Path(nn.__file__).parent, limit, held_out)
+
+
+def prose(held_out: int) -> Text:
+    """Descriptions of data sets that scikit-learn ships; see `program_text`."""
+    import sklearn.datasets
+
+    folder = Path(sklearn.datasets.__file__).parent / "descr"
+    return _ascii("descriptions of data sets", folder, None, held_out)
+
+
+_ASCII = "\n" + "".join(map(chr, range(32, 127)))
+
+
+def _ascii(name: str, folder: Path, limit: int | None, held_out: int) -> Text:
+    """All texts of a folder; the held-out part is made of every eighth thousand."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".rst"))
+    content = "".join(path.read_text(encoding="utf-8") for path in files)
+    position = {c: i for i, c in enumerate(_ASCII)}
+    codes = torch.tensor([position[c] for c in content if c in position])
+    parts = codes.split(1000)
+    test = torch.cat(parts[::8])[:held_out]
+    train = torch.cat([part for i, part in enumerate(parts) if i % 8])[:limit]
+    return Text(name, train, test, _ASCII)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,8 +115,10 @@ class Run:
         seed: of the weights, the batches and the sampling.
         steps: the steps at which the metric was taken.
         values: the metric on held-out data at each of them.
-        seconds: seconds of training up to each of them, evaluation excluded.
-        diverged: whether the loss stopped being finite.
+        seconds: of training up to each of them, evaluation excluded; see
+            `timing.Clock.seconds`.
+        diverged: whether the loss stopped being finite, or the optimizer failed.
+        error: what the optimizer failed with; the run has no values then.
         train_loss: mean training loss since the evaluation before.
         batch_size: examples a step.
         weight_decay: of the optimizer.
@@ -137,6 +138,7 @@ class Run:
     values: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     diverged: bool = False
+    error: str = ""
     train_loss: list[float] = field(default_factory=list)
     batch_size: int = 0
     weight_decay: float = 0.0
@@ -151,7 +153,7 @@ class Run:
     @property
     def higher_is_better(self) -> bool:
         """Whether more of the metric is better."""
-        return self.metric != "loss"
+        return self.metric in ("accuracy", "PSNR")
 
     @property
     def unit(self) -> str:
@@ -191,10 +193,15 @@ def train(job: Job, on_step: Callable[[int], None] = lambda count: None) -> Run:
     task = job.task
     torch.manual_seed(job.seed)
     model = job.peer.prepare(task.model())
-    optimizer = job.peer.optimizer(model, job.lr, job.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: SCHEDULES[job.schedule](step, job.steps)
-    )
+    optimizers = [
+        job.peer.optimizer(part, job.lr, job.weight_decay) for part in task.parts(model)
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: SCHEDULES[job.schedule](step, job.steps)
+        )
+        for optimizer in optimizers
+    ]
     generator = torch.Generator(task.device).manual_seed(job.seed)
     settings = job.settings()
     run = Run(job.peer.name, job.lr, job.seed, settings=settings, metric=task.metric)
@@ -203,58 +210,66 @@ def train(job: Job, on_step: Callable[[int], None] = lambda count: None) -> Run:
     timer = clock(task.device)
     losses: list[Tensor] = []
     step, elapsed = 0, 0.0
-    start = time.perf_counter()
-    for _ in range(job.epochs):
-        for x, y in task.batches(generator):
+    start = timer.seconds()
+    for x, y in _batches(job, generator):
+        for optimizer in optimizers:
             job.peer.adjust(optimizer, step / job.steps)
-            timer.mark()
-            loss = task.loss(model, x, y)
+        timer.mark()
+        for optimizer, loss in zip(optimizers, task.losses(model, x, y), strict=True):
             optimizer.zero_grad()
             loss.backward()
             timer.mark()
             optimizer.step()
             timer.mark()
-            schedule.step()
             losses.append(loss.detach())
-            step += 1
-            on_step(1)
-            if step % job.eval_every and step != job.steps:
-                continue
-            timer.wait()
-            elapsed += time.perf_counter() - start
-            run.steps.append(step)
-            run.seconds.append(elapsed)
-            run.train_loss.append(torch.stack(losses).mean().item())
-            run.values.append(task.evaluate(model))
-            losses.clear()
-            if not math.isfinite(run.train_loss[-1]):
-                run.diverged = True
-                on_step(job.steps - step)
-                break
-            start = time.perf_counter()
-        if run.diverged:
+        timer.end_step()
+        for schedule in schedules:
+            schedule.step()
+        step += 1
+        on_step(1)
+        if step % job.eval_every and step != job.steps:
+            continue
+        timer.wait()
+        elapsed += timer.seconds() - start
+        run.steps.append(step)
+        run.seconds.append(elapsed)
+        run.train_loss.append(torch.stack(losses).mean().item())
+        run.values.append(task.evaluate(model))
+        losses.clear()
+        if not (math.isfinite(run.train_loss[-1]) and math.isfinite(run.values[-1])):
+            run.diverged = True
+            on_step(job.steps - step)
             break
+        start = timer.seconds()
     run.forward_backward_ms, run.optimizer_ms = timer.medians()
     run.peak_bytes = timer.peak_bytes()
-    run.state_bytes = job.peer.state_bytes(optimizer)
+    run.state_bytes = sum(map(job.peer.state_bytes, optimizers))
     return run
 
 
-def best_setting(runs: Sequence[Run], target: float) -> tuple[float, float]:
+def _batches(job: Job, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Those of all epochs."""
+    for _ in range(job.epochs):
+        yield from job.task.batches(generator)
+
+
+def best_setting(
+    runs: Sequence[Run], target: float | None = None
+) -> tuple[float, float]:
     """Learning rate and weight decay that reach the target soonest, else end best.
 
     Args:
         runs: runs of one optimizer, over settings and perhaps seeds.
-        target: of the metric.
+        target: of the metric; None: the end decides.
     """
 
     def merit(setting: tuple[float, float]) -> tuple[float, float]:
         mine = [run for run in runs if (run.lr, run.weight_decay) == setting]
-        reached = [run.first(target) for run in mine]
-        steps = statistics.median(
-            math.inf if hit is None else hit[0] for hit in reached
-        )
         sign = -1 if mine[0].higher_is_better else 1
-        return steps, sign * statistics.median(run.final for run in mine)
+        end = sign * statistics.median(run.final for run in mine)
+        if target is None:
+            return end, 0.0
+        reached = [run.first(target) for run in mine]
+        return statistics.median(hit[0] if hit else math.inf for hit in reached), end
 
     return min(sorted({(run.lr, run.weight_decay) for run in runs}), key=merit)

@@ -55,7 +55,7 @@ class GPT(nn.Module):
         super().__init__()
         self.symbol = nn.Embedding(symbols, width)
         self.position = nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, symbols, bias=False)
         for name, param in self.named_parameters():
@@ -75,10 +75,19 @@ class GPT(nn.Module):
         return logits
 
 
-class _Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+class Block(nn.Module):
+    """A transformer's block: attention, then two layers, each after a norm.
+
+    Args:
+        width: of the residual stream.
+        heads: of attention.
+        is_causal: whether places see only those before them.
+    """
+
+    def __init__(self, width: int, heads: int, is_causal: bool = True) -> None:
         super().__init__()
         self.heads = heads
+        self.is_causal = is_causal
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.attention_out = nn.Linear(width, width)
@@ -87,10 +96,11 @@ class _Block(nn.Module):
         self.mlp_out = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The stream ``(batch, length, width)`` after the block."""
         batch, length, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)
         x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
         hidden = nn.functional.gelu(self.expand(self.norm2(x)))
         out: Tensor = x + self.mlp_out(hidden)

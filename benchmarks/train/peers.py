@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ... import FROG, PAPER
 from ..reference import load
 from .joint import Handover, Joint, MatrixView, layers_and_rest
+from .muon import HostMuon
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,54 @@ def _tensors(content: Any) -> Iterator[Tensor]:
         yield from _tensors(vars(content))
 
 
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    """What is not frozen."""
+    return [param for param in model.parameters() if param.requires_grad]
+
+
+def _hidden_and_rest(
+    model: nn.Module,
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Matrices and convolutions before the output layer, and all else: as Muon's."""
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.RNNBase)
+    ][:-1]  # the last is the output layer
+    hidden = [
+        param
+        for module in layers
+        for param in module.parameters(recurse=False)
+        if param.ndim > 1 and param.requires_grad
+    ]
+    chosen = {id(param) for param in hidden}
+    return hidden, [p for p in _trained(model) if id(p) not in chosen]
+
+
 def _sgd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), momentum=0.9, **options)
+    return torch.optim.SGD(_trained(model), momentum=0.9, **options)
 
 
 def _adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    params = list(model.parameters())
+    params = _trained(model)
     return torch.optim.AdamW(params, fused=params[0].is_cuda, **options)
+
+
+def _scaled_adamw(
+    model: nn.Module, lr: float, weight_decay: float, adamw_lr: float = 1e-3
+) -> torch.optim.Optimizer:
+    """AdamW whose steps have the size of Muon's, layer by layer.
+
+    Entries of its steps are about one, those of an orthogonal matrix times Muon's
+    ``sqrt(max(1, R / D))`` about ``1 / sqrt(D)``: so much smaller is the rate.
+    """
+    hidden, rest = _hidden_and_rest(model)
+    groups: list[dict[str, Any]] = [
+        {"params": [p], "lr": lr * p[0].numel() ** -0.5} for p in hidden
+    ]
+    if rest:
+        groups.append({"params": rest, "lr": adamw_lr})
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=hidden[0].is_cuda)
 
 
 def _muon(
@@ -104,34 +146,37 @@ def _muon(
     momentum: float = 0.95,
 ) -> torch.optim.Optimizer:
     """Hidden matrices and flattened convolutions by Muon, all else by AdamW."""
-    hidden = [
-        module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    ][:-1]  # the last is the output layer
+    hidden, rest = _hidden_and_rest(model)
     views = [MatrixView(p) for p in hidden]
-    chosen = {id(p) for p in hidden}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    muon = torch.optim.Muon(
+    kind = torch.optim.Muon if hidden[0].is_cuda else HostMuon
+    muon: torch.optim.Optimizer = kind(
         [v.matrix for v in views], lr=lr, weight_decay=weight_decay, momentum=momentum
     )
+    if not rest:
+        return Joint(model, [muon], views)
     adamw = torch.optim.AdamW(
         rest, lr=adamw_lr, weight_decay=weight_decay, fused=rest[0].is_cuda
     )
     return Joint(model, [muon, adamw], views)
 
 
+def _lion(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    from pytorch_optimizer import Lion
+
+    return Lion(_trained(model), weight_decouple=True, **options)
+
+
 def _soap(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     from pytorch_optimizer import SOAP
 
-    return SOAP(model.parameters(), precondition_frequency=10, **options)
+    return SOAP(_trained(model), precondition_frequency=10, **options)
 
 
 def _shampoo(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     from pytorch_optimizer import ScalableShampoo
 
     return ScalableShampoo(
-        model.parameters(),
+        _trained(model),
         start_preconditioning_step=10,
         preconditioning_compute_steps=10,
         decoupled_weight_decay=True,
@@ -210,7 +255,7 @@ def _by_name(*peers: Peer) -> dict[str, Peer]:
     return {peer.name: replace(peer, base=peer.name) for peer in peers}
 
 
-_FROG_LRS = (6e-3, 2e-2, 6e-2, 2e-1)
+_FROG_LRS = (2e-3, 6e-3, 2e-2, 6e-2, 2e-1)
 _POSITIONS = {"sampling": "positions"}
 
 PEERS = _by_name(
@@ -223,17 +268,24 @@ PEERS = _by_name(
         (1e-5, 5e-5),
         {name: value for name, value in PAPER.items() if name != "weight_decay"},
     ),
-    Peer("SGD", _sgd, (3e-2, 1e-1, 3e-1, 1.0), (5e-4, 5e-3)),
-    Peer("AdamW", _adamw, (1e-3, 3e-3, 1e-2, 3e-2)),
-    Peer("Muon", _muon, (6e-3, 2e-2, 6e-2, 2e-1), options={"adamw_lr": 3e-3}),
-    Peer("SOAP", _soap, (3e-3, 1e-2, 3e-2, 1e-1), needs=("pytorch_optimizer",)),
+    # So much damping drowns the Fisher: what is left is momentum, rows normalized, then
+    # orthogonalized. What FROG gains over it is the Fisher's.
+    Peer("FROG, no Fisher", FROG, _FROG_LRS, options={"damping": 1e6}),
+    Peer("SGD", _sgd, (1e-2, 3e-2, 1e-1, 3e-1, 1.0), (5e-4, 5e-3)),
+    Peer("AdamW", _adamw, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    Peer("AdamW, Muon's scale", _scaled_adamw, _FROG_LRS, options={"adamw_lr": 3e-3}),
+    Peer("Lion", _lion, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), needs=("pytorch_optimizer",)),
+    Peer("Muon", _muon, _FROG_LRS, options={"adamw_lr": 3e-3}),
+    Peer("SOAP", _soap, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), needs=("pytorch_optimizer",)),
     Peer(
         "Shampoo",
         _shampoo,
-        (3e-2, 1e-1, 3e-1, 1.0),
+        (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
         (5e-4, 5e-3),
         needs=("pytorch_optimizer",),
     ),
-    Peer("SINGD", _singd, (3e-3, 1e-2, 3e-2, 1e-1), (5e-4, 5e-3), needs=("singd",)),
+    Peer(
+        "SINGD", _singd, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (5e-4, 5e-3), needs=("singd",)
+    ),
 )
 """All peers by name; `reference` makes one more."""

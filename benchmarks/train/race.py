@@ -8,7 +8,6 @@ uses its time for more of them. Whatever slows the machine slows all of them ali
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,7 +120,7 @@ class Racer:
 
     def step(self) -> Tensor:
         """Take one step on the clock; returns the loss before it."""
-        start = time.perf_counter()
+        start = self._clock.seconds()
         x, y = next(self._batches)
         self.entry.peer.adjust(self.optimizer, self.done)
         self._clock.mark()
@@ -131,9 +130,10 @@ class Racer:
         self._clock.mark()
         self.optimizer.step()
         self._clock.mark()
+        self._clock.end_step()
         self._clock.wait()
         self.steps += 1
-        self.elapsed += time.perf_counter() - start
+        self.elapsed += self._clock.seconds() - start
         self._schedule.step()
         return loss.detach()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,8 +24,8 @@ class Task(ABC):
 
     Attributes:
         batch_size: examples a step.
-        metric: what `evaluate` returns: ``"accuracy"``, ``"PSNR"`` or ``"loss"``, of
-            which less is better.
+        metric: what `evaluate` returns; of ``"accuracy"`` and ``"PSNR"`` more is
+            better, of all else less.
     """
 
     batch_size: int
@@ -62,6 +62,14 @@ class Task(ABC):
     @abstractmethod
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Training loss of a batch."""
+
+    def parts(self, model: nn.Module) -> Sequence[nn.Module]:
+        """What has an optimizer of its own; mostly the whole model."""
+        return [model]
+
+    def losses(self, model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Tensor]:
+        """The loss of each part, made when those before it have been stepped."""
+        yield self.loss(model, x, y)
 
     @abstractmethod
     def score(self, model: nn.Module) -> float:

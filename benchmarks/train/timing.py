@@ -5,17 +5,23 @@ from __future__ import annotations
 import statistics
 import time
 from abc import ABC, abstractmethod
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 
 class Clock(ABC):
-    """Takes three marks a step: before it, after the backward pass, at its end."""
+    """Takes marks: before a step, and after each backward pass and each optimizer."""
 
     def __init__(self) -> None:
         self._marks: list[Any] = []
+        self._steps: list[list[Any]] = []
         self._spans: list[tuple[float, float]] = []
+
+    @abstractmethod
+    def seconds(self) -> float:
+        """Of training, from no certain start."""
 
     @abstractmethod
     def _now(self) -> Any:
@@ -33,12 +39,17 @@ class Clock(ABC):
         """Take a mark."""
         self._marks.append(self._now())
 
+    def end_step(self) -> None:
+        """The marks since the last call are those of one step."""
+        self._steps.append(self._marks)
+        self._marks = []
+
     def wait(self) -> None:
         """Wait until the device is done."""
-        for i in range(0, len(self._marks), 3):
-            a, b, c = self._marks[i : i + 3]
-            self._spans.append((self._milliseconds(a, b), self._milliseconds(b, c)))
-        self._marks.clear()
+        for marks in self._steps:
+            spans = [self._milliseconds(a, b) for a, b in pairwise(marks)]
+            self._spans.append((sum(spans[::2]), sum(spans[1::2])))
+        self._steps.clear()
 
     def medians(self) -> tuple[float, float]:
         """Forward with backward pass, and optimizer: median milliseconds a step."""
@@ -47,8 +58,18 @@ class Clock(ABC):
 
 
 class _CPUClock(Clock):
+    """With one thread, the processor's time: other programs do not show in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        alone = torch.get_num_threads() == 1
+        self._timer = time.process_time if alone else time.perf_counter
+
+    def seconds(self) -> float:
+        return self._timer()
+
     def _now(self) -> float:
-        return time.perf_counter()
+        return self._timer()
 
     def _milliseconds(self, start: float, end: float) -> float:
         return 1000 * (end - start)
@@ -61,6 +82,9 @@ class _CUDAClock(Clock):
     def __init__(self) -> None:
         super().__init__()
         torch.cuda.reset_peak_memory_stats()
+
+    def seconds(self) -> float:
+        return time.perf_counter()
 
     def _now(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)

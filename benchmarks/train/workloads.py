@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,41 +14,9 @@ from ..models import resnet
 from .data import images, text
 from .models import GPT, small_cnn
 from .peers import PEERS, Peer
+from .problems import PROBLEMS
 from .tasks import ImageTask, Task, TextTask
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A task with the targets, the budget and the peers it is usually run with.
-
-    Attributes:
-        name: on the command line.
-        about: one line of help.
-        task: makes the task from the data's path, the cache's and the device.
-        targets: of the metric, from easy to hard; the second decides among settings.
-        epochs: of the runs that are reported.
-        grid_epochs: of the runs that search for settings.
-        evaluations: how often an epoch the metric is taken in the reported runs.
-        schedule: one of `loop.SCHEDULES`.
-        peers: who takes part, unless the command line says otherwise.
-        adapt: gives a peer, or a study's variant of one, the settings usual here.
-    """
-
-    name: str
-    about: str
-    task: Callable[[Path, Path, torch.device], Task]
-    targets: tuple[float, ...]
-    epochs: int
-    grid_epochs: int
-    evaluations: int = 3
-    schedule: str = "one-cycle"
-    peers: tuple[Peer, ...] = tuple(PEERS.values())
-    adapt: Callable[[Peer], Peer] = lambda peer: peer
-
-    @property
-    def deciding_target(self) -> float:
-        """The second target."""
-        return self.targets[min(1, len(self.targets) - 1)]
+from .workload import Workload, for_sequences
 
 
 def _resnet18(channels: int, classes: int, size: int) -> nn.Module:
@@ -97,27 +64,6 @@ def _variants(peers: Sequence[Peer]) -> tuple[Peer, ...]:
     return own + tuple(peer for peer in peers if peer.name != paper.name)
 
 
-_TEXT_LRS = {
-    "AdamW": (3e-4, 1e-3, 3e-3, 1e-2),
-    "SOAP": (3e-4, 1e-3, 3e-3, 1e-2),
-}
-_TEXT_OPTIONS: dict[str, dict[str, Any]] = {
-    "Muon": {"adamw_lr": 3e-3},
-    "SINGD": {"loss_average": "batch+sequence"},
-}
-
-
-def _for_text(peer: Peer) -> Peer:
-    """With what peers need for transformers; what it varies it keeps."""
-    usual = PEERS[peer.base].options if peer.base in PEERS else {}
-    varied = {k: v for k, v in peer.options.items() if usual.get(k, ...) != v}
-    return replace(
-        peer,
-        lrs=_TEXT_LRS.get(peer.base, peer.lrs),
-        options={**usual, **_TEXT_OPTIONS.get(peer.base, {}), **varied},
-    )
-
-
 _ALL = tuple(PEERS.values())
 _SMALL = Workload(
     "cifar10-small",
@@ -126,6 +72,7 @@ _SMALL = Workload(
     (0.50, 0.55, 0.60, 0.65),
     epochs=5,
     grid_epochs=2,
+    reads="images",
 )
 _RESNET = Workload(
     "cifar10-resnet18",
@@ -137,6 +84,7 @@ _RESNET = Workload(
     evaluations=2,
     schedule="step",
     peers=_variants(_ALL),
+    reads="images",
 )
 _GPT = Workload(
     "chars-gpt",
@@ -145,7 +93,8 @@ _GPT = Workload(
     (2.0, 1.8, 1.6, 1.5),
     epochs=20,
     grid_epochs=5,
-    adapt=_for_text,
+    adapt=for_sequences,
+    reads="text",
 )
 
 WORKLOADS = {
@@ -179,6 +128,7 @@ WORKLOADS = {
             epochs=2,
             grid_epochs=1,
         ),
+        *PROBLEMS.values(),
     )
 }
 """All workloads by name."""

@@ -1,0 +1,71 @@
+"""``bench train all``: its command line, and what it writes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ...cli.errors import CommandError
+from .choice import choose, variants
+from .problems import PROBLEMS
+from .suite import Campaign, Ledger, Place, run_all
+from .workload import Workload
+
+LEFT_TO_PROBLEMS = (
+    "epochs",
+    "grid_epochs",
+    "schedule",
+    "targets",
+    "reference",
+)
+"""Options of a single workload."""
+
+
+def device(args: argparse.Namespace) -> str:
+    """Where to train."""
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Run the suite; returns the exit code.
+
+    Raises:
+        CommandError: wrong arguments.
+    """
+    for name in LEFT_TO_PROBLEMS:
+        if getattr(args, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise CommandError(f"{option} is for one workload, not for all of them")
+    place = Place(args.data or Path(), args.cache, device(args))
+    out = args.out or Path("runs/bench/all")
+    ledger = Ledger(out, place)
+    try:
+        campaigns = [
+            Campaign(workload, peer, args.study, args.seeds or 5, place)
+            for workload in _problems(args, console)
+            for peer in choose(variants(workload, args.study), args, console)
+        ]
+        if not args.report:
+            run_all(campaigns, ledger, args.workers or os.cpu_count() or 1, console)
+    except (FileNotFoundError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    return 0
+
+
+def _problems(args: argparse.Namespace, console: Console) -> list[Workload]:
+    """Those asked for whose data and packages are there."""
+    found = []
+    for name in args.problems or PROBLEMS:
+        workload = PROBLEMS[name]
+        missing = workload.missing()
+        if workload.reads and args.data is None:
+            console.print(f"{name} is left out: it needs {workload.reads} (--data)")
+        elif missing:
+            console.print(f"{name} is left out: it needs {', '.join(missing)}")
+        else:
+            found.append(workload)
+    return found
