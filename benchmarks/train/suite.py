@@ -9,6 +9,7 @@ is a line in ``runs.jsonl`` of its problem's folder as soon as it ends.
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -148,6 +149,12 @@ class Campaign:
         return Ask(self.workload.name, self.study, self.peer.name, lr, seed, epochs)
 
 
+def _alone() -> None:
+    """A process takes one thread, and leaves the bar alone."""
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.ERROR)
+
+
 def make(ask: Ask, place: Place) -> Run:
     """Make a run; one whose optimizer fails has diverged, and says with what."""
     job = ask.job(place)
@@ -217,7 +224,7 @@ def run_all(
         console: for the bar, which counts runs.
     """
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,))
+    pool = ProcessPoolExecutor(workers, context, _alone)
     running: dict[Future[Run], Ask] = {}
     with pool, progress_bar(console, 40) as progress:
         bar = progress.add_task("", total=sum(c.size() for c in campaigns))
