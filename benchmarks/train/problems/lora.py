@@ -63,6 +63,6 @@ WORKLOAD = Workload(
     "fine-tuning of a GPT by adapters of rank 8",
     task,
     (2.4, 2.2, 2.0),
-    **settings(epochs=8, grid_epochs=4, evaluations=3, adapt=for_sequences),
+    **settings(epochs=8, grid_epochs=4, evaluations=2, adapt=for_sequences),
     needs=("peft",),
 )

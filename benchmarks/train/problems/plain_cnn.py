@@ -24,8 +24,8 @@ def network(channels: int, classes: int, size: int) -> nn.Module:
 
 
 def task(source: Path, cache: Path, device: torch.device) -> ImageTask:
-    """4,000 images to learn from, 2,000 to be judged by."""
-    data = images(source, 4_000, cache, test_limit=2_000)
+    """4,000 images to learn from, 1,500 to be judged by."""
+    data = images(source, 4_000, cache, test_limit=1_500)
     return ImageTask(data.to(device), network, 64)
 
 

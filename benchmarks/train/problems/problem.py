@@ -78,5 +78,5 @@ _PEERS = tuple(peer for name, peer in PEERS.items() if name != "FROG plain")
 
 def settings(**options: Any) -> dict[str, Any]:
     """Of all problems: four parts of a run, of which a search takes two."""
-    usual = {"epochs": 4, "grid_epochs": 2, "evaluations": 5, "peers": _PEERS}
+    usual = {"epochs": 4, "grid_epochs": 2, "evaluations": 4, "peers": _PEERS}
     return usual | options

@@ -37,14 +37,14 @@ class ViT(nn.Module):
 
 
 def task(source: Path, cache: Path, device: torch.device) -> ImageTask:
-    """3,200 images to learn from, 2,000 to be judged by."""
-    data = images(source, 3_200, cache, test_limit=2_000)
-    return ImageTask(data.to(device), ViT, 50)
+    """2,560 images to learn from, 1,500 to be judged by."""
+    data = images(source, 2_560, cache, test_limit=1_500)
+    return ImageTask(data.to(device), ViT, 32)
 
 
 WORKLOAD = Workload(
     "vit",
-    "vision transformer of two blocks, 3,200 images of CIFAR-10",
+    "vision transformer of two blocks, 2,560 images of CIFAR-10",
     task,
     (0.30, 0.35, 0.40),
     **settings(reads="images"),
