@@ -80,7 +80,7 @@ def test_every_peer_moves_every_parameter(name, make, tmp_path):
 def test_grids_are_of_one_size():
     for workload in WORKLOADS.values():
         sizes = {(len(p.lrs), len(p.weight_decays)) for p in workload.peers}
-        assert sizes == {(4, 2)}
+        assert sizes == {(5, 2)}
 
 
 def test_reference_needs_a_checkout(tmp_path):
@@ -246,9 +246,9 @@ def test_command_resumes_where_it_was_stopped(archive, tmp_path, capsys):
     few = ("--peers", "SGD", "AdamW")
     assert _command(archive, whole, *few) == 0
     printed = capsys.readouterr().out
-    assert "0.03/0.0005   0.1/0.0005   0.3/0.0005   1/0.0005" in printed
+    assert "0.01/0.0005   0.03/0.0005   0.1/0.0005   0.3/0.0005   1/0.0005" in printed
     lines = (whole / "runs.jsonl").read_text().splitlines(keepends=True)
-    assert len(lines) == 2 * 4 + 2 * 2  # a grid of four each, two seeds each
+    assert len(lines) == 2 * 5 + 2 * 2  # a grid of five each, two seeds each
     assert all(json.loads(line)["environment"]["torch"] for line in lines)
 
     stopped.mkdir()
@@ -271,7 +271,7 @@ def test_command_resumes_where_it_was_stopped(archive, tmp_path, capsys):
 def test_command_with_two_weight_decays(archive, tmp_path):
     assert _command(archive, tmp_path, "--peers", "FROG", "--weight-decays", "2") == 0
     runs = report.read(tmp_path / "runs.jsonl")
-    assert len({(run.lr, run.weight_decay) for run in runs}) == 8
+    assert len({(run.lr, run.weight_decay) for run in runs}) == 10
 
 
 @pytest.mark.parametrize("study", sorted(STUDIES))

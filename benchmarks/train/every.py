@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from ...cli import output
 from ...cli.errors import CommandError
+from . import evidence
 from .choice import choose, variants
 from .problems import PROBLEMS
-from .suite import Campaign, Ledger, Place, run_all
+from .suite import Campaign, Ledger, Place, processes, run_all
 from .workload import Workload
 
 LEFT_TO_PROBLEMS = (
@@ -50,9 +52,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
             for peer in choose(variants(workload, args.study), args, console)
         ]
         if not args.report:
-            run_all(campaigns, ledger, args.workers or os.cpu_count() or 1, console)
+            workers = args.workers or os.cpu_count() or 1
+            run_all(campaigns, ledger, processes(workers), workers, console)
+        header, *rows = evidence.write(out, list(PROBLEMS.values()))
     except (FileNotFoundError, ValueError) as error:
         raise CommandError(str(error)) from error
+    output.print_table("all problems", [f"{column} " for column in header], rows)
+    console.print(f"wrote ranks.md, ranks.json and summary.png to {out}")
     return 0
 
 

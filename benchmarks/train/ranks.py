@@ -17,7 +17,9 @@ DRAWS = 5000
 def ranks(costs: NDArray[np.float64]) -> NDArray[np.float64]:
     """Ranks along the last axis, from 1; equals share the mean of theirs."""
     mine, other = costs[..., :, None], costs[..., None, :]
-    ranked: NDArray[np.float64] = 0.5 + (other < mine).sum(-1) + (other == mine).sum(-1) / 2
+    ranked: NDArray[np.float64] = (
+        0.5 + (other < mine).sum(-1) + (other == mine).sum(-1) / 2
+    )
     return ranked
 
 
@@ -73,9 +75,7 @@ def standings(costs: Costs, draws: int = DRAWS) -> list[Standing]:
         wins = int((own[:, i] == own.min(1)).sum())
         mean = float(placed.mean(0)[i])
         interval = (float(near), float(far))
-        found.append(
-            Standing(peers[i], mean, float(low), float(high), interval, wins)
-        )
+        found.append(Standing(peers[i], mean, float(low), float(high), interval, wins))
     return found
 
 
@@ -97,8 +97,8 @@ def profile(
     "Benchmarking optimization software with performance profiles", 2002.
 
     Args:
-        costs: of each case, by optimizer; infinity: it did not get there. Cases in which
-            none did are left out.
+        costs: of each case, by optimizer; infinity: it did not get there. Cases in
+            which none did are left out.
         factors: times the best.
     """
     cases = [case for case in costs if min(case.values()) < np.inf]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,12 +18,12 @@ from .loop import Run, best_setting
 Cell = tuple[int, float] | None
 
 
-def at_best(runs: Sequence[Run], target: float) -> list[Run]:
+def at_best(runs: Sequence[Run], target: float | None) -> list[Run]:
     """Of each optimizer the longest runs at one setting: that with the most seeds.
 
     Args:
         runs: of grids and of the settings that came out best.
-        target: decides between settings with equally many seeds.
+        target: decides between settings with equally many seeds; None: the end does.
     """
     longest = max(run.settings["epochs"] for run in runs)
     chosen: list[Run] = []
@@ -53,6 +54,12 @@ def by_peer(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return grouped
 
 
+def step_ms(runs: Sequence[Run]) -> float:
+    """Median milliseconds of a step, schedule and batches included."""
+    paces = [run.seconds[-1] / run.steps[-1] for run in runs if run.steps]
+    return 1000 * statistics.median(paces) if paces else math.nan
+
+
 def show(value: float, metric: str) -> str:
     """A value of the metric as text."""
     return f"{value:.2%}" if metric == "accuracy" else f"{value:.3f}"
@@ -78,14 +85,14 @@ def rows(runs: Sequence[Run], targets: Sequence[float]) -> list[list[str]]:
     ]
     for peer, mine in by_peer(runs).items():
         cells = [median_first(mine, target) for target in targets]
-        pace = statistics.median(run.seconds[-1] / run.steps[-1] for run in mine)
+        pace = step_ms(mine)
         table.append(
             [
                 peer,
                 f"{mine[0].lr:g}",
                 *("-" if c is None else f"{c[0]} ({c[1]:.1f})" for c in cells),
                 spread([run.final for run in mine], metric),
-                f"{1000 * pace:.0f}",
+                f"{pace:.0f}",
             ]
         )
     return table

@@ -12,7 +12,13 @@ import json
 import logging
 import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import islice
@@ -212,19 +218,28 @@ def _key(settings: dict[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
+def processes(count: int) -> Executor:
+    """Processes for runs, each of one thread."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(count, context, _alone)
+
+
 def run_all(
-    campaigns: Sequence[Campaign], ledger: Ledger, workers: int, console: Console
+    campaigns: Sequence[Campaign],
+    ledger: Ledger,
+    pool: Executor,
+    side_by_side: int,
+    console: Console,
 ) -> None:
-    """Make what is not yet there, side by side.
+    """Make what is not yet there.
 
     Args:
         campaigns: in the order in which they are made.
         ledger: of the runs.
-        workers: processes.
+        pool: makes them.
+        side_by_side: how many at a time.
         console: for the bar, which counts runs.
     """
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _alone)
     running: dict[Future[Run], Ask] = {}
     with pool, progress_bar(console, 40) as progress:
         bar = progress.add_task("", total=sum(c.size() for c in campaigns))
@@ -233,7 +248,7 @@ def run_all(
             missing = [ask for ask in known if ledger.find(ask) is None]
             progress.update(bar, completed=len(known) - len(missing))
             waiting = (ask for ask in missing if ask not in running.values())
-            for ask in islice(waiting, workers - len(running)):
+            for ask in islice(waiting, side_by_side - len(running)):
                 title = f"{ask.problem}, {ask.peer}, lr {ask.lr:g}"
                 progress.update(bar, description=title)
                 running[pool.submit(make, ask, ledger.place)] = ask

@@ -17,7 +17,7 @@ from .problem import Problem, settings
 WIDTHS = (64, 256, 128, 64, 12, 64, 128, 256, 64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Autoencoder(Problem):
     """Judged by the mean squared error; pixels have unit variance."""
 
@@ -47,7 +47,7 @@ class Autoencoder(Problem):
 
 def task(source: Path, cache: Path, device: torch.device) -> Autoencoder:
     """The digits that scikit-learn ships."""
-    return Autoencoder(device)
+    return Autoencoder(place=device)
 
 
 WORKLOAD = Workload(

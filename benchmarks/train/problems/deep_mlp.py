@@ -14,7 +14,7 @@ from ..workload import Workload
 from .problem import Problem, settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DeepMLP(Problem):
     """Ten hidden layers of 128; judged by the held-out cross-entropy."""
 
@@ -42,7 +42,7 @@ class DeepMLP(Problem):
 
 def task(source: Path, cache: Path, device: torch.device) -> DeepMLP:
     """The digits that scikit-learn ships."""
-    return DeepMLP(device, data=digits().to(device))
+    return DeepMLP(place=device, data=digits().to(device))
 
 
 WORKLOAD = Workload(

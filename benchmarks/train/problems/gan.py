@@ -37,7 +37,7 @@ def _mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ring(Problem):
     """Points in eight clusters on a circle, forged.
 
@@ -93,7 +93,7 @@ class Ring(Problem):
 
 def task(source: Path, cache: Path, device: torch.device) -> Ring:
     """Generated."""
-    return Ring(device)
+    return Ring(place=device)
 
 
 WORKLOAD = Workload(

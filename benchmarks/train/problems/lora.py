@@ -16,7 +16,7 @@ from ..tasks import TextTask
 from ..workload import Workload, for_sequences
 from .problem import settings
 
-RANK = 8
+RANK, STEPS = 8, 600
 
 
 def network(symbols: int, context: int) -> nn.Module:
@@ -36,7 +36,7 @@ def network(symbols: int, context: int) -> nn.Module:
 
 @cache
 def _trained(symbols: int, context: int) -> nn.Module:
-    """A GPT that AdamW has trained on programs for 600 steps, always the same."""
+    """A GPT that AdamW has trained on programs, always the same."""
     data = program_text(400_000, held_out=8_192)
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
@@ -44,7 +44,7 @@ def _trained(symbols: int, context: int) -> nn.Module:
         model = GPT(symbols, context, depth=2, width=64, heads=4)
         task = TextTask(data, lambda *_: model, batch_size=16, context=context)
         optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-        for _ in range(600):
+        for _ in range(STEPS):
             loss = task.loss(model, *data.windows(16, context, generator))
             optimizer.zero_grad()
             loss.backward()

@@ -14,7 +14,7 @@ from .problem import settings
 
 
 def network(channels: int, classes: int, size: int) -> nn.Module:
-    """Five convolutions with ReLU, three of which halve the image, as torch draws them."""
+    """Five convolutions with ReLU, three of stride two, as torch draws them."""
     layers: list[nn.Module] = []
     for width, stride in ((16, 2), (32, 1), (32, 2), (64, 1), (64, 2)):
         layers += [nn.Conv2d(channels, width, 3, stride, padding=1), nn.ReLU()]

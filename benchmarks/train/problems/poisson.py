@@ -1,9 +1,9 @@
 """A differential equation solved by a network: Poisson's, on a square.
 
-Wanted is u with ``-(u_xx + u_yy) = f`` inside the unit square and ``u = 0`` on its edge,
-for the f of which ``sin(2 pi x) sin(pi y) + sin(pi x) sin(3 pi y) / 2`` is the solution.
-The network learns from the equation alone, at random points; see Raissi, Perdikaris and
-Karniadakis, "Physics-informed neural networks", 2019.
+Wanted is u with ``-(u_xx + u_yy) = f`` inside the unit square and ``u = 0`` on its
+edge, for the f of which ``sin(2 pi x) sin(pi y) + sin(pi x) sin(3 pi y) / 2`` is the
+solution. The network learns from the equation alone, at random points; see Raissi,
+Perdikaris and Karniadakis, "Physics-informed neural networks", 2019.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _sum(points: Tensor, heights: list[float]) -> Tensor:
     return sum((h * w for h, w in zip(heights, waves, strict=True)), torch.zeros(()))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Poisson(Problem):
     """Judged by the error of u relative to u, both as root mean squares."""
 
@@ -84,7 +84,7 @@ class Poisson(Problem):
 
 def task(source: Path, cache: Path, device: torch.device) -> Poisson:
     """Generated."""
-    return Poisson(device)
+    return Poisson(place=device)
 
 
 WORKLOAD = Workload(

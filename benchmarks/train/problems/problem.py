@@ -14,7 +14,7 @@ from ..peers import PEERS
 from ..tasks import Task
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Problem(Task):
     """A task whose batches are drawn one by one, and whose data are few or made up.
 

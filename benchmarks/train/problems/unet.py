@@ -55,7 +55,7 @@ class UNet(nn.Module):
         return clean
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Denoising(Problem):
     """Judged by the peak signal-to-noise ratio on crops of another photograph.
 
@@ -68,8 +68,8 @@ class Denoising(Problem):
     metric = "PSNR"
     batch_size: int = 16
     steps_per_epoch: int = 50  # type: ignore[assignment]
-    learned: Tensor = torch.empty(0)
-    other: Tensor = torch.empty(0)
+    learned: Tensor
+    other: Tensor
 
     def model(self) -> nn.Module:
         return UNet().to(self.place)
@@ -108,7 +108,7 @@ def task(source: Path, cache: Path, device: torch.device) -> Denoising:
         .to(device)
         for name in ("china.jpg", "flower.jpg")
     ]
-    return Denoising(device, learned=photos[0], other=photos[1])
+    return Denoising(place=device, learned=photos[0], other=photos[1])
 
 
 WORKLOAD = Workload(
