@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from frog_triton.benchmarks.train import bench, report
-from frog_triton.benchmarks.train.data import Dataset, Text
+from frog_triton.benchmarks.train.data import Dataset, Text, text
 from frog_triton.benchmarks.train.loop import SCHEDULES, Job, Run, train
 from frog_triton.benchmarks.train.models import GPT, small_cnn
 from frog_triton.benchmarks.train.peers import PEERS, Peer, frog_then_sgd, reference
@@ -357,3 +357,29 @@ def test_settings_for_text_leave_what_a_study_varies():
     assert [adapt(p).options["momentum"] for p in muons] == [0.9, 0.95]
     assert all(adapt(p).options["adamw_lr"] == 3e-3 for p in muons)
     assert adapt(PEERS["SGD"]) == PEERS["SGD"]
+
+
+def test_large_workloads_are_what_they_say():
+    """On no device: only how many weights they have."""
+    counts = {
+        "images-resnet50": (3, 1000, 224, 25.56e6),  # He et al.'s, as torchvision's
+        "images-vit-s": (3, 1000, 224, 22.05e6),  # Touvron et al.'s DeiT-S
+    }
+    for name, (*sizes, expected) in counts.items():
+        network = WORKLOADS[name].task.keywords["network"]
+        with torch.device("meta"):
+            found = sum(p.numel() for p in network(*sizes).parameters())
+        assert found == pytest.approx(expected, rel=5e-3), name
+
+
+def test_tokens_are_read_and_trained_on(tmp_path):
+    tokens = np.arange(3000, dtype=np.uint16) % 7
+    tokens.tofile(tmp_path / "tokens.bin")
+    found = text(tmp_path / "tokens.bin")
+    assert (len(found.train), len(found.test), found.symbols) == (2700, 300, 50_257)
+    network = lambda symbols, context: GPT(symbols, context, 1, 8, 2)  # noqa: E731
+    task = TextTask(found, network, 2, 16)
+    assert task.evaluate(task.model()) == pytest.approx(math.log(50_257), rel=0.05)
+    tokens[:10].tofile(tmp_path / "few.bin")
+    with pytest.raises(ValueError, match="only 10 tokens"):
+        text(tmp_path / "few.bin")

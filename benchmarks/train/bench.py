@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="PATH",
         help="images: a folder (train/<class>/, test/<class>/), a torchvision root, a "
-        "tar of images or an .npz; characters: a text file; some workloads need none",
+        "tar of images or an .npz; text: a file of characters, or tokens in a .bin; "
+        "small problems need none",
     )
     parser.add_argument(
         "--peers",

@@ -148,19 +148,26 @@ def _normalized(
 
 @dataclass(frozen=True)
 class Text:
-    """Characters of a text as integers.
+    """Characters of a text, or its tokens, as integers.
 
     Attributes:
         name: for titles.
         train: int64, the first nine tenths.
         test: the rest.
-        characters: the alphabet.
+        characters: the alphabet; empty for tokens.
+        tokens: how many there are, if they are no characters.
     """
 
     name: str
     train: Tensor
     test: Tensor
     characters: str
+    tokens: int = 0
+
+    @property
+    def symbols(self) -> int:
+        """How many different ones there may be."""
+        return self.tokens or len(self.characters)
 
     def to(self, device: torch.device | str) -> Text:
         """The same on a device."""
@@ -181,18 +188,20 @@ class Text:
 
 
 def text(source: Path, limit: int | None = None) -> Text:
-    """The characters of a text file.
+    """The characters of a text file, or the tokens of a ``.bin``.
 
     Args:
-        source: the file, in UTF-8.
+        source: the file, in UTF-8; a ``.bin`` holds nothing but tokens in uint16.
         limit: use only so many characters of the training part.
 
     Raises:
         FileNotFoundError: it does not exist.
-        ValueError: it is shorter than a thousand characters.
+        ValueError: it is shorter than a thousand characters or tokens.
     """
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist; --data takes a text file")
+    if source.suffix == ".bin":
+        return _tokens(source)
     content = source.read_text(encoding="utf-8")
     if len(content) < 1000:
         raise ValueError(f"{source} has only {len(content)} characters")
@@ -201,6 +210,19 @@ def text(source: Path, limit: int | None = None) -> Text:
     codes = torch.tensor([position[c] for c in content])
     split = len(codes) * 9 // 10
     return Text(source.stem, codes[:split][:limit], codes[split:], characters)
+
+
+GPT2_TOKENS = 50_257
+"""In GPT-2's vocabulary."""
+
+
+def _tokens(source: Path) -> Text:
+    found = torch.from_numpy(np.fromfile(source, dtype=np.uint16).astype(np.int64))
+    if len(found) < 1000:
+        raise ValueError(f"{source} has only {len(found)} tokens")
+    tokens = max(GPT2_TOKENS, int(found.max()) + 1)
+    split = len(found) * 9 // 10
+    return Text(source.stem, found[:split], found[split:], "", tokens)
 
 
 def program_text(limit: int, held_out: int) -> Text:

@@ -1,4 +1,4 @@
-"""Small networks that two CPU cores can train."""
+"""Networks of the trainings, most of them small enough for two CPU cores."""
 
 from __future__ import annotations
 
@@ -105,3 +105,43 @@ class Block(nn.Module):
         hidden = nn.functional.gelu(self.expand(self.norm2(x)))
         out: Tensor = x + self.mlp_out(hidden)
         return out
+
+
+class ViT(nn.Module):
+    """A vision transformer: patches, blocks that look both ways, and their mean.
+
+    Args:
+        channels: of the images.
+        classes: number of outputs.
+        size: of the images, a multiple of `patch`.
+        patch: height and width of a patch.
+        depth: blocks.
+        width: of the residual stream.
+        heads: of attention.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        size: int,
+        *,
+        patch: int,
+        depth: int,
+        width: int,
+        heads: int,
+    ) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(channels, width, patch, patch)
+        self.position = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, width))
+        self.blocks = nn.Sequential(
+            *(Block(width, heads, is_causal=False) for _ in range(depth))
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(batch, classes)``."""
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        logits: Tensor = self.head(self.norm(self.blocks(x)).mean(1))
+        return logits

@@ -159,7 +159,7 @@ class TextTask(Task):
 
     Attributes:
         data: on its device.
-        network: makes a model from the size of the alphabet and the context.
+        network: makes a model from the number of symbols and the context.
         batch_size: windows a step.
         context: characters a window.
     """
@@ -191,7 +191,7 @@ class TextTask(Task):
         return max(1, len(self.data.train) // (self.batch_size * self.context))
 
     def model(self) -> nn.Module:
-        return self.network(len(self.data.characters), self.context).to(self.device)
+        return self.network(self.data.symbols, self.context).to(self.device)
 
     def batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         draw = partial(self.data.windows, self.batch_size, self.context, generator)
@@ -206,8 +206,9 @@ class TextTask(Task):
         count = (len(held_out) - 1) // self.context
         x = held_out[: count * self.context].view(count, self.context)
         y = held_out[1 : count * self.context + 1].view(count, self.context)
+        size = max(1, 16_384 // self.context)
         losses = [
             self.loss(model, a, b) * len(a)
-            for a, b in zip(x.split(256), y.split(256), strict=True)
+            for a, b in zip(x.split(size), y.split(size), strict=True)
         ]
         return torch.stack(losses).sum().item() / count

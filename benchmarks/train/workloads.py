@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import nn
 
 from ..models import resnet
 from .data import images, text
-from .models import GPT, small_cnn
+from .models import GPT, ViT, small_cnn
 from .peers import PEERS, Peer
 from .problems import PROBLEMS
 from .tasks import ImageTask, Task, TextTask
@@ -21,6 +21,24 @@ from .workload import Workload, for_sequences
 
 def _resnet18(channels: int, classes: int, size: int) -> nn.Module:
     return resnet(18, classes)
+
+
+def _resnet50(channels: int, classes: int, size: int) -> nn.Module:
+    return resnet(50, classes, small_images=size < 64)
+
+
+def _vit_small(channels: int, classes: int, size: int) -> nn.Module:
+    return ViT(channels, classes, size, patch=16, depth=12, width=384, heads=6)
+
+
+def _images_task(
+    source: Path,
+    cache: Path,
+    device: torch.device,
+    *,
+    network: Callable[[int, int, int], nn.Module],
+) -> Task:
+    return ImageTask(images(source, cache=cache).to(device), network, 256)
 
 
 def _gpt(
@@ -116,7 +134,40 @@ WORKLOADS = {
             grid_epochs=8,
             schedule="one-cycle",
         ),
+        Workload(
+            "images-resnet50",
+            "images of a folder, all of one size, ResNet-50, batch 256",
+            partial(_images_task, network=_resnet50),
+            (0.50, 0.70, 0.80),
+            epochs=18,
+            grid_epochs=6,
+            evaluations=1,
+            reads="images",
+        ),
+        Workload(
+            "images-vit-s",
+            "images of a folder, of a multiple of 16 pixels, ViT-S/16, batch 256",
+            partial(_images_task, network=_vit_small),
+            (0.30, 0.50, 0.60),
+            epochs=30,
+            grid_epochs=10,
+            evaluations=1,
+            reads="images",
+        ),
         _GPT,
+        replace(
+            _GPT,
+            name="text-gpt2",
+            about="a text's characters, or tokens in uint16 in a .bin, GPT-2 small "
+            "with context 1,024, batch 16",
+            task=partial(
+                _gpt_task, depth=12, width=768, heads=12, batch_size=16, context=1024
+            ),
+            targets=(6.0, 5.0, 4.0),
+            epochs=1,
+            grid_epochs=1,
+            evaluations=20,
+        ),
         replace(
             _GPT,
             name="chars-gpt-small",
