@@ -27,6 +27,17 @@ def _grow_damping(optimizer: Any, done: float) -> None:
     optimizer.param_groups[0]["damping"] = 1e-4 * 1e3**done
 
 
+def _raise_damping(optimizer: Any, done: float) -> None:
+    """From 1 to 100, in equal factors: less and less of the Fisher."""
+    optimizer.param_groups[0]["damping"] = 100**done
+
+
+def _every_second(optimizer: Any, done: float) -> None:
+    """The Fisher in every second step only: in the others damping drowns it."""
+    group = optimizer.param_groups[0]
+    group["damping"] = 1.0 if group["damping"] != 1.0 else 1e6
+
+
 def _hand_over(optimizer: Any, done: float) -> None:
     """At two thirds of the steps."""
     if done >= 2 / 3 and optimizer.turn == 0:
@@ -106,6 +117,19 @@ STUDIES: dict[str, tuple[Peer, ...]] = {
             adjust=_hand_over,
         ),
         _ORTHOGONAL,
+    ),
+    # One line for everything: what is worth changing in the defaults.
+    "lines": (
+        _DEFAULT,
+        *_varied(_DEFAULT, "damping", "damping", (0.1, 10.0, 100.0)),
+        replace(_DEFAULT, name="damping grows, 1 to 100", adjust=_raise_damping),
+        replace(_DEFAULT, name="Fisher every second step", adjust=_every_second),
+        _DEFAULT.with_options("momentum 0.95", momentum=0.95),
+        _DEFAULT.with_options("AdamW at 0.01", fallback_lr=1e-2),
+        _DEFAULT.with_options("output layer, too", exclude_output_layer=False),
+        _DEFAULT.with_options("k = 8", cg_iters=8),
+        _DEFAULT.with_options("512 positions", sample_size=512),
+        PEERS["FROG, no Fisher"],
     ),
     # One trajectory up to rounding, at different cost. Gram space over whole examples
     # would need the square of all their positions.
