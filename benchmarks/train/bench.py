@@ -31,7 +31,8 @@ from .problems import PROBLEMS
 from .runner import train_all
 from .studies import STUDIES
 from .tasks import Task
-from .workloads import WORKLOADS, Workload
+from .workload import Workload
+from .workloads import WORKLOADS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..workload import Workload
 from . import (
     autoencoder,
     char_gpt,
@@ -16,7 +17,7 @@ from . import (
     vit,
 )
 
-PROBLEMS = {
+PROBLEMS: dict[str, Workload] = {
     module.WORKLOAD.name: module.WORKLOAD
     for module in (
         depthwise,

@@ -29,7 +29,7 @@ class Problem(Task):
 
     place: torch.device
     batch_size: int = 64
-    steps_per_epoch: int = 80  # type: ignore[assignment]  # a property of tasks
+    steps_per_epoch: int = 80
 
     @property
     def title(self) -> str:

@@ -43,7 +43,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Noisy images without their noise."""
-        seen, shortcuts = x, []
+        seen, shortcuts = x, list[Tensor]()
         for level in self.down:
             seen = level(F.max_pool2d(seen, 2) if shortcuts else seen)
             shortcuts.append(seen)
@@ -67,7 +67,7 @@ class Denoising(Problem):
     name = "photographs with noise"
     metric = "PSNR"
     batch_size: int = 16
-    steps_per_epoch: int = 50  # type: ignore[assignment]
+    steps_per_epoch: int = 50
     learned: Tensor
     other: Tensor
 
