@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from frog_triton.benchmarks.train import demo, loop, race, report, verdict
+from frog_triton.benchmarks.train import demo, loop, race, report, timing, verdict
 from frog_triton.benchmarks.train.field import Field, FieldTask, Photo, photo, shipped
 from frog_triton.benchmarks.train.loop import Run
 from frog_triton.benchmarks.train.peers import PEERS
@@ -178,7 +178,8 @@ class Ticks:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(race.time, "perf_counter", lambda: self.now)
+        for timer in ("perf_counter", "process_time"):
+            monkeypatch.setattr(timing.time, timer, lambda: self.now)
 
     def spend(self, monkeypatch, peer, seconds):
         """Let each step of a peer take so many seconds."""
