@@ -261,6 +261,7 @@ def test_command_runs_all(tmp_path, capsys):
     [
         (["--epochs", "2"], "--epochs is for one workload"),
         (["--targets", "0.5"], "--targets is for one workload"),
+        (["--weight-decays", "2"], "--weight-decays is for one workload"),
         (["--peers", "LBFGS"], "no peer is called 'LBFGS'"),
         (["--report"], "holds no run"),
     ],
@@ -272,6 +273,6 @@ def test_wrong_arguments(arguments, message, tmp_path, capsys):
 
 
 def test_problems_without_their_data_are_left_out(tmp_path, capsys):
-    arguments = ["all", "--problems", "vit", "--out", str(tmp_path), "--report"]
+    arguments = ["all", "--problems", "vit", "--out", str(tmp_path)]
     assert bench.main(arguments) == 2
     assert "vit is left out: it needs images (--data)" in capsys.readouterr().out

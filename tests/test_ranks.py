@@ -120,3 +120,14 @@ def test_only_who_ran_everywhere_is_ranked():
     found = {"vit": _found("vit"), "depthwise": _found("depthwise")}
     del found["depthwise"]["B"]
     assert all(list(own) == ["A"] for own in evidence.complete(found).values())
+
+
+def test_without_a_common_optimizer_there_are_no_ranks(tmp_path, monkeypatch):
+    found = {"vit": _found("vit"), "depthwise": _found("depthwise")}
+    del found["vit"]["A"], found["depthwise"]["B"]
+    monkeypatch.setattr(evidence, "gather", lambda out, workloads: found)
+    for name in found:
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="no optimizer was run on each of vit, dep"):
+        evidence.write(tmp_path, [])
+    assert (tmp_path / "vit" / "table.md").exists()

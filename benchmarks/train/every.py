@@ -17,14 +17,15 @@ from .problems import PROBLEMS
 from .suite import Campaign, Ledger, Place, processes, run_all
 from .workload import Workload
 
-LEFT_TO_PROBLEMS = (
-    "epochs",
-    "grid_epochs",
-    "schedule",
-    "targets",
-    "reference",
-)
-"""Options of a single workload."""
+LEFT_TO_PROBLEMS = {
+    "epochs": None,
+    "grid_epochs": None,
+    "schedule": None,
+    "targets": None,
+    "reference": None,
+    "weight_decays": 1,
+}
+"""Options of a single workload, and what they are where they are not given."""
 
 
 def device(args: argparse.Namespace) -> str:
@@ -38,20 +39,20 @@ def run(args: argparse.Namespace, console: Console) -> int:
     Raises:
         CommandError: wrong arguments.
     """
-    for name in LEFT_TO_PROBLEMS:
-        if getattr(args, name) is not None:
+    for name, unset in LEFT_TO_PROBLEMS.items():
+        if getattr(args, name) != unset:
             option = f"--{name.replace('_', '-')}"
             raise CommandError(f"{option} is for one workload, not for all of them")
     place = Place(args.data or Path(), args.cache, device(args))
     out = args.out or Path("runs/bench/all")
     ledger = Ledger(out, place)
     try:
-        campaigns = [
-            Campaign(workload, peer, args.study, args.seeds or 5, place)
-            for workload in _problems(args, console)
-            for peer in choose(variants(workload, args.study), args, console)
-        ]
         if not args.report:
+            campaigns = [
+                Campaign(workload, peer, args.study, args.seeds or 5, place)
+                for workload in _problems(args, console)
+                for peer in choose(variants(workload, args.study), args, console)
+            ]
             workers = args.workers or os.cpu_count() or 1
             run_all(campaigns, ledger, processes(workers), workers, console)
         header, *rows = evidence.write(out, list(PROBLEMS.values()))

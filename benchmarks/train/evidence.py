@@ -281,6 +281,7 @@ def write(out: Path, workloads: Sequence[Workload]) -> list[list[str]]:
 
     Raises:
         FileNotFoundError: there is no run that has come to an end.
+        ValueError: no optimizer was run on all problems that have runs.
     """
     found = gather(out, workloads)
     if not found:
@@ -291,6 +292,11 @@ def write(out: Path, workloads: Sequence[Workload]) -> list[list[str]]:
         about = next(iter(own.values())).workload.about
         report.plot(out / name / "curves.png", about, runs)
     shared = complete(found)
+    if not all(shared.values()):
+        raise ValueError(
+            f"no optimizer was run on each of {', '.join(found)}, so there are no "
+            "ranks; the same command without --report goes on"
+        )
     ranking = ranked(shared)
     table = rank_rows(shared, ranking)
     sections = {
