@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
+from ... import FROG
 from .peers import PEERS, Peer, frog_then_sgd
 
 # The studies below compare variants of the published method, and of what became the
@@ -36,6 +39,11 @@ def _every_second(optimizer: Any, done: float) -> None:
     """The Fisher in every second step only: in the others damping drowns it."""
     group = optimizer.param_groups[0]
     group["damping"] = 1.0 if group["damping"] != 1.0 else 1e6
+
+
+def _tied(model: nn.Module, lr: float, **options: Any) -> FROG:
+    """AdamW's rate follows: 3e-3 where FROG's is 0.06, as the default is there."""
+    return FROG(model, lr, fallback_lr=lr / 20, **options)
 
 
 def _hand_over(optimizer: Any, done: float) -> None:
@@ -126,6 +134,7 @@ STUDIES: dict[str, tuple[Peer, ...]] = {
         replace(_DEFAULT, name="Fisher every second step", adjust=_every_second),
         _DEFAULT.with_options("momentum 0.95", momentum=0.95),
         _DEFAULT.with_options("AdamW at 0.01", fallback_lr=1e-2),
+        replace(_DEFAULT, name="AdamW at lr / 20", build=_tied),
         _DEFAULT.with_options("output layer, too", exclude_output_layer=False),
         _DEFAULT.with_options("k = 8", cg_iters=8),
         _DEFAULT.with_options("512 positions", sample_size=512),
