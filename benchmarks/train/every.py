@@ -48,11 +48,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     ledger = Ledger(out, place)
     try:
         if not args.report:
-            campaigns = [
-                Campaign(workload, peer, args.study, args.seeds or 5, place)
-                for workload in _problems(args, console)
-                for peer in choose(variants(workload, args.study), args, console)
-            ]
+            campaigns = []
+            told = console
+            for workload in _problems(args, console):
+                for peer in choose(variants(workload, args.study), args, told):
+                    campaigns.append(
+                        Campaign(workload, peer, args.study, args.seeds or 5, place)
+                    )
+                told = Console(quiet=True)  # what is left out has been said once
             workers = args.workers or os.cpu_count() or 1
             run_all(campaigns, ledger, processes(workers), workers, console)
         header, *rows = evidence.write(out, list(PROBLEMS.values()))
