@@ -54,6 +54,6 @@ WORKLOAD = Workload(
     "autoencoder",
     "deep autoencoder of digits",
     task,
-    (0.6, 0.45, 0.35),
+    (0.45, 0.24, 0.104),
     **settings(),
 )

@@ -100,6 +100,6 @@ WORKLOAD = Workload(
     "gan",
     "a forger and a judge of points on a ring",
     task,
-    (0.1, 0.03, 0.01),
+    (0.1, 0.0415, 0.026),
     **settings(),
 )

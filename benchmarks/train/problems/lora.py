@@ -62,7 +62,7 @@ WORKLOAD = Workload(
     "lora",
     "fine-tuning of a GPT by adapters of rank 8",
     task,
-    (2.4, 2.2, 2.0),
+    (2.2, 2.005, 1.98),
     **settings(epochs=8, grid_epochs=4, evaluations=2, adapt=for_sequences),
     needs=("peft",),
 )

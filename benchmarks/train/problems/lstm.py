@@ -39,6 +39,6 @@ WORKLOAD = Workload(
     "lstm",
     "characters of program text, LSTM",
     task,
-    (2.4, 2.1, 1.8),
+    (2.4, 1.48, 1.33),
     **settings(adapt=for_sequences),
 )

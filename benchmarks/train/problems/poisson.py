@@ -93,6 +93,6 @@ WORKLOAD = Workload(
     "poisson",
     "physics-informed net for Poisson's equation",
     task,
-    (0.3, 0.1, 0.03),
+    (0.3, 0.06, 0.018),
     **settings(),
 )

@@ -115,6 +115,6 @@ WORKLOAD = Workload(
     "unet",
     "small U-Net, noise taken out of photographs",
     task,
-    (22.0, 24.0, 25.0),
+    (15.0, 20.1, 23.5),
     **settings(),
 )
