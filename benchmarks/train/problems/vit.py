@@ -29,6 +29,6 @@ WORKLOAD = Workload(
     "vit",
     "vision transformer of two blocks, 2,560 images of CIFAR-10",
     task,
-    (0.30, 0.35, 0.40),
+    (0.30, 0.34, 0.40),
     **settings(reads="images"),
 )
