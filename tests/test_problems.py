@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from frog_triton.benchmarks.train import bench, evidence, report
+from frog_triton.benchmarks.train import bench, every, evidence, report
 from frog_triton.benchmarks.train.data import program_text, prose
 from frog_triton.benchmarks.train.loop import Run
 from frog_triton.benchmarks.train.models import Block
@@ -276,3 +276,13 @@ def test_problems_without_their_data_are_left_out(tmp_path, capsys):
     arguments = ["all", "--problems", "vit", "--out", str(tmp_path)]
     assert bench.main(arguments) == 2
     assert "vit is left out: it needs images (--data)" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_told_of_once(tmp_path, capsys, monkeypatch):
+    """Not for each of the problems."""
+    monkeypatch.setattr(
+        Peer, "missing", lambda peer: ["absent"] if peer.name == "SOAP" else []
+    )
+    monkeypatch.setattr(every, "run_all", lambda *_: None)
+    bench.main(["all", "--peers", "SGD", "SOAP", "--out", str(tmp_path)])
+    assert capsys.readouterr().out.count("SOAP is left out: it needs absent") == 1

@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
             if not known:
                 raise FileNotFoundError(f"{lines} holds no run")
         else:
-            peers = choose(offered(workload, args), args, console)
+            peers = choose(offered(workload, args), args, console.print)
             task = _task(workload, args)
             known = _Bench(workload, task, peers, args, lines, known, console).run()
     except (FileNotFoundError, ValueError) as error:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-
-from rich.console import Console
 
 from .peers import Peer, reference
 from .studies import STUDIES
@@ -33,9 +31,16 @@ def offered(workload: Workload, args: argparse.Namespace) -> dict[str, Peer]:
 
 
 def choose(
-    offered: Mapping[str, Peer], args: argparse.Namespace, console: Console
+    offered: Mapping[str, Peer],
+    args: argparse.Namespace,
+    tell: Callable[[str], None],
 ) -> list[Peer]:
     """Those asked for and installed.
+
+    Args:
+        offered: by name.
+        args: the command line.
+        tell: is told who is left out, and what of.
 
     Raises:
         ValueError: there is no such optimizer, or none is left.
@@ -50,7 +55,7 @@ def choose(
     for name in names:
         missing = offered[name].missing()
         if missing:
-            console.print(
+            tell(
                 f"{name} is left out: it needs {', '.join(missing)} "
                 "(pip install 'frog-triton[peers]')"
             )

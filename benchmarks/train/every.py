@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -49,13 +50,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     try:
         if not args.report:
             campaigns = []
-            told = console
+            tell = cache(console.print)  # what all problems have in common once
             for workload in _problems(args, console):
-                for peer in choose(variants(workload, args.study), args, told):
+                for peer in choose(variants(workload, args.study), args, tell):
                     campaigns.append(
                         Campaign(workload, peer, args.study, args.seeds or 5, place)
                     )
-                told = Console(quiet=True)  # what is left out has been said once
             workers = args.workers or os.cpu_count() or 1
             run_all(campaigns, ledger, processes(workers), workers, console)
         header, *rows = evidence.write(out, list(PROBLEMS.values()))
