@@ -26,7 +26,7 @@ from .model.coverage import Coverage, tell
 from .model.plan import OUTPUT_LAYER, Layer, Plan
 from .model.routing import Route, RoutingTable
 from .partition import Partition
-from .state import ROW_KEYS, STEP_KEYS
+from .state import RECENT_KEYS, ROW_KEYS, STEP_KEYS
 from .unhooked import REASON, Known, Unhooked
 from .warning import warn
 
@@ -143,7 +143,8 @@ class Assignment:
         params = [p for layer in changed for p in layer.params if p in state]
         before: dict[Any, Any] = {param: dict(state[param]) for param in params}
         for param in params:
-            for key in ROW_KEYS.union(STEP_KEYS, *(f.keys for f in FALLBACKS.values())):
+            ours = ROW_KEYS.union(STEP_KEYS, RECENT_KEYS)
+            for key in ours.union(*(f.keys for f in FALLBACKS.values())):
                 state[param].pop(key, None)
 
         def undo() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .linalg.precision import tf32_convolutions
+from .state import RECENT_KEYS
 
 if TYPE_CHECKING:
     from .anomalies import Anomalies
@@ -78,10 +79,14 @@ class Look:
     Args:
         capture: of samples.
         anomalies: counters of the layers' rows.
+        sample_steps: with more than one, samples are solved where state keeps them.
     """
 
-    def __init__(self, capture: SampleCapture, anomalies: Anomalies) -> None:
+    def __init__(
+        self, capture: SampleCapture, anomalies: Anomalies, sample_steps: int
+    ) -> None:
         self._capture = capture
+        self._keeps_samples = sample_steps > 1
         self._anomalies = anomalies
         self._served: dict[Hashable, list[bool]] = {}
 
@@ -119,7 +124,8 @@ class Look:
                     self._served.clear()
                 self._served[decided, ids] = [serves(p) for p in group["params"]]
             served = zip(group["params"], self._served[decided, ids], strict=True)
-            why = _look_at(served, state, keys, moving, addresses)
+            keeps = self._keeps_samples
+            why = _look_at(served, state, keeps, keys, moving, addresses)
             if why is not None:
                 return why
         if not any(grad.numel() for grad in moving):
@@ -133,8 +139,9 @@ class Look:
             for tensor in (call.x, call.y):
                 address = tensor.data_ptr()
                 keys += _layout(tensor, address)
-                moving.append(tensor)
-                addresses.append(address)
+                if not self._keeps_samples:
+                    moving.append(tensor)
+                    addresses.append(address)
         device = moving[0].device
         if any(tensor.device != device for tensor in moving):
             return "it is on several devices"
@@ -158,6 +165,7 @@ def _options(group: Mapping[str, Any]) -> Hashable:
 def _look_at(
     params: Iterable[tuple[Tensor, bool]],
     state: Mapping[Any, dict[str, Any]],
+    keeps_samples: bool,
     keys: list[Hashable],
     moving: list[Tensor],
     addresses: list[int],
@@ -167,6 +175,7 @@ def _look_at(
     Args:
         params: of a group, each with whether FROG updates it.
         state: of all parameters.
+        keeps_samples: whether it holds samples, too.
         keys: gains what decides about launches.
         moving: gains gradients.
         addresses: gains theirs.
@@ -176,6 +185,9 @@ def _look_at(
     """
     for param, ours in params:
         grad = param.grad
+        if keeps_samples:  # also those of a frozen weight, for its bias
+            rings = (state.get(param, {}).get(key) for key in RECENT_KEYS)
+            keys += ((r.data_ptr(), r.shape) for r in rings if r is not None)
         if grad is None:
             keys.append(None)
             continue

@@ -13,8 +13,9 @@ from .assignment import Assignment
 from .capture.capture import SampleCapture
 from .fallback import FALLBACKS
 from .options import Options
+from .recent import forget, samples_of
 from .scaling import steps_taken
-from .state import complete_rows, move_state
+from .state import RECENT_KEYS, complete_rows, move_state
 from .step import LayerStep, layer_step
 from .unhooked import Known
 from .update import Gathered
@@ -85,6 +86,8 @@ class Gathering:
             else:
                 fallback = FALLBACKS[group["updated_by"]]
                 fallback.complete(state[param], param, names[param])
+            if self._options.sample_steps == 1:
+                forget(state[param])  # of a state saved with more
             _check_shapes(names[param], param, state[param])
         move_state(state, group, params)
 
@@ -95,8 +98,21 @@ class Gathering:
         layers = self._assignment.layers_due([(group, params)])
         for layer in layers:
             self._anomalies.expect(layer, self._world.rows_here(layer))
-        how = (state, self._world, self._capture, self._options.backend)
+        options = self._options
+        how = (state, self._world, self._capture, options.backend, options.sample_steps)
         return Gathered(group, params, [layer_step(layer, *how) for layer in layers])
+
+    def join_samples(self, weights: Iterable[nn.Parameter], state: State) -> None:
+        """Put samples where a recorded step finds them.
+
+        Args:
+            weights: of the layers that it solves.
+            state: of the parameters.
+        """
+        for weight in weights:
+            layer = self._assignment.layer_of[weight]
+            how = (self._capture, self._options.sample_steps)
+            samples_of(layer, state[weight], *how)
 
     def count_steps(
         self, steps: Iterable[LayerStep], state: State, found_inf: Tensor | None
@@ -125,6 +141,8 @@ class Gathering:
 def _check_shapes(name: str, param: nn.Parameter, own: dict[str, Any]) -> None:
     """Raise ValueError for state that a parameter has outgrown."""
     for key, value in own.items():
+        if key in RECENT_KEYS:  # begin anew where they do not fit
+            continue
         if isinstance(value, Tensor) and value.ndim and value.shape != param.shape:
             raise ValueError(
                 f"{name} has shape {tuple(param.shape)}, but its {key} "

@@ -113,6 +113,7 @@ MAY_BE_MISSING = ("betas", "eps")
 CHECKS = ENTRIES | {
     "sampling": _one_of(tuple(SAMPLINGS)),
     "sample_size": _COUNT,
+    "sample_steps": _COUNT,
     "seed": Check(
         lambda value: isinstance(value, Integral), "must be an integer, got {!r}"
     ),
@@ -189,6 +190,7 @@ class Options:
 
     sampling: str
     sample_size: int | None
+    sample_steps: int
     fallback: str
     fallback_lr: float | Tensor | None
     momentum_dtype: torch.dtype | None
@@ -206,7 +208,12 @@ class Options:
         check(sampling=self.sampling)
         default = SAMPLINGS[self.sampling]
         self.size = default if self.sample_size is None else self.sample_size
-        check(sample_size=self.size)
+        check(sample_size=self.size, sample_steps=self.sample_steps)
+        if self.sample_steps > 1 and self.sampling != "positions":
+            raise ValueError(
+                f"sample_steps={self.sample_steps} joins positions of several steps; "
+                f"with sampling={self.sampling!r} leave it at 1"
+            )
         names = ("fallback", "momentum_dtype", "formulation", "backend")
         check(exclude_output_layer=self.exclude_output_layer)
         check(**{name: getattr(self, name) for name in names})

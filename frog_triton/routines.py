@@ -19,6 +19,7 @@ from .circumstances import NUMBERS, Circumstances, Look
 from .fallback import FALLBACKS, Prepared
 from .kernels.board import Board, Refused
 from .routine import MOST_MEMORY, CudaGraph, Graph, Routine, record
+from .state import RECENT_KEYS
 from .step import LayerStep, is_mixture
 from .update import Gathered, numbers_of, step_layers
 
@@ -117,6 +118,7 @@ class Routines:
         anomalies: counters of the layers' rows.
         world: of one rank.
         formulation: of the solver.
+        sample_steps: how many steps' samples are solved together.
 
     Attributes:
         graphs: see the function.
@@ -130,8 +132,9 @@ class Routines:
         anomalies: Anomalies,
         world: World,
         formulation: str,
+        sample_steps: int = 1,
     ) -> None:
-        self._look = Look(capture, anomalies)
+        self._look = Look(capture, anomalies, sample_steps)
         self._gradients = gradients
         self._anomalies = anomalies
         self._world = world
@@ -243,7 +246,7 @@ class Routines:
         counters = [*self._anomalies.counts.values(), *self._gradients.tensors()]
         words = WORDS_A_LAYER * (8 + len(steps)) + 2 * len(grads)
         work = partial(self._work, gathered, grads)
-        still = [*counters, *_own(steps)]
+        still = [*counters, *_own(steps), *_recent(steps, state)]
         how = (now.moving, still, words, len(now.numbers), now.device)
         try:
             routine = record(make(), work, *how)
@@ -301,6 +304,15 @@ def _own(steps: Iterable[LayerStep]) -> Iterator[Tensor]:
         for rows in (step.params, step.momentum):
             yield from (t for t in rows if t is not None)
         yield from (home for home, _ in step.homes)
+
+
+def _recent(
+    steps: Iterable[LayerStep], state: Mapping[Any, dict[str, Any]]
+) -> Iterator[Tensor]:
+    """Samples that lie in the state."""
+    for step in steps:
+        own = state[step.layer.weight]
+        yield from (own[key] for key in RECENT_KEYS if key in own)
 
 
 def _check_memory(routine: Routine, device: torch.device) -> None:

@@ -26,6 +26,10 @@ STEP_KEYS = frozenset({"step"})
 """What that of a layer's weight holds, too: the layer's step counter."""
 
 
+RECENT_KEYS = ("recent_x", "recent_y")
+"""What it holds where samples of several steps are solved together; see `recent`."""
+
+
 def row_state(
     param: nn.Parameter, dtype: torch.dtype | None, axes: RowAxes = ROWS_FIRST
 ) -> dict[str, Tensor]:

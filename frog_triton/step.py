@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, recent
 from .layers import LinearMap, MatrixMap, RowAxes
 from .linalg.rows import Rows, local, written_out
 from .model.plan import Layer
@@ -117,6 +117,7 @@ def layer_step(
     world: World,
     capture: SampleCapture,
     backend: str,
+    sample_steps: int = 1,
 ) -> LayerStep:
     """Gather a layer's rows, those that lie on this rank, and samples.
 
@@ -126,6 +127,7 @@ def layer_step(
         world: knows the samples of all ranks.
         capture: holds those of this one.
         backend: one of `ops.BACKENDS`.
+        sample_steps: how many steps' samples are solved together.
 
     Raises:
         ValueError: the layer has more groups than the backend can take.
@@ -144,7 +146,12 @@ def layer_step(
         bias_grad = flat(_without_overlap(local(bias.grad)), kept=False)
     momenta = (state[p].get("momentum_buffer") for p in layer.params)
     dtype = next(m.dtype for m in momenta if m is not None)
-    x, y = world.samples(layer, bias_grad is not None, dtype, capture)
+    with_bias = bias_grad is not None
+    if sample_steps == 1:
+        x, y = world.samples(layer, with_bias, dtype, capture)
+    else:
+        of_steps = recent.samples_of(layer, state[weight], capture, sample_steps)
+        x, y = _as_map(of_steps, layer, with_bias, dtype)
     if weight.grad is not None:
         buffer = local(state[weight]["momentum_buffer"])
         momentum = Rows(_rows_of(axes, buffer, homes), momentum_bias)
@@ -256,6 +263,16 @@ def no_samples(
     x = weight.new_zeros(1, geometry.groups * geometry.dim, dtype=dtype)
     y = weight.new_zeros(1, rows, 1, dtype=dtype)
     return MatrixMap(x, geometry.groups, bias), y
+
+
+def _as_map(
+    samples: recent.Pair | None, layer: Layer, bias: bool, dtype: torch.dtype
+) -> Samples:
+    if samples is None:
+        return no_samples(layer, bias, dtype)
+    x, y = samples
+    groups = x.shape[1] // layer.geometry.dim  # 1 where all see the same inputs
+    return MatrixMap(x, groups, bias), y.unsqueeze(-1)
 
 
 def _without_overlap(grad: Tensor) -> Tensor:

@@ -225,7 +225,8 @@ class Unhooked:
 
 
 _IDENTITY = (
-    "{layers}: a gradient but no samples, so rows take the identity Fisher; {reason}"
+    "{layers}: a gradient but no samples, so rows take the identity Fisher, or with "
+    "sample_steps > 1 that of the steps before; {reason}"
 )
 _GONE = (
     "{layers}: {reason}, so FROG sees no activations; {fallback} updates it from now "

@@ -76,6 +76,7 @@ FLOORS = (
     {"eager", "guards", "ops", "routine"},
     {"gradients", "layers"},
     {"model", "solve", "state"},
+    {"recent"},
     {"anomalies", "autotune", "capture", "fallback", "step"},
     {"diagnostics", "options", "unhooked"},
     {"groups", "preconditioner"},

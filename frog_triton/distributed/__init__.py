@@ -52,16 +52,19 @@ def check_placements(
         division.check_placements(layers, names, process_group)
 
 
-def find_world(plan: Plan, process_group: Group, capturable: bool) -> World:
+def find_world(
+    plan: Plan, process_group: Group, capturable: bool, sample_steps: int = 1
+) -> World:
     """The ranks that train the plan's layers.
 
     Args:
         plan: all that is preconditioned.
         process_group: the user's; see `FROG`.
         capturable: whether nothing may wait for the device.
+        sample_steps: see `FROG`.
 
     Raises:
-        ValueError: several ranks are to be capturable.
+        ValueError: several ranks are to be capturable, or to keep samples.
     """
     if not _is_initialized():
         return Alone()
@@ -75,6 +78,12 @@ def find_world(plan: Plan, process_group: Group, capturable: bool) -> World:
         raise ValueError(
             "capturable=True goes with one rank only: several agree on how "
             "many samples each brings, on the host; leave capturable out"
+        )
+    if sample_steps > 1:
+        raise ValueError(
+            f"sample_steps={sample_steps} goes with one rank only: no rank has all "
+            "samples of a layer, or the same rows in every step; leave sample_steps "
+            "out, or pass process_group=False to train on each rank alone"
         )
     return Ranks(division)
 
