@@ -138,8 +138,9 @@ STUDIES: dict[str, tuple[Peer, ...]] = {
         _DEFAULT.with_options("output layer, too", exclude_output_layer=False),
         _DEFAULT.with_options("k = 8", cg_iters=8),
         _DEFAULT.with_options("512 positions", sample_size=512),
-        *_varied(_DEFAULT, "sample_steps", "samples of steps:", (2, 4)),
-        _DEFAULT.with_options("of 4, damping 0.1", sample_steps=4, damping=0.1),
+        _DEFAULT.with_options("samples of 2 steps", sample_steps=2),
+        _DEFAULT.with_options("samples of 4 steps", sample_steps=4),
+        _DEFAULT.with_options("of 4 steps, damping 0.1", sample_steps=4, damping=0.1),
         PEERS["FROG, no Fisher"],
     ),
     # One trajectory up to rounding, at different cost. Gram space over whole examples
