@@ -184,7 +184,7 @@ def test_numbers_travel_once_and_not_where_they_are():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, PAPER])
+@pytest.mark.parametrize("options", [{}, PAPER, {"sample_steps": 2}])
 def test_a_captured_step_copies_once_from_the_host(options):
     """In a graph of its own, beside what it computes with."""
     net = Net().cuda()
