@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from frog_triton.benchmarks.train import bench, every, evidence, report
+from frog_triton.benchmarks.train import bench, every, evidence, pace, report
 from frog_triton.benchmarks.train.data import program_text, prose
 from frog_triton.benchmarks.train.loop import Run
 from frog_triton.benchmarks.train.models import Block
@@ -254,6 +254,29 @@ def test_command_runs_all(tmp_path, capsys):
     (tmp_path / "ranks.md").unlink()
     assert bench.main([*few, "--report"]) == 0
     assert "## Mean ranks" in (tmp_path / "ranks.md").read_text()
+
+
+def test_seconds_are_steps_at_a_pace_taken_alone(tmp_path, capsys):
+    few = ["all", "--problems", "gan", "--lrs", "0.01", "--out", str(tmp_path)]
+    assert bench.main([*few, "--peers", "SGD", "--seeds", "1", "--workers", "1"]) == 0
+    (tmp_path / "pace.json").write_text('{"ms_per_step": {"lora": {"Lion": 7.0}}}')
+    assert bench.main([*few, "--peers", "SGD", "--pace"]) == 0
+    paces = json.loads((tmp_path / "pace.json").read_text())
+    assert paces["environment"]["threads"] == 1
+    assert paces["ms_per_step"]["lora"] == {"Lion": 7.0}
+    ms = paces["ms_per_step"]["gan"]["SGD"]
+    content = json.loads((tmp_path / "ranks.json").read_text())["problems"]["gan"]
+    assert content["SGD"]["ms_per_step"] == pytest.approx(ms)
+    (run,) = pace.at({"SGD": 2.0}, report.read(tmp_path / "gan" / "runs.jsonl")[:1])
+    assert run.seconds == [step * 0.002 for step in run.steps]
+    assert bench.main(["chars-gpt-small", "--pace"]) == 2
+    assert "--pace is for all problems" in capsys.readouterr().err
+
+
+def test_a_pace_leaves_the_first_steps_out():
+    run = Run("SGD", 0.1, 0, steps=[10, 20, 30, 40], seconds=[9.0, 9.1, 9.3, 9.6])
+    assert pace.of_run(run) == pytest.approx(20)
+    assert math.isnan(pace.of_run(Run("SGD", 0.1, 0)))
 
 
 @pytest.mark.parametrize(

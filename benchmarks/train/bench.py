@@ -112,6 +112,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         help="of all, how many runs side by side (default: one a core)",
     )
+    parser.add_argument(
+        "--pace",
+        action="store_true",
+        help="of all, when they have been run: take the milliseconds of a step, one "
+        "optimizer after the other, for the seconds in all tables",
+    )
     parser.add_argument("--device", help="(default: cuda where there is one)")
     parser.add_argument(
         "--cache",
@@ -137,6 +143,8 @@ def run(args: argparse.Namespace) -> int:
     console = output.console()
     if args.workload == "all":
         return every.run(args, console)
+    if args.pace:
+        raise CommandError("--pace is for all problems: bench train all --pace")
     workload = _overridden(WORKLOADS[args.workload], args)
     out = args.out or Path("runs/bench") / workload.name
     try:

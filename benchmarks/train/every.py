@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ...cli import output
 from ...cli.errors import CommandError
-from . import evidence
+from . import evidence, pace
 from .choice import choose, variants
 from .problems import PROBLEMS
 from .suite import Campaign, Ledger, Place, processes, run_all
@@ -56,8 +56,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
                     campaigns.append(
                         Campaign(workload, peer, args.study, args.seeds or 5, place)
                     )
-            workers = args.workers or os.cpu_count() or 1
-            run_all(campaigns, ledger, processes(workers), workers, console)
+            if args.pace:
+                pace.measure(campaigns, out, console)
+            else:
+                workers = args.workers or os.cpu_count() or 1
+                run_all(campaigns, ledger, processes(workers), workers, console)
         header, *rows = evidence.write(out, list(PROBLEMS.values()))
     except (FileNotFoundError, ValueError) as error:
         raise CommandError(str(error)) from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pictures import looks, picture
-from . import report
+from . import pace, report
 from .loop import Run
 from .ranks import Standing, profile, standings
 from .suite import TOO_LARGE
@@ -90,10 +90,12 @@ def gather(out: Path, workloads: Sequence[Workload]) -> dict[str, dict[str, Outc
         out: the folder with one folder for each problem.
         workloads: the problems.
     """
-    found = {
-        workload.name: outcomes(workload, report.read(out / workload.name / LINES))
-        for workload in workloads
-    }
+    paces, found = pace.read(out), {}
+    for workload in workloads:
+        runs = report.read(out / workload.name / LINES)
+        found[workload.name] = outcomes(
+            workload, pace.at(paces.get(workload.name, {}), runs)
+        )
     return {name: own for name, own in found.items() if own}
 
 
