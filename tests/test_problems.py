@@ -256,6 +256,40 @@ def test_command_runs_all(tmp_path, capsys):
     assert "## Mean ranks" in (tmp_path / "ranks.md").read_text()
 
 
+def _written(folder, finals):
+    """Runs of one seed each at the end of `gan`, by optimizer."""
+    lines = folder / "gan" / "runs.jsonl"
+    for peer, values in finals.items():
+        for seed, value in enumerate(values, 1):
+            run = Run(peer, 0.1, seed, [4], [value], [1.0], metric="energy distance")
+            run.settings = {"epochs": PROBLEMS["gan"].epochs, "seed": seed}
+            report.append(lines, run)
+
+
+def test_variants_are_ranked_one_by_one_among_others(tmp_path, capsys):
+    study, suite = tmp_path / "study", tmp_path / "suite"
+    for folder in (study, suite):
+        (folder / "gan").mkdir(parents=True)
+    _written(study, {"FROG": [2.0], "bold": [1.0], "timid": [4.0]})
+    _written(suite, {"FROG": [9.0], "SOAP": [3.0], "SGD": [5.0, 5.0]})
+    command = ["all", "--study", "lines", "--out", str(study), "--beside", str(suite)]
+    assert bench.main([*command, "--report", "--problems", "gan"]) == 0
+    assert "bold" in capsys.readouterr().out
+    text = (study / "beside.md").read_text()
+    rows = [[c.strip() for c in row.split("|")[1:-1]] for row in text.splitlines()]
+    ranks = {row[0]: row[1:] for row in rows if len(row) == 5}
+    # The others are SOAP and SGD, of which each variant sees none of the variants.
+    one, last = "1.00 (1.00 - 1.00)", "2.00 (2.00 - 2.00)"
+    assert ranks["bold"] == [one, "SOAP, 2.00", "1.00 to 1.00", "1 of 1"]
+    assert ranks["FROG"] == [one, "SOAP, 2.00", "1.00 to 1.00", "-"]
+    assert ranks["timid"] == [last, "SOAP, 1.00", "-1.00 to -1.00", "0 of 1"]
+    values = [row for row in rows if len(row) == 2 and row[0] != "---"]
+    assert values[1:] == [
+        [p, f"{v:.3f}"]
+        for p, v in (("FROG", 2), ("bold", 1), ("timid", 4), ("SOAP", 3), ("SGD", 5))
+    ]
+
+
 def test_seconds_are_steps_at_a_pace_taken_alone(tmp_path, capsys):
     few = ["all", "--problems", "gan", "--lrs", "0.01", "--out", str(tmp_path)]
     assert bench.main([*few, "--peers", "SGD", "--seeds", "1", "--workers", "1"]) == 0
@@ -287,6 +321,8 @@ def test_a_pace_leaves_the_first_steps_out():
         (["--weight-decays", "2"], "--weight-decays is for one workload"),
         (["--peers", "LBFGS"], "no peer is called 'LBFGS'"),
         (["--report"], "holds no run"),
+        (["--beside", "."], "--beside goes with --report"),
+        (["--report", "--beside", "."], "holds no run"),
     ],
 )
 def test_wrong_arguments(arguments, message, tmp_path, capsys):

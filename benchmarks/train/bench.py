@@ -113,6 +113,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of all, how many runs side by side (default: one a core)",
     )
     parser.add_argument(
+        "--beside",
+        type=Path,
+        metavar="DIR",
+        help="of a study of all, with --report: rank each variant among the "
+        "optimizers whose runs are in this folder",
+    )
+    parser.add_argument(
         "--pace",
         action="store_true",
         help="of all, when they have been run: take the milliseconds of a step, one "
@@ -143,8 +150,9 @@ def run(args: argparse.Namespace) -> int:
     console = output.console()
     if args.workload == "all":
         return every.run(args, console)
-    if args.pace:
-        raise CommandError("--pace is for all problems: bench train all --pace")
+    if args.pace or args.beside is not None:
+        option = "--pace" if args.pace else "--beside"
+        raise CommandError(f"{option} is for all problems: bench train all {option}")
     workload = _overridden(WORKLOADS[args.workload], args)
     out = args.out or Path("runs/bench") / workload.name
     try:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ...cli import output
 from ...cli.errors import CommandError
-from . import evidence, pace
+from . import beside, evidence, pace
 from .choice import choose, variants
 from .problems import PROBLEMS
 from .suite import Campaign, Ledger, Place, processes, run_all
@@ -44,6 +44,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if getattr(args, name) != unset:
             option = f"--{name.replace('_', '-')}"
             raise CommandError(f"{option} is for one workload, not for all of them")
+    if args.beside is not None and not args.report:
+        raise CommandError("--beside goes with --report: it trains nothing")
     place = Place(args.data or Path(), args.cache, device(args))
     out = args.out or Path("runs/bench/all")
     ledger = Ledger(out, place)
@@ -61,11 +63,17 @@ def run(args: argparse.Namespace, console: Console) -> int:
             else:
                 workers = args.workers or os.cpu_count() or 1
                 run_all(campaigns, ledger, processes(workers), workers, console)
-        header, *rows = evidence.write(out, list(PROBLEMS.values()))
+        everything = list(PROBLEMS.values())
+        if args.beside is not None:
+            chosen_on = [PROBLEMS[name] for name in args.problems or PROBLEMS]
+            header, *rows = beside.write(out, args.beside, chosen_on, everything)
+        else:
+            header, *rows = evidence.write(out, everything)
     except (FileNotFoundError, ValueError) as error:
         raise CommandError(str(error)) from error
     output.print_table("all problems", [f"{column} " for column in header], rows)
-    console.print(f"wrote ranks.md, ranks.json and summary.png to {out}")
+    wrote = beside.FILE if args.beside else "ranks.md, ranks.json and summary.png"
+    console.print(f"wrote {wrote} to {out}")
     return 0
 
 

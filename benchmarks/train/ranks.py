@@ -32,7 +32,8 @@ class Standing:
         mean: of its ranks by the median of the seeds.
         low: of 95 % of the mean ranks that redrawn problems and seeds give.
         high: likewise.
-        behind: low and high of how far it is behind the first, in the same draws.
+        behind: low and high of how far it is behind the first, or who is asked for,
+            in the same draws.
         wins: problems on which it is first, alone or with others.
     """
 
@@ -44,7 +45,9 @@ class Standing:
     wins: int
 
 
-def standings(costs: Costs, draws: int = DRAWS) -> list[Standing]:
+def standings(
+    costs: Costs, draws: int = DRAWS, ahead: str | None = None
+) -> list[Standing]:
     """All optimizers by mean rank, the best first.
 
     Intervals are of a bootstrap: problems are drawn again with replacement, and on each
@@ -53,6 +56,7 @@ def standings(costs: Costs, draws: int = DRAWS) -> list[Standing]:
     Args:
         costs: of the same optimizers on every problem.
         draws: of the bootstrap.
+        ahead: whom all others are compared with; None: the first.
     """
     peers = list(next(iter(costs.values())))
     random = np.random.default_rng(0)
@@ -67,7 +71,8 @@ def standings(costs: Costs, draws: int = DRAWS) -> list[Standing]:
     chosen = random.integers(0, len(costs), (len(costs), draws))
     means = redrawn[chosen, np.arange(draws)].mean(0)
     order = np.argsort(placed.mean(0), kind="stable")
-    behind = means - means[:, order[:1]]
+    first = order[0] if ahead is None else peers.index(ahead)
+    behind = means - means[:, [first]]
     found = []
     for i in order:
         low, high = np.percentile(means[:, i], (2.5, 97.5))
