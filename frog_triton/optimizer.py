@@ -132,7 +132,7 @@ class FROG(Inspection):
             positions cost a fifth to a quarter (``benchmarks/results/cpu/studies``).
         sample_steps: T, steps whose positions are solved together: this one's and those
             of the T - 1 before, each step's output gradients divided by their root mean
-            square. 4 was better on seven of eleven small problems and worse on one
+            square. 4 was better on seven of nine small problems, mostly by a little
             (``benchmarks/results/cpu/studies``), at the price of T times `sample_size`
             in the solve, not in the sampling, and of state for ``T sample_size`` rows
             of X and Y a layer. One rank only.

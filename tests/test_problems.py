@@ -286,7 +286,13 @@ def test_variants_are_ranked_one_by_one_among_others(tmp_path, capsys):
     values = [row for row in rows if len(row) == 2 and row[0] != "---"]
     assert values[1:] == [
         [p, f"{v:.3f}"]
-        for p, v in (("FROG", 2), ("bold", 1), ("timid", 4), ("SOAP", 3), ("SGD", 5))
+        for p, v in (
+            ("FROG", 2),
+            ("bold", 1),
+            ("timid", 4),
+            ("SOAP, searched", 3),
+            ("SGD, searched", 5),
+        )
     ]
 
 

@@ -99,19 +99,25 @@ def _better(name: str, variants: Outcomes) -> str:
 
 
 def value_rows(variants: Outcomes, others: Outcomes) -> list[list[str]]:
-    """A header, and the mean over the seeds of each variant, then of others."""
+    """A header, and the mean over the seeds of each variant, then of others.
+
+    Others have looked for their rates. A cell is empty where a variant has not yet as
+    many runs as the defaults.
+    """
     problems = [name for name in others if name in variants]
+    seeds = {p: len(variants[p][OURS].runs) for p in problems if OURS in variants[p]}
     table = [["line", *problems]]
-    for found in (variants, others):
+    for found, told in ((variants, "{}"), (others, "{}, searched")):
         names = dict.fromkeys(peer for own in found.values() for peer in own)
         for name in names:
             if found is variants or name != OURS:
-                table.append([name, *(_mean(found[p].get(name)) for p in problems)])
+                cells = (_mean(found[p].get(name), seeds.get(p, 1)) for p in problems)
+                table.append([told.format(name), *cells])
     return table
 
 
-def _mean(outcome: Outcome | None) -> str:
-    if outcome is None:
+def _mean(outcome: Outcome | None, seeds: int) -> str:
+    if outcome is None or len(outcome.runs) < seeds:
         return ""
     runs = outcome.runs
     value = statistics.fmean(run.final for run in runs)
