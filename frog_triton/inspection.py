@@ -81,7 +81,8 @@ class Inspection(Optimizer):
             of a parameter, in how many steps its gradient held values that are not
             finite, ``nonfinite_gradients``; and under that of a layer
             ``nonfinite_samples``, rows that took the identity Fisher because of
-            samples that were not finite, and ``overflowing_momenta``, rows left as
+            samples that were not finite (with `sample_steps` above 1 such entries count
+            as zero, and nothing is counted), and ``overflowing_momenta``, rows left as
             they were because their momentum would not have been finite.
         """
         return self._anomalies.add_to(self._gradients.counts())

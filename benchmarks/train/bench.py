@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         choices=(1, 2),
         default=1,
-        help="how many each grid tries beside four learning rates (default: 1)",
+        help="how many each grid tries beside five learning rates (default: 1)",
     )
     parser.add_argument("--schedule", choices=sorted(SCHEDULES))
     parser.add_argument(
