@@ -17,6 +17,7 @@ from recorded import Pair
 from test_capturable import NoWaiting
 from test_state import Net, assert_same, batch, train
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from frog_triton import FROG, distributed
 from frog_triton.distributed import division
@@ -146,8 +147,32 @@ def test_one_number_times_all_losses_changes_nothing():
     assert torch.equal(one, other)
 
 
+class Counting(TorchDispatchMode):
+    """Counts operations that make or change memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        plain = func._schema.name == "aten::promote_types"
+        self.made += not (func.is_view or plain)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("samples", "operations"), [(8, 17), (6, 21)])
+def test_operations_beside_the_solve(samples, operations):
+    """Filled up with zeros, a step takes four more; no operation depends on T."""
+    own = {"step": torch.zeros(())}
+    join(own, "layer", 4, (torch.randn(8, 5), torch.randn(8, 6)))
+    new = torch.randn(samples, 5), torch.randn(samples, 6)
+    with Counting() as counting:
+        join(own, "layer", 4, new)
+    assert counting.made == operations
+
+
 def test_a_loss_that_shrinks_leaves_steps_their_weight():
-    """Halved gradients of each step are those of the same Fisher."""
+    """A step whose gradients are half as large has the same part in the Fisher."""
     x = torch.randn(8, 5)
     own = {"step": torch.zeros(())}
     for i in range(2):
